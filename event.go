@@ -1,0 +1,170 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+)
+
+// kind says what an event is about; it decides which sockets an event is for (docs/publishing.md).
+type kind uint8
+
+const (
+	kindChat kind = iota
+	kindContact
+	kindMessage
+	kindAgent
+	kindUnknown // a subject or payload that fits nothing: counted, never routed
+)
+
+var kindNames = [...]string{"chat", "contact", "message", "agent", "unknown"}
+
+func (k kind) String() string { return kindNames[k] }
+
+// event is one JetStream message, decoded as far as routing needs. It is immutable once built and shared
+// by all its targets.
+type event struct {
+	seq            uint64 // stream sequence, its name for ever
+	kind           kind
+	company, agent string
+	chat           string    // of a message; may hold dots
+	stored         time.Time // when JetStream stored it, by the server's clock
+	requestID      string
+	payload        []byte // as published; a JSON object
+	frame          *frame // the outbound frame, encoded once
+}
+
+var (
+	errSubject = errors.New("subject fits no row of docs/publishing.md")
+	errPayload = errors.New("payload is not a JSON object of valid UTF-8")
+)
+
+// parseSubject splits a published subject into what routing needs. prefix comes without its trailing dot.
+func parseSubject(prefix, subject string) (event, error) {
+	rest, ok := strings.CutPrefix(subject, prefix)
+	if !ok || rest == "" || rest[0] != '.' {
+		return event{}, errSubject
+	}
+	company, rest, _ := strings.Cut(rest[1:], ".")
+	agent, what, ok := strings.Cut(rest, ".")
+	if !ok || !validID(company) || !validID(agent) {
+		return event{}, errSubject
+	}
+	ev := event{company: company, agent: agent}
+	switch what {
+	case "chats":
+		ev.kind = kindChat
+	case "contacts":
+		ev.kind = kindContact
+	case "agents":
+		ev.kind = kindAgent
+	default:
+		chat, ok := strings.CutPrefix(what, "messages.")
+		if !ok || !validChatID(chat) {
+			return event{}, errSubject
+		}
+		ev.kind, ev.chat = kindMessage, chat
+	}
+	return ev, nil
+}
+
+// checkPayload refuses what a browser could not take: invalid UTF-8 would close every socket with 1007
+// (RFC 6455 section 8.1), and json.Valid lets it pass inside strings.
+func checkPayload(p []byte) error {
+	for i, b := range p {
+		if b == ' ' || b == '\t' || b == '\r' || b == '\n' {
+			continue
+		}
+		if b != '{' || !utf8.Valid(p[i:]) || !json.Valid(p[i:]) {
+			return errPayload
+		}
+		return nil
+	}
+	return errPayload
+}
+
+// validID says whether s may name a company, agent, user or admin: 1 to 128 bytes that mean nothing in
+// a NATS subject or a Redis key.
+func validID(s string) bool {
+	if len(s) == 0 || len(s) > 128 {
+		return false
+	}
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		case c == '_', c == '@', c == '+', c == '=', c == '~', c == '-':
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// validChatID says whether s may name a chat: 1 to 256 printable ASCII bytes without blank, '*' and '>'.
+// Dots are allowed, but not where a NATS subject could not hold them (first, last or doubled).
+func validChatID(s string) bool {
+	if len(s) == 0 || len(s) > 256 || s[0] == '.' || s[len(s)-1] == '.' {
+		return false
+	}
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		if c <= ' ' || c > '~' || c == '*' || c == '>' || (c == '.' && s[i-1] == '.') {
+			return false
+		}
+	}
+	return true
+}
+
+// outcome is what became of a delivery at one target. The order is from best to worst: the worst of
+// all targets decides what JetStream is told.
+type outcome uint8
+
+const (
+	written   outcome = iota // the write of the whole frame has returned
+	duplicate                // an earlier delivery of the event had been written to this socket
+	replayed                 // left to the replay that runs for this socket
+	dropped                  // given up by drop_oldest; the socket gets a gap
+	shed                     // given up to stay within the pod's share; announced
+	absent                   // a peer has no such socket, or has another epoch
+	failed                   // socket died, no room in time, or the peer failed: NAK
+)
+
+var outcomeNames = [...]string{"written", "duplicate", "replayed", "dropped", "shed", "absent", "failed"}
+
+func (o outcome) String() string { return outcomeNames[o] }
+
+// source is where a delivery came from and where its end is told: JetStream (router) or a peer.
+type source interface {
+	// settled is called exactly once per delivery, by whichever goroutine settled its last target.
+	// It must not block.
+	settled(d *delivery, worst outcome)
+}
+
+// delivery is one event in hand: it counts the targets that are still open and remembers the worst outcome.
+// Every target that accepted it calls settle exactly once.
+type delivery struct {
+	*event
+	count   uint64    // JetStream's delivery count, 1 for the first
+	arrived time.Time // off the network (monotonic); lateness counts from here
+	src     source
+
+	open  atomic.Int32  // targets not yet settled, plus one while the router is still adding targets
+	worst atomic.Uint32 // outcome
+}
+
+// settle records one target's outcome. The call that settles the last open target reports to the source.
+func (d *delivery) settle(o outcome) {
+	for {
+		w := d.worst.Load()
+		if uint32(o) <= w || d.worst.CompareAndSwap(w, uint32(o)) {
+			break
+		}
+	}
+	if d.open.Add(-1) == 0 {
+		d.src.settled(d, outcome(d.worst.Load()))
+	}
+}
