@@ -2,6 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 )
@@ -34,33 +42,567 @@ func (r route) key() string {
 	}
 }
 
-type owners struct {
+// parseRoute is key's inverse. Only a chat id may hold a colon.
+func parseRoute(key string) (route, bool) {
+	p := strings.SplitN(key, ":", 5)
+	switch {
+	case len(p) < 4 || p[0] != "route":
+		return route{}, false
+	case len(p) == 4 && p[3] == "general":
+		return route{kind: routeGeneral, company: p[1], agent: p[2]}, true
+	case len(p) == 4 && p[3] == "agents":
+		return route{kind: routeAgents, company: p[1], agent: p[2]}, true
+	case len(p) == 5 && p[3] == "messages":
+		return route{kind: routeMessages, company: p[1], agent: p[2], chat: p[4]}, true
+	}
+	return route{}, false
 }
 
-func newRedis(cfg *Config) (redis.UniversalClient, error) { return nil, nil }
+// member is a pod that claims a route: a claim lives exactly as long as the pod's lease holds this epoch.
+type member struct{ pod, epoch string }
 
-func newOwners(cfg *settings, rdb redis.UniversalClient, m *Metrics) *owners { return nil }
+func (m member) String() string { return m.pod + "#" + m.epoch }
 
-// available says whether Redis answers and the lease is known to hold: else no new sockets (503).
-func (o *owners) available() bool { return true }
+func parseMember(s string) (member, bool) {
+	pod, epoch, ok := strings.Cut(s, "#")
+	return member{pod, epoch}, ok
+}
+
+// localRoute is a route with sockets on this pod, or with a claim still to be released.
+type localRoute struct {
+	route
+	conns   []*conn      // immutable: replaced by attach and detach, so that readers need no copy
+	claimed string       // the epoch under which Redis holds claim and log entry; "" = none
+	queued  bool         // stands in owners.dirty
+	waiters []chan error // attachments that wait for the claim; each gets one answer, buffered
+}
+
+// answer is what Redis said about a route, kept exact by the owner log.
+type answer struct {
+	peers       []member  // other pods
+	nobodySince time.Time // when no other pod was first found; zero if one was
+}
+
+// owners knows who owns a route: the sockets here, and the claims of other pods. It keeps this pod's lease, writes
+// its claims, and reads the log that keeps the cached claims of others exact (docs/architecture.md, "Owners").
+type owners struct {
+	cfg      *settings
+	rdb      redis.UniversalClient
+	m        *Metrics
+	pod      string
+	pipe     func() redis.Pipeliner
+	identify func(ctx context.Context, addr string) (pod, epoch string, err error) // asks a peer; set before start
+	noteSeq  func() uint64                                                         // newest stream sequence known; set before start
+	epochs   []func(old, new string)
+	confirms []func(context.Context) error
+	returns  []func() // Redis is back: claim everything again
+
+	address   string       // that peers dial; set before start
+	heldAt    atomic.Int64 // when the last successful renewal was sent, since base; 0 = no lease
+	base      time.Time
+	away      atomic.Bool // Redis: a renewal failed or took over 1 s, or a log read over 500 ms
+	wakeClaim chan struct{}
+	wakeLease chan struct{}
+	confirmMu sync.Mutex // held by the one that confirms the lease of a suspended pod
+	leaseMu   sync.Mutex // serialises renewals
+
+	// readMu serialises reads of the log and the look-ups that follow one. So no look-up is under way while an entry is
+	// read, and the trap of the cache cannot spring: (1) a look-up reads the set, (2) claim and log entry are written,
+	// (3) another reader consumes the entry and finds nothing to drop, (4) the old answer is stored for ever.
+	readMu sync.Mutex
+	place  redis.XMessage // the last log entry read; its ID is "" while there is none
+
+	mu         sync.Mutex // guards all below
+	epochNow   string
+	routes     map[route]*localRoute
+	dirty      []*localRoute
+	cache      map[route]*answer
+	pods       map[string]lease // live pods by id, this one too, as of the last renewal
+	doubtUntil time.Time        // "nobody" is not believed before
+	awaySeq    uint64           // first sequence acked on knowledge that may be old; 0 = none
+	seqHeld    uint64           // stream sequence noted before the last renewal that held
+	seqRead    uint64           // stream sequence noted before the last read of the log
+	marks      map[route]mark   // gaps to announce
+	markAll    *mark            // one for all routes, when marks overflowed
+	instances  map[string]bool  // run and replication ids of the Redis masters; nil before the first answer
+	regap      bool             // after a new epoch, sockets get a gap once everything is claimed again
+	regapSince uint64
+}
+
+// mark announces that events of a route after since may be missing.
+type mark struct {
+	since  uint64
+	reason string
+}
+
+// Look-ups and log reads may hold up a batch of events; claims and leases only their callers.
+const (
+	readTimeout  = 500 * time.Millisecond
+	leaseTimeout = time.Second
+	claimTimeout = 2 * time.Second
+	logKey       = "owner_log"
+	logLength    = 100_000
+	logPage      = 1000
+)
+
+func newOwners(cfg *settings, rdb redis.UniversalClient, m *Metrics) *owners {
+	return &owners{
+		cfg: cfg, rdb: rdb, m: m, pod: cfg.Load().ServerPodID, pipe: rdb.Pipeline,
+		base: time.Now().Add(-time.Nanosecond), noteSeq: func() uint64 { return 0 },
+		wakeClaim: make(chan struct{}, 1), wakeLease: make(chan struct{}, 1),
+		routes: map[route]*localRoute{}, cache: map[route]*answer{}, pods: map[string]lease{}, marks: map[route]mark{},
+	}
+}
 
 // podID and epoch name this pod's lease; epoch changes when the lease was lost.
-func (o *owners) podID() string { return "" }
-func (o *owners) epoch() string { return "" }
+func (o *owners) podID() string { return o.pod }
 
-// holds says whether the lease of pod, read at most one renewal ago (read anew when unknown), has this epoch.
-func (o *owners) holds(ctx context.Context, pod, epoch string) (bool, error) { return false, nil }
+func (o *owners) epoch() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.epochNow
+}
 
-// onEpoch registers f to be called, with the old and new epoch, after this pod had to take a new epoch; before main starts.
-func (o *owners) onEpoch(f func(old, new string)) {}
+// onEpoch registers f to be called with the old and the new epoch when this pod had to take a new one; before start.
+func (o *owners) onEpoch(f func(old, new string)) { o.epochs = append(o.epochs, f) }
+
+// onConfirm registers f to be called when a suspended pod confirms what it holds; before start.
+func (o *owners) onConfirm(f func(context.Context) error) { o.confirms = append(o.confirms, f) }
+
+// onReturn registers f to be called when Redis answers again; before start.
+func (o *owners) onReturn(f func()) { o.returns = append(o.returns, f) }
 
 // attach makes c a target of r's events: into the local index first, then claim and log entry in Redis. It returns
 // when both were answered (events published from now on reach c), or with an error, c being detached again.
-func (o *owners) attach(ctx context.Context, c *conn, r route) error { return nil }
+func (o *owners) attach(ctx context.Context, c *conn, r route) error {
+	o.mu.Lock()
+	lr := o.routes[r]
+	if lr == nil {
+		lr = &localRoute{route: r}
+		o.routes[r] = lr
+	}
+	lr.conns = append(slices.Clip(slices.Clone(lr.conns)), c)
+	if lr.claimed == o.epochNow && lr.claimed != "" && o.available() {
+		o.mu.Unlock()
+		return nil
+	}
+	done := make(chan error, 1)
+	lr.waiters = append(lr.waiters, done)
+	o.queueLocked(lr)
+	o.mu.Unlock()
+	var err error
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	if err == nil && !o.available() {
+		err = errUnavailable
+	}
+	if err != nil {
+		o.detach(c, r)
+		return fmt.Errorf("claim %s: %w", r.key(), err)
+	}
+	return nil
+}
 
 // detach takes c out of the index and queues the release of r if c was its last socket here. It does not block.
-func (o *owners) detach(c *conn, r route) {}
+func (o *owners) detach(c *conn, r route) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	lr := o.routes[r]
+	if lr == nil {
+		return
+	}
+	if i := slices.Index(lr.conns, c); i >= 0 {
+		lr.conns = slices.Concat(lr.conns[:i], lr.conns[i+1:])
+	}
+	if len(lr.conns) == 0 {
+		o.queueLocked(lr)
+	}
+}
 
-// confirm returns at once while the lease was renewed less than its length ago. Else (the process was suspended)
-// it renews lease and, through onConfirm, the session locks before it returns; it gives up after 1 s without an answer.
-func (o *owners) confirm() {}
+// queueLocked puts lr at the end of the one queue through which all claims and releases of this pod go, so that
+// those of one route stay in order.
+func (o *owners) queueLocked(lr *localRoute) {
+	if !lr.queued {
+		lr.queued = true
+		o.dirty = append(o.dirty, lr)
+		poke(o.wakeClaim)
+	}
+}
+
+// poke wakes the goroutine that waits on c, a channel of capacity 1, now or at its next wait.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// local returns the sockets of this pod on r; the slice must not be changed.
+func (o *owners) local(r route) []*conn {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if lr := o.routes[r]; lr != nil {
+		return lr.conns
+	}
+	return nil
+}
+
+// claimLoop writes claims, releases and marks until ctx ends. It is the only writer of this pod's claims.
+func (o *owners) claimLoop(ctx context.Context) {
+	tick := time.NewTicker(time.Second) // marks: at most one per route and second
+	defer tick.Stop()
+	for {
+		flush := false
+		select {
+		case <-ctx.Done():
+			return
+		case <-o.wakeClaim:
+		case <-tick.C:
+			flush = true
+		}
+		for o.claimBatch(ctx) {
+		}
+		if flush {
+			o.flushMarks(ctx)
+		}
+	}
+}
+
+// claimBatch writes up to 200 queued routes in two round trips and says whether more are waiting.
+func (o *owners) claimBatch(ctx context.Context) (more bool) {
+	o.mu.Lock()
+	n := min(len(o.dirty), 200)
+	batch := slices.Clone(o.dirty[:n])
+	o.dirty = slices.Delete(o.dirty, 0, n)
+	epoch := o.epochNow
+	claim := make([]bool, n) // a release whose count is above zero at its turn becomes a claim, and the reverse
+	for i, lr := range batch {
+		lr.queued = false
+		claim[i] = len(lr.conns) > 0
+	}
+	o.mu.Unlock()
+	if n == 0 {
+		return false
+	}
+	var err error
+	if epoch == "" {
+		err = errUnavailable
+	} else {
+		ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+		err = o.writeClaims(ctx, batch, claim, member{o.pod, epoch})
+		cancel()
+	}
+	return o.claimed(batch, claim, epoch, err)
+}
+
+// writeClaims writes the sets first and the log entry only after they were answered: a reader that reads the
+// set again because of the entry finds the claim.
+func (o *owners) writeClaims(ctx context.Context, batch []*localRoute, claim []bool, self member) error {
+	p := o.pipe()
+	fields := make([]any, 0, 2*len(batch))
+	for i, lr := range batch {
+		key := lr.key()
+		if claim[i] {
+			p.SAdd(ctx, key, self.String())
+		} else {
+			p.SRem(ctx, key, self.String())
+		}
+		fields = append(fields, key, "")
+	}
+	if _, err := p.Exec(ctx); err != nil {
+		o.m.redisErrorsTotal.with("claim").Inc()
+		return fmt.Errorf("write %d claims: %w", len(batch), err)
+	}
+	if err := o.appendLog(ctx, fields); err != nil {
+		return err
+	}
+	return nil
+}
+
+func (o *owners) appendLog(ctx context.Context, fields []any) error {
+	err := o.rdb.XAdd(ctx, &redis.XAddArgs{Stream: logKey, MaxLen: logLength, Approx: true, Values: fields}).Err()
+	if err != nil {
+		o.m.redisErrorsTotal.with("log").Inc()
+		return fmt.Errorf("append to %s: %w", logKey, err)
+	}
+	return nil
+}
+
+// claimed records what writeClaims did and answers those who wait. Routes that changed meanwhile, or failed, are
+// queued again; failed ones wait for the next tick or for Redis to come back.
+func (o *owners) claimed(batch []*localRoute, claim []bool, epoch string, err error) (more bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i, lr := range batch {
+		for _, w := range lr.waiters {
+			if err != nil || claim[i] && epoch == o.epochNow {
+				w <- err
+			}
+		}
+		if err != nil || claim[i] && epoch == o.epochNow {
+			lr.waiters = nil
+		}
+		if err == nil {
+			lr.claimed = ""
+			if claim[i] {
+				lr.claimed = epoch
+			}
+		}
+		switch want := len(lr.conns) > 0; {
+		case !want && lr.claimed == "" && err == nil:
+			if !lr.queued {
+				delete(o.routes, lr.route)
+			}
+		case err != nil || want != (lr.claimed != "") || want && lr.claimed != o.epochNow:
+			if !lr.queued {
+				lr.queued = true
+				o.dirty = append(o.dirty, lr)
+			}
+		}
+	}
+	if err == nil && len(o.dirty) == 0 {
+		o.allClaimedLocked()
+	}
+	return err == nil && len(o.dirty) > 0
+}
+
+// allClaimedLocked sends the gap that a new epoch owes to every socket: until now, others may have looked up
+// routes of this pod and found nobody.
+func (o *owners) allClaimedLocked() {
+	if !o.regap {
+		return
+	}
+	o.regap = false
+	conns := o.allConnsLocked()
+	since := o.regapSince
+	go func() { // a gap takes each ring's lock; none is taken under o.mu
+		for _, c := range conns {
+			c.gap(since, "owner")
+		}
+	}()
+}
+
+func (o *owners) allConnsLocked() []*conn {
+	var conns []*conn
+	for _, lr := range o.routes {
+		if lr.kind != routeMessages { // a socket with a chat stands in its general route too
+			conns = append(conns, lr.conns...)
+		}
+	}
+	return conns
+}
+
+// claimAgainLocked queues every route: after a new epoch, and after Redis was away.
+func (o *owners) claimAgainLocked() {
+	for _, lr := range o.routes {
+		lr.claimed = ""
+		o.queueLocked(lr)
+	}
+}
+
+// lookup is who owns a route.
+type lookup struct {
+	conns  []*conn   // here
+	peers  []member  // elsewhere
+	known  bool      // peers is Redis' answer, as of this batch or from before Redis went away
+	nobody bool      // no owner at all, and that can be believed
+	since  time.Time // for how long other pods have been known not to own it
+}
+
+// find answers from memory: begin has brought the cache up to date for this batch.
+func (o *owners) find(r route, now time.Time) lookup {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	var l lookup
+	if lr := o.routes[r]; lr != nil {
+		l.conns = lr.conns
+	}
+	if a := o.cache[r]; a != nil {
+		l.known, l.peers, l.since = true, a.peers, a.nobodySince
+	}
+	l.nobody = l.known && len(l.conns) == 0 && len(l.peers) == 0 && !o.away.Load() && now.After(o.doubtUntil)
+	return l
+}
+
+// begin prepares the look-ups of one batch of events, all of which had arrived before it was called: it reads the
+// log's new entries, drops from the cache what they name, and asks Redis, in one pipeline, for the routes that are not
+// cached. While Redis is away it does nothing and the answers of before serve. One goroutine at a time calls it.
+func (o *owners) begin(ctx context.Context, routes []route) {
+	if o.away.Load() {
+		return
+	}
+	o.readMu.Lock()
+	defer o.readMu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	if err := o.readLog(ctx); err != nil {
+		o.goneAway(err)
+		return
+	}
+	if missing := o.missing(routes); len(missing) > 0 {
+		if err := o.fetch(ctx, missing); err != nil {
+			o.goneAway(err)
+		}
+	}
+}
+
+func (o *owners) missing(routes []route) []route {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	var missing []route
+	seen := map[route]bool{}
+	for _, r := range routes {
+		if o.cache[r] == nil && !seen[r] {
+			seen[r] = true
+			missing = append(missing, r)
+		}
+	}
+	o.m.ownerCacheMissesTotal.with().Add(len(missing))
+	o.m.ownerCacheHitsTotal.with().Add(len(routes) - len(missing))
+	return missing
+}
+
+// fetch reads the claims of routes, and the leases of pods it has not heard of, and stores the answers.
+// Dead members are removed on the way.
+func (o *owners) fetch(ctx context.Context, routes []route) error {
+	p := o.pipe()
+	sets := make([]*redis.StringSliceCmd, len(routes))
+	for i, r := range routes {
+		sets[i] = p.SMembers(ctx, r.key())
+	}
+	if _, err := p.Exec(ctx); err != nil {
+		o.m.redisErrorsTotal.with("lookup").Inc()
+		return fmt.Errorf("read claims of %d routes: %w", len(routes), err)
+	}
+	live, err := o.leasesOf(ctx, sets)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	p = o.pipe()
+	o.mu.Lock()
+	for i, r := range routes {
+		a := &answer{}
+		for _, s := range sets[i].Val() {
+			m, ok := parseMember(s)
+			switch {
+			case ok && m.pod == o.pod && m.epoch == o.epochNow: // the local index knows better
+			case ok && m.pod != o.pod && live[m.pod].epoch == m.epoch:
+				a.peers = append(a.peers, m)
+			default:
+				p.SRem(ctx, r.key(), s)
+			}
+		}
+		if len(a.peers) == 0 {
+			a.nobodySince = now
+		}
+		o.storeLocked(r, a)
+	}
+	o.mu.Unlock()
+	if p.Len() > 0 {
+		if _, err := p.Exec(ctx); err != nil {
+			slog.Debug("dead claims not removed", "err", err)
+		}
+	}
+	return nil
+}
+
+func (o *owners) storeLocked(r route, a *answer) {
+	if size := o.cfg.Load().PodOwnerCacheSize; len(o.cache) >= size {
+		for old := range o.cache { // any: the map's order is random
+			delete(o.cache, old)
+			if len(o.cache) < size-size/64 {
+				break
+			}
+		}
+	}
+	o.cache[r] = a
+}
+
+// leasesOf returns the live pods, having read anew the leases of members with an unknown pod or epoch.
+func (o *owners) leasesOf(ctx context.Context, sets []*redis.StringSliceCmd) (map[string]lease, error) {
+	o.mu.Lock()
+	live := make(map[string]lease, len(o.pods))
+	for id, l := range o.pods {
+		live[id] = l
+	}
+	o.mu.Unlock()
+	ask := map[string]*redis.StringCmd{}
+	p := o.pipe()
+	for _, set := range sets {
+		for _, s := range set.Val() {
+			m, ok := parseMember(s)
+			if ok && m.pod != o.pod && live[m.pod].epoch != m.epoch && ask[m.pod] == nil {
+				ask[m.pod] = p.Get(ctx, podKey(m.pod))
+			}
+		}
+	}
+	if len(ask) == 0 {
+		return live, nil
+	}
+	if _, err := p.Exec(ctx); err != nil && !errors.Is(err, redis.Nil) {
+		o.m.redisErrorsTotal.with("lookup").Inc()
+		return nil, fmt.Errorf("read %d leases: %w", len(ask), err)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for id, cmd := range ask {
+		if l, ok := parseLease(cmd.Val()); ok {
+			live[id] = l
+			o.pods[id] = l
+		} else {
+			delete(live, id)
+		}
+	}
+	return live, nil
+}
+
+// peer tells where a member listens; false when its lease has gone or changed.
+func (o *owners) peer(m member) (addr string, ok bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	l := o.pods[m.pod]
+	return l.addr, l.epoch == m.epoch
+}
+
+// livePods is the number of pods with a lease, at least 1.
+func (o *owners) livePods() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return max(1, len(o.pods))
+}
+
+// holds says whether the lease of pod has this epoch. It asks Redis, since a take-over hangs on it.
+func (o *owners) holds(ctx context.Context, pod, epoch string) (bool, error) {
+	s, err := o.rdb.Get(ctx, podKey(pod)).Result()
+	if errors.Is(err, redis.Nil) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read lease of pod %s: %w", pod, err)
+	}
+	l, ok := parseLease(s)
+	return ok && l.epoch == epoch, nil
+}
+
+// forget drops what is believed of r, after a peer said that it does not own it.
+func (o *owners) forget(r route) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	delete(o.cache, r)
+}
+
+// again queues the release of a route that a peer believes to be ours, though we have no socket on it.
+func (o *owners) again(r route) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	lr := o.routes[r]
+	if lr == nil {
+		lr = &localRoute{route: r}
+		o.routes[r] = lr
+	}
+	o.queueLocked(lr)
+}

@@ -1,0 +1,419 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// consumer keeps the connection to NATS and the one durable pull consumer that all pods share alive: it waits for the
+// stream, makes the consumer or compares it, and starts anew whenever the flow has ended or stalled.
+type consumer struct {
+	cfg    *settings
+	m      *Metrics
+	owners *owners
+	accept func(jetstream.Msg) // the router's; called by the library, one message at a time
+	anew   func()              // the stream was made anew: its sequences start again
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	closed chan struct{} // closed by the library when the connection is given up for good
+
+	alive    atomic.Int64  // last sign of life of the consumer, Unix ns
+	received atomic.Uint64 // messages since the start
+	stop     chan struct{} // closed by drain
+	stopped  chan struct{} // closed when run has returned
+
+	mu      sync.Mutex // guards state, created and floor
+	state   string     // "active", or why not
+	created time.Time  // of the stream that floor belongs to
+	floor   uint64     // highest ack floor known: all up to it was settled
+
+	seqMu sync.Mutex // guards seq and seqAt, and is held while the stream is asked
+	seq   uint64     // last sequence of the stream, as of seqAt
+	seqAt time.Time
+}
+
+const (
+	heartbeat  = time.Second
+	pullExpiry = 10 * time.Second
+	pollEvery  = 5 * time.Second
+	apiTimeout = 3 * time.Second
+	seqMaxAge  = 500 * time.Millisecond // ready promises a sequence at most 1 s old
+)
+
+// connectNATS starts to connect and returns at once; the library goes on trying in the background.
+func connectNATS(cfg *Config, closed chan struct{}) (*nats.Conn, error) {
+	opts := []nats.Option{
+		nats.Name("daisi-ws-service " + cfg.ServerPodID), nats.RetryOnFailedConnect(true),
+		nats.MaxReconnects(cfg.NATSMaxReconnects), nats.ReconnectWait(cfg.NATSReconnectWait),
+		nats.Timeout(cfg.NATSConnectTimeout), nats.PingInterval(cfg.NATSPingInterval),
+		// Nothing is buffered while disconnected: an ack sent after the reconnect may come later than ACK_WAIT
+		// and would be taken for the redelivery's.
+		nats.ReconnectBufSize(-1),
+		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			slog.Warn("NATS disconnected: sockets stay open", "err", err)
+		}),
+		nats.ReconnectHandler(func(nc *nats.Conn) { slog.Info("NATS connected", "server", nc.ConnectedServerName()) }),
+		nats.ConnectHandler(func(nc *nats.Conn) { slog.Info("NATS connected", "server", nc.ConnectedServerName()) }),
+		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) { slog.Debug("NATS connection attempt failed", "err", err) }),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { slog.Warn("NATS reports", "err", err) }),
+		nats.ClosedHandler(func(*nats.Conn) { close(closed) }),
+	}
+	if cfg.NATSCredsFile != "" {
+		opts = append(opts, nats.UserCredentials(cfg.NATSCredsFile))
+	}
+	if cfg.NATSTLSCAFile != "" || cfg.NATSTLSCertFile != "" {
+		t, err := clientTLS(cfg.NATSTLSCAFile, cfg.NATSTLSCertFile, cfg.NATSTLSKeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("TLS to NATS: %w", err)
+		}
+		opts = append(opts, nats.Secure(t))
+	}
+	nc, err := nats.Connect(cfg.NATSURL, opts...)
+	if err != nil {
+		return nil, fmt.Errorf("connect to NATS: %w", err)
+	}
+	return nc, nil
+}
+
+func newConsumer(cfg *settings, m *Metrics, o *owners) (*consumer, error) {
+	c := &consumer{cfg: cfg, m: m, owners: o, closed: make(chan struct{}), stop: make(chan struct{}),
+		stopped: make(chan struct{}), state: "starting"}
+	var err error
+	if c.nc, err = connectNATS(cfg.Load(), c.closed); err != nil {
+		return nil, err
+	}
+	if c.js, err = jetstream.New(c.nc, jetstream.WithDefaultTimeout(apiTimeout)); err != nil {
+		return nil, fmt.Errorf("JetStream: %w", err)
+	}
+	return c, nil
+}
+
+// run consumes until drain is called; it owns everything it starts.
+func (c *consumer) run(ctx context.Context) {
+	defer close(c.stopped)
+	for {
+		err := c.consume(ctx)
+		select {
+		case <-c.stop:
+			return
+		case <-ctx.Done():
+			return
+		default:
+		}
+		c.setState(err.Error())
+		select {
+		case <-c.stop:
+			return
+		case <-ctx.Done():
+			return
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
+}
+
+// setState notes why nothing is consumed, or "active", and says so once.
+func (c *consumer) setState(s string) {
+	c.mu.Lock()
+	changed := c.state != s
+	c.state = s
+	c.mu.Unlock()
+	switch {
+	case !changed:
+	case s == "active":
+		slog.Info("consumer active", "consumer", c.cfg.Load().NATSConsumerName)
+	default:
+		slog.Warn("consumer waits", "consumer", c.cfg.Load().NATSConsumerName, "err", s)
+	}
+}
+
+// status is what /ready says of the connection and the consumer.
+func (c *consumer) status() (nats, consumer string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	nats = "disconnected"
+	if c.nc.IsConnected() {
+		nats = "connected"
+	}
+	return nats, c.state
+}
+
+// consume runs one life of the flow, from finding the stream to the flow's end, and says why it ended.
+func (c *consumer) consume(ctx context.Context) error {
+	if !c.nc.IsConnected() {
+		return errors.New("NATS is not connected")
+	}
+	stream, err := c.ensureStream(ctx)
+	if err != nil {
+		return err
+	}
+	cons, err := c.ensureConsumer(ctx, stream)
+	if err != nil {
+		return err
+	}
+	cfg := c.cfg.Load()
+	missed := make(chan error, 1)
+	flow, err := cons.Consume(c.take,
+		jetstream.PullMaxMessagesWithBytesLimit(cfg.NATSPrefetch, int(cfg.NATSPrefetchBytes)),
+		jetstream.PullExpiry(pullExpiry), jetstream.PullHeartbeat(heartbeat),
+		jetstream.ConsumeErrHandler(func(_ jetstream.ConsumeContext, err error) {
+			select {
+			case missed <- err:
+			default:
+			}
+		}))
+	if err != nil {
+		return fmt.Errorf("consume %s: %w", cfg.NATSConsumerName, err)
+	}
+	c.seen()
+	c.setState("active")
+	return c.watch(ctx, flow, cons, missed)
+}
+
+func (c *consumer) seen() { c.alive.Store(time.Now().UnixNano()) }
+
+func (c *consumer) take(msg jetstream.Msg) {
+	c.seen()
+	c.received.Add(1)
+	c.accept(msg)
+}
+
+// watch polls the consumer while it flows: an ended or stalled flow shows nothing by itself when the stream is idle.
+// However it returns, the flow has been drained: Stop would leave its prefetch unacked until ACK_WAIT.
+func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, cons jetstream.Consumer, missed <-chan error) (err error) {
+	ended := flow.Closed()
+	defer func() {
+		flow.Drain()
+		<-ended
+	}()
+	poll := time.NewTicker(pollEvery)
+	defer poll.Stop()
+	stalled := uint64(0) // received at the last poll that looked like a stall
+	if err := c.poll(ctx, cons, &stalled); err != nil {
+		return err
+	}
+	for {
+		select {
+		case <-c.stop:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-ended:
+			return fmt.Errorf("flow of %s ended", c.cfg.Load().NATSConsumerName)
+		case err := <-missed:
+			if errors.Is(err, jetstream.ErrConsumerDeleted) || errors.Is(err, jetstream.ErrConsumerNotFound) {
+				return fmt.Errorf("flow of %s: %w", c.cfg.Load().NATSConsumerName, err)
+			}
+			c.setState(err.Error())
+			if err := c.poll(ctx, cons, &stalled); err != nil {
+				return err
+			}
+		case <-poll.C:
+			if err := c.poll(ctx, cons, &stalled); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// poll asks the server about the consumer, notes its ack floor, and returns an error when the flow must start anew: the
+// consumer is gone, or it has work waiting and no pull for it at two polls in a row (seen with the library at v1.55:
+// until twice the heartbeat).
+func (c *consumer) poll(ctx context.Context, cons jetstream.Consumer, stalled *uint64) error {
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	info, err := cons.Info(ctx)
+	if errors.Is(err, jetstream.ErrConsumerNotFound) || errors.Is(err, jetstream.ErrStreamNotFound) {
+		return fmt.Errorf("consumer %s: %w", c.cfg.Load().NATSConsumerName, err)
+	}
+	if err != nil {
+		c.setState(fmt.Sprintf("no answer about the consumer: %v", err))
+		return nil
+	}
+	c.seen()
+	c.setState("active")
+	c.m.ackPending.with().Set(float64(info.NumAckPending))
+	c.m.consumerLag.with().Set(float64(info.NumPending))
+	c.raiseFloor(ctx, info.AckFloor.Stream)
+	got := c.received.Load()
+	if info.NumPending > 0 && info.NumWaiting == 0 && info.NumAckPending < info.Config.MaxAckPending {
+		if *stalled == got+1 {
+			return errors.New("events wait in the stream and nothing asks for them: starting anew")
+		}
+		*stalled = got + 1
+	} else {
+		*stalled = 0
+	}
+	return nil
+}
+
+func (c *consumer) raiseFloor(ctx context.Context, floor uint64) {
+	cfg := c.cfg.Load()
+	c.mu.Lock()
+	c.floor = max(c.floor, floor)
+	created, floor := c.created, c.floor
+	c.mu.Unlock()
+	if err := c.owners.noteFloor(ctx, cfg.NATSStreamName, cfg.NATSConsumerName, created, floor); err != nil {
+		slog.Debug("ack floor not noted", "seq", floor, "err", err)
+	}
+}
+
+// ensureStream finds the stream, or creates it when told to. Its publisher owns it otherwise.
+func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
+	cfg := c.cfg.Load()
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	s, err := c.js.Stream(ctx, cfg.NATSStreamName)
+	if errors.Is(err, jetstream.ErrStreamNotFound) && cfg.NATSCreateStream {
+		s, err = c.js.CreateStream(ctx, jetstream.StreamConfig{
+			Name: cfg.NATSStreamName, Subjects: []string{cfg.NATSSubjectPrefix + ".>"}, MaxAge: cfg.NATSStreamMaxAge,
+			Replicas: cfg.NATSStreamReplicas, Storage: jetstream.FileStorage, AllowDirect: true,
+		})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("stream %s: %w", cfg.NATSStreamName, err)
+	}
+	info := s.CachedInfo()
+	if info.Config.Retention != jetstream.LimitsPolicy {
+		slog.Warn("the stream has no limits retention: acked events are gone, clients cannot resume", "stream", cfg.NATSStreamName)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.created.Equal(info.Created) {
+		if !c.created.IsZero() {
+			slog.Warn("the stream was made anew: it is read from its beginning", "stream", cfg.NATSStreamName)
+			c.anew()
+			c.created = time.Time{}
+		}
+		c.floor = 0 // of another stream; what Redis noted is compared in startOf
+	}
+	return s, nil
+}
+
+// ensureConsumer makes the durable consumer where there is none, and else compares it with what the service needs.
+func (c *consumer) ensureConsumer(ctx context.Context, s jetstream.Stream) (jetstream.Consumer, error) {
+	cfg := c.cfg.Load()
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	want := jetstream.ConsumerConfig{
+		Durable: cfg.NATSConsumerName, FilterSubject: cfg.NATSSubjectPrefix + ".>", AckPolicy: jetstream.AckExplicitPolicy,
+		AckWait: cfg.NATSAckWait, MaxAckPending: cfg.NATSMaxAckPending, MaxDeliver: -1,
+	}
+	cons, err := s.Consumer(ctx, cfg.NATSConsumerName)
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		if err := c.startOf(ctx, s.CachedInfo(), &want); err != nil {
+			return nil, err
+		}
+		cons, err = s.CreateConsumer(ctx, want)
+		if errors.Is(err, jetstream.ErrConsumerExists) { // another pod was faster
+			cons, err = s.Consumer(ctx, cfg.NATSConsumerName)
+		} else if err == nil {
+			slog.Info("consumer made", "consumer", want.Durable, "deliver_policy", want.DeliverPolicy.String(), "seq", want.OptStartSeq)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("consumer %s of stream %s: %w", cfg.NATSConsumerName, cfg.NATSStreamName, err)
+	}
+	c.mu.Lock()
+	c.created = s.CachedInfo().Created
+	c.mu.Unlock()
+	return c.reconcile(ctx, s, cons, want)
+}
+
+// startOf decides where a consumer that does not exist starts: behind the highest ack floor noted for this stream, so
+// that nothing published while it was away is lost; at the beginning of a stream made anew; else by DELIVER_POLICY.
+func (c *consumer) startOf(ctx context.Context, info *jetstream.StreamInfo, want *jetstream.ConsumerConfig) error {
+	cfg := c.cfg.Load()
+	created, floor, found, err := c.owners.floor(ctx, cfg.NATSStreamName, cfg.NATSConsumerName)
+	c.mu.Lock()
+	if !c.created.IsZero() && (!found || c.created.Equal(created)) {
+		created, floor, found = c.created, max(c.floor, floor), true
+	}
+	c.mu.Unlock()
+	switch {
+	case !found && err != nil:
+		return fmt.Errorf("where consumer %s would start is not known: %w", cfg.NATSConsumerName, err)
+	case found && created.Equal(info.Created):
+		want.DeliverPolicy, want.OptStartSeq = jetstream.DeliverByStartSequencePolicy, floor+1
+	case found || cfg.NATSDeliverPolicy == "all":
+		want.DeliverPolicy = jetstream.DeliverAllPolicy
+	default:
+		want.DeliverPolicy = jetstream.DeliverNewPolicy
+	}
+	return nil
+}
+
+// reconcile compares a durable with what is needed. What JetStream lets one change is changed; a conflict in what it
+// does not is named field by field, and nothing is consumed until someone deletes that consumer or changes the settings.
+func (c *consumer) reconcile(ctx context.Context, s jetstream.Stream, cons jetstream.Consumer, want jetstream.ConsumerConfig) (jetstream.Consumer, error) {
+	have := cons.CachedInfo().Config
+	var bad []string
+	differ := func(field string, have, want any) {
+		bad = append(bad, fmt.Sprintf("%s is %v, want %v", field, have, want))
+	}
+	if have.AckPolicy != want.AckPolicy {
+		differ("ack_policy", have.AckPolicy, want.AckPolicy)
+	}
+	switch have.DeliverPolicy {
+	case jetstream.DeliverNewPolicy, jetstream.DeliverAllPolicy, jetstream.DeliverByStartSequencePolicy:
+	default:
+		differ("deliver_policy", have.DeliverPolicy, "new, all or by_start_sequence")
+	}
+	if have.ReplayPolicy != jetstream.ReplayInstantPolicy {
+		differ("replay_policy", have.ReplayPolicy, jetstream.ReplayInstantPolicy)
+	}
+	if bad != nil {
+		return nil, fmt.Errorf("consumer %s does not fit: %s; delete it or set NATS_CONSUMER_NAME", want.Durable, strings.Join(bad, "; "))
+	}
+	if have.FilterSubject == want.FilterSubject && len(have.FilterSubjects) == 0 && have.AckWait == want.AckWait &&
+		have.MaxAckPending == want.MaxAckPending && have.MaxDeliver == want.MaxDeliver && len(have.BackOff) == 0 && !have.HeadersOnly {
+		return cons, nil
+	}
+	slog.Warn("consumer changed to these settings", "consumer", want.Durable, "ack_wait", want.AckWait, "max_ack_pending", want.MaxAckPending)
+	changed := have
+	changed.FilterSubject, changed.FilterSubjects, changed.AckWait, changed.MaxAckPending = want.FilterSubject, nil, want.AckWait, want.MaxAckPending
+	changed.MaxDeliver, changed.BackOff, changed.HeadersOnly = want.MaxDeliver, nil, false
+	cons, err := s.UpdateConsumer(ctx, changed)
+	if err != nil {
+		return nil, fmt.Errorf("change consumer %s: %w", want.Durable, err)
+	}
+	return cons, nil
+}
+
+// streamSeq returns a sequence not above the stream's last one and at most 1 s old. The stream's leader is asked, once
+// for all who ask within half a second.
+func (c *consumer) streamSeq(ctx context.Context) (uint64, error) {
+	c.seqMu.Lock()
+	defer c.seqMu.Unlock()
+	if time.Since(c.seqAt) < seqMaxAge {
+		return c.seq, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	asked := time.Now()
+	s, err := c.js.Stream(ctx, c.cfg.Load().NATSStreamName)
+	if err != nil {
+		return c.seq, fmt.Errorf("last sequence of stream %s: %w", c.cfg.Load().NATSStreamName, err)
+	}
+	c.seq, c.seqAt = s.CachedInfo().State.LastSeq, asked
+	return c.seq, nil
+}
+
+// drain stops pulling and returns when the last message pulled has been accepted, or ctx ends.
+func (c *consumer) drain(ctx context.Context) error {
+	close(c.stop)
+	select {
+	case <-c.stopped:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("drain consumer %s: %w", c.cfg.Load().NATSConsumerName, ctx.Err())
+	}
+}

@@ -1,0 +1,643 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// newRedis makes the client that all rooms share. It connects when first used.
+func newRedis(cfg *Config) (redis.UniversalClient, error) {
+	opt := &redis.UniversalOptions{
+		Addrs: strings.Split(cfg.RedisAddress, ","), IsClusterMode: cfg.RedisMode == "cluster",
+		Username: cfg.RedisUsername, Password: cfg.RedisPassword, DB: cfg.RedisDB,
+		DialTimeout: 2 * time.Second, ReadTimeout: 2 * time.Second, WriteTimeout: 2 * time.Second,
+		ContextTimeoutEnabled: true, // a batch of events waits for a read at most as long as its context
+		MaxRetries:            1,
+		DisableIdentity:       true, // an ACL user needs no right to CLIENT SETINFO
+	}
+	if cfg.RedisMode == "sentinel" {
+		opt.MasterName, opt.SentinelPassword = cfg.RedisSentinelMaster, cfg.RedisSentinelPassword
+	}
+	if cfg.RedisTLS {
+		t, err := clientTLS(cfg.RedisTLSCAFile, cfg.RedisTLSCertFile, cfg.RedisTLSKeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("TLS to Redis: %w", err)
+		}
+		opt.TLSConfig = t
+	}
+	return redis.NewUniversalClient(opt), nil
+}
+
+// clientTLS reads what a TLS client needs; each file may be absent.
+func clientTLS(ca, cert, key string) (*tls.Config, error) {
+	t := &tls.Config{MinVersion: tls.VersionTLS12}
+	if ca != "" {
+		pem, err := os.ReadFile(ca)
+		if err != nil {
+			return nil, fmt.Errorf("read CA: %w", err)
+		}
+		t.RootCAs = x509.NewCertPool()
+		if !t.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("%s holds no PEM certificate", ca)
+		}
+	}
+	if cert != "" {
+		pair, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			return nil, fmt.Errorf("read client certificate: %w", err)
+		}
+		t.Certificates = []tls.Certificate{pair}
+	}
+	return t, nil
+}
+
+// lease is what a pod holds in Redis: the claims that name its epoch live as long as it does.
+type lease struct{ epoch, addr string }
+
+func (l lease) String() string { return l.epoch + " " + l.addr }
+
+func parseLease(s string) (lease, bool) {
+	epoch, addr, ok := strings.Cut(s, " ")
+	return lease{epoch, addr}, ok
+}
+
+func podKey(id string) string { return "pod:" + id }
+
+const podsKey = "pods"
+
+// takeLease sets the lease where there is none, or where it is the caller's own of before (ARGV: new, own, ms).
+var takeLease = redis.NewScript(`
+local cur = redis.call('GET', KEYS[1])
+if cur and cur ~= ARGV[2] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
+return 1`)
+
+// renewLease extends the lease only if it still holds the caller's epoch (ARGV: own, ms).
+const renewLease = `
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])`
+
+var dropLease = redis.NewScript(`
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])`)
+
+// errDuplicatePod means that another process lives under this pod's id.
+var errDuplicatePod = errors.New("another process serves under this pod id")
+
+// start takes the lease, waiting for Redis and for a predecessor's lease to run out, and saying so. It returns
+// errDuplicatePod when the address in the lease answers with the lease's own id and epoch, or ctx's error.
+func (o *owners) start(ctx context.Context) error {
+	said := ""
+	for {
+		err := o.tryStart(ctx)
+		if err == nil || errors.Is(err, errDuplicatePod) || ctx.Err() != nil {
+			return err
+		}
+		if err.Error() != said {
+			said = err.Error()
+			slog.Warn("waiting for Redis and the pod's lease", "pod", o.pod, "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(300 * time.Millisecond):
+		}
+	}
+}
+
+func (o *owners) tryStart(ctx context.Context) error {
+	get, cancel := context.WithTimeout(ctx, leaseTimeout)
+	defer cancel()
+	cur, err := o.rdb.Get(get, podKey(o.pod)).Result()
+	if err != nil && !errors.Is(err, redis.Nil) {
+		return fmt.Errorf("read lease of pod %s: %w", o.pod, err)
+	}
+	if l, ok := parseLease(cur); ok {
+		ask, cancel := context.WithTimeout(ctx, leaseTimeout)
+		defer cancel()
+		pod, epoch, err := o.identify(ask, l.addr)
+		if err == nil && pod == o.pod && epoch == l.epoch {
+			return fmt.Errorf("%w: pod %s epoch %s answers at %s; set SERVER_POD_ID", errDuplicatePod, pod, epoch, l.addr)
+		}
+		return fmt.Errorf("pod id %s is still leased to %s, which does not answer for it: waiting until that lease ends", o.pod, l.addr)
+	}
+	return o.renew(ctx)
+}
+
+// leaseLoop renews the lease every third of its length, and sooner when Redis is away, until ctx ends.
+func (o *owners) leaseLoop(ctx context.Context) {
+	for {
+		pause := o.cfg.Load().PodLease / 3
+		if o.away.Load() {
+			pause = min(pause, 300*time.Millisecond)
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-o.wakeLease:
+		case <-t.C:
+		}
+		t.Stop()
+		if err := o.renew(ctx); err != nil && ctx.Err() == nil {
+			slog.Debug("lease not renewed", "pod", o.pod, "err", err)
+		}
+	}
+}
+
+// renew extends the lease, or takes a new epoch where the lease was lost or Redis may have lost writes; then it reads
+// the other pods' leases and the owner log. On failure Redis counts as away until a later renewal succeeds.
+func (o *owners) renew(ctx context.Context) error {
+	o.leaseMu.Lock()
+	defer o.leaseMu.Unlock()
+	err := o.renewLocked(ctx)
+	if err != nil {
+		o.goneAway(err)
+		return err
+	}
+	if o.away.Load() {
+		o.cameBack()
+	}
+	return nil
+}
+
+func (o *owners) renewLocked(ctx context.Context) error {
+	seq, sent := o.noteSeq(), time.Now()
+	suspended := o.suspended()
+	ctx, cancel := context.WithTimeout(ctx, leaseTimeout)
+	defer cancel()
+	o.mu.Lock()
+	own := lease{o.epochNow, o.address}
+	o.mu.Unlock()
+	p := o.pipe()
+	held := p.Eval(ctx, renewLease, []string{podKey(o.pod)}, own.String(), o.leaseMS())
+	p.SAdd(ctx, podsKey, o.pod)
+	names := p.SMembers(ctx, podsKey)
+	if _, err := p.Exec(ctx); err != nil {
+		o.m.redisErrorsTotal.with("lease").Inc()
+		return fmt.Errorf("renew lease of pod %s: %w", o.pod, err)
+	}
+	lost := o.instancesChanged(ctx)
+	if n, _ := held.Int(); n != 1 || lost {
+		if err := o.newEpoch(ctx, own, lost); err != nil {
+			return err
+		}
+	}
+	if suspended { // others take over after the lease, so the locks are confirmed before anything is written
+		for _, f := range o.confirms {
+			if err := f(ctx); err != nil {
+				return fmt.Errorf("confirm sessions of pod %s: %w", o.pod, err)
+			}
+		}
+	}
+	o.heldAt.Store(int64(sent.Sub(o.base)))
+	o.mu.Lock()
+	o.seqHeld = max(o.seqHeld, seq)
+	o.mu.Unlock()
+	if err := o.readPods(ctx, names.Val()); err != nil {
+		return err
+	}
+	o.readMu.Lock()
+	defer o.readMu.Unlock()
+	read, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	return o.readLog(read)
+}
+
+func (o *owners) leaseMS() int64 { return o.cfg.Load().PodLease.Milliseconds() }
+
+// instancesChanged says whether a master's run or replication id is new since the last renewal: after a restart or a
+// fail-over Redis may have lost writes. A server that refuses INFO is taken at its word.
+func (o *owners) instancesChanged(ctx context.Context) bool {
+	var mu sync.Mutex
+	ids := map[string]bool{}
+	ask := func(ctx context.Context, c *redis.Client) error {
+		p := c.Pipeline()
+		server, repl := p.Info(ctx, "server"), p.Info(ctx, "replication")
+		p.Exec(ctx)
+		mu.Lock()
+		defer mu.Unlock()
+		for line := range strings.Lines(server.Val() + "\n" + repl.Val()) {
+			if strings.HasPrefix(line, "run_id:") || strings.HasPrefix(line, "master_replid:") {
+				ids[strings.TrimSpace(line)] = true
+			}
+		}
+		return nil
+	}
+	switch c := o.rdb.(type) {
+	case *redis.ClusterClient:
+		if err := c.ForEachMaster(ctx, ask); err != nil {
+			return false
+		}
+	case *redis.Client:
+		ask(ctx, c)
+	}
+	if len(ids) == 0 {
+		return false
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	old := o.instances
+	o.instances = ids
+	for id := range ids {
+		if old != nil && !old[id] {
+			slog.Warn("Redis was restarted or failed over", "pod", o.pod)
+			return true
+		}
+	}
+	return false
+}
+
+// newEpoch takes a lease with a new epoch: readers may be removing the members of the old one at this moment. Locks move
+// to it by compare-and-set, every route is claimed again, and then every socket gets a gap.
+func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error {
+	next := lease{randomID(6), o.address}
+	n, err := takeLease.Run(ctx, o.rdb, []string{podKey(o.pod)}, next.String(), own.String(), o.leaseMS()).Int()
+	if err != nil {
+		o.m.redisErrorsTotal.with("lease").Inc()
+		return fmt.Errorf("take lease of pod %s: %w", o.pod, err)
+	}
+	if n != 1 {
+		return fmt.Errorf("take lease of pod %s: held by another process", o.pod)
+	}
+	o.mu.Lock()
+	o.epochNow = next.epoch
+	if own.epoch != "" {
+		if !o.regap || o.seqHeld < o.regapSince {
+			o.regapSince = o.seqHeld
+		}
+		o.regap = true
+	}
+	if lostWrites {
+		o.doubtUntil = time.Now().Add(o.cfg.Load().SessionRefreshInterval)
+		clear(o.cache)
+	}
+	o.claimAgainLocked()
+	o.mu.Unlock()
+	poke(o.wakeClaim)
+	slog.Info("lease taken", "pod", o.pod, "epoch", next.epoch, "before", own.epoch, "address", o.address)
+	for _, f := range o.epochs {
+		f(own.epoch, next.epoch)
+	}
+	return nil
+}
+
+// readPods reads the leases of all pods named in the set: those that hold are the live pods. Answers that name a pod
+// whose lease has gone or changed are dropped, since an expiry writes no log entry.
+func (o *owners) readPods(ctx context.Context, names []string) error {
+	p := o.pipe()
+	cmds := make([]*redis.StringCmd, len(names))
+	for i, id := range names {
+		cmds[i] = p.Get(ctx, podKey(id))
+	}
+	if _, err := p.Exec(ctx); err != nil && !errors.Is(err, redis.Nil) {
+		o.m.redisErrorsTotal.with("lease").Inc()
+		return fmt.Errorf("read %d leases: %w", len(names), err)
+	}
+	live := make(map[string]lease, len(names))
+	for i, id := range names {
+		if l, ok := parseLease(cmds[i].Val()); ok {
+			live[id] = l
+		} else if err := o.rdb.SRem(ctx, podsKey, id).Err(); err != nil {
+			slog.Debug("dead pod not removed", "pod", id, "err", err)
+		}
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	changed := !maps.Equal(live, o.pods)
+	o.pods = live
+	if changed {
+		for r, a := range o.cache {
+			for _, m := range a.peers {
+				if live[m.pod].epoch != m.epoch {
+					delete(o.cache, r)
+					break
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// readLog reads the log's entries since the last read and does what they say. o.readMu must be held. The last entry
+// seen is read again: if it does not come back as it was, the log was trimmed past it or lost, and all that was
+// believed goes.
+func (o *owners) readLog(ctx context.Context) error {
+	seq := o.noteSeq()
+	if o.place.ID == "" {
+		if err := o.takePlace(ctx); err != nil {
+			return err
+		}
+	}
+	for {
+		page, err := o.rdb.XRangeN(ctx, logKey, o.place.ID, "+", logPage).Result()
+		if err != nil {
+			o.m.redisErrorsTotal.with("log").Inc()
+			return fmt.Errorf("read %s from %s: %w", logKey, o.place.ID, err)
+		}
+		if len(page) == 0 || page[0].ID != o.place.ID || !maps.Equal(page[0].Values, o.place.Values) {
+			return o.losePlace(ctx)
+		}
+		o.apply(page[1:])
+		o.place = page[len(page)-1]
+		if len(page) < logPage {
+			break
+		}
+	}
+	o.mu.Lock()
+	o.seqRead = max(o.seqRead, seq)
+	o.mu.Unlock()
+	return nil
+}
+
+// takePlace appends an entry of this pod, so that there is one to read from.
+func (o *owners) takePlace(ctx context.Context) error {
+	id, err := o.rdb.XAdd(ctx, &redis.XAddArgs{Stream: logKey, MaxLen: logLength, Approx: true, Values: []any{podKey(o.pod), "reads"}}).Result()
+	if err != nil {
+		o.m.redisErrorsTotal.with("log").Inc()
+		return fmt.Errorf("append to %s: %w", logKey, err)
+	}
+	o.mu.Lock()
+	clear(o.cache)
+	o.mu.Unlock()
+	o.place = redis.XMessage{ID: id, Values: map[string]any{podKey(o.pod): "reads"}}
+	return nil
+}
+
+// losePlace starts anew after entries were missed: nothing that was believed holds, sockets here may have been
+// overlooked by others (gap), and the next renewal takes a new epoch, since Redis may have lost this pod's claims too.
+func (o *owners) losePlace(ctx context.Context) error {
+	slog.Warn("place in the owner log lost: every socket gets a gap", "pod", o.pod, "place", o.place.ID)
+	o.place = redis.XMessage{}
+	if err := o.takePlace(ctx); err != nil {
+		return err
+	}
+	o.mu.Lock()
+	o.instances = map[string]bool{} // whatever Redis says its ids are next time, they are new
+	o.doubtUntil = time.Now().Add(o.cfg.Load().SessionRefreshInterval)
+	since := o.seqRead
+	conns := o.allConnsLocked()
+	if o.awaySeq != 0 {
+		o.markAllLocked(mark{o.awaySeq - 1, "owner"})
+		o.awaySeq = 0
+	}
+	o.mu.Unlock()
+	poke(o.wakeLease)
+	for _, c := range conns {
+		c.gap(since, "owner")
+	}
+	return nil
+}
+
+// apply drops from the cache what log entries name, and announces the gaps that they carry.
+func (o *owners) apply(entries []redis.XMessage) {
+	type notice struct {
+		conns []*conn
+		mark
+	}
+	var notices []notice
+	o.mu.Lock()
+	for _, e := range entries {
+		for key, v := range e.Values {
+			value, _ := v.(string)
+			m, isMark := parseMark(value)
+			r, isRoute := parseRoute(key)
+			switch {
+			case isMark && key == "*":
+				notices = append(notices, notice{o.allConnsLocked(), m})
+			case isMark && isRoute:
+				if lr := o.routes[r]; lr != nil {
+					notices = append(notices, notice{lr.conns, m})
+				}
+			case isRoute:
+				delete(o.cache, r)
+				if o.awaySeq != 0 { // events were acked without knowing of this change
+					o.markLocked(r, mark{o.awaySeq - 1, "owner"})
+				}
+			}
+		}
+	}
+	o.awaySeq = 0
+	o.mu.Unlock()
+	for _, n := range notices {
+		for _, c := range n.conns {
+			c.gap(n.since, n.reason)
+		}
+	}
+}
+
+func (m mark) String() string { return "gap " + strconv.FormatUint(m.since, 10) + " " + m.reason }
+
+func parseMark(s string) (mark, bool) {
+	f := strings.Fields(s)
+	if len(f) != 3 || f[0] != "gap" {
+		return mark{}, false
+	}
+	since, err := strconv.ParseUint(f[1], 10, 64)
+	return mark{since, f[2]}, err == nil
+}
+
+// mark has the owners of r told, through the log, that events after since may be missing.
+func (o *owners) mark(r route, since uint64, reason string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.markLocked(r, mark{since, reason})
+}
+
+func (o *owners) markLocked(r route, m mark) {
+	old, ok := o.marks[r]
+	switch {
+	case ok && old.since <= m.since:
+	case !ok && len(o.marks) >= o.cfg.Load().PodOwnerCacheSize:
+		o.markAllLocked(m)
+	default:
+		o.marks[r] = m
+	}
+}
+
+func (o *owners) markAllLocked(m mark) {
+	if o.markAll == nil || m.since < o.markAll.since {
+		o.markAll = &m
+	}
+}
+
+// flushMarks writes the marks noted since the last call; what cannot be written is kept.
+func (o *owners) flushMarks(ctx context.Context) {
+	o.mu.Lock()
+	marks, all := o.marks, o.markAll
+	if len(marks) == 0 && all == nil || o.away.Load() {
+		o.mu.Unlock()
+		return
+	}
+	o.marks, o.markAll = map[route]mark{}, nil
+	o.mu.Unlock()
+	fields := make([]any, 0, 2*len(marks)+2)
+	for r, m := range marks {
+		fields = append(fields, r.key(), m.String())
+	}
+	if all != nil {
+		fields = append(fields, "*", all.String())
+	}
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	if err := o.appendLog(ctx, fields); err != nil {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		for r, m := range marks {
+			o.markLocked(r, m)
+		}
+		if all != nil {
+			o.markAllLocked(*all)
+		}
+	}
+}
+
+// goneAway notes that Redis does not answer: events go on to the owners last known, no new sockets are taken.
+func (o *owners) goneAway(err error) {
+	if o.away.CompareAndSwap(false, true) {
+		slog.Warn("Redis is away: events go on to the owners last known, no new sockets", "pod", o.pod, "err", err)
+		poke(o.wakeLease)
+	}
+}
+
+// cameBack claims everything again, whatever Redis may have kept.
+func (o *owners) cameBack() {
+	o.mu.Lock()
+	o.doubtUntil = time.Now().Add(o.cfg.Load().SessionRefreshInterval)
+	o.claimAgainLocked()
+	o.mu.Unlock()
+	o.away.Store(false)
+	slog.Info("Redis is back: everything is claimed again", "pod", o.pod)
+	for _, f := range o.returns {
+		f()
+	}
+}
+
+// noteAcked remembers the first sequence that was acked while what is known of owners may be old.
+func (o *owners) noteAcked(seq uint64) {
+	if !o.away.Load() {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.awaySeq == 0 || seq < o.awaySeq {
+		o.awaySeq = seq
+	}
+}
+
+// available says whether Redis answers and the lease is known to hold: else no new sockets (503).
+func (o *owners) available() bool { return !o.away.Load() && o.fresh() }
+
+// fresh says whether the last successful renewal was sent less than a lease ago, by this process' monotonic clock.
+func (o *owners) fresh() bool {
+	at := o.heldAt.Load()
+	return at != 0 && time.Since(o.base)-time.Duration(at) < o.cfg.Load().PodLease
+}
+
+// suspended says whether the lease ran out without Redis having been away: this process stood still.
+func (o *owners) suspended() bool {
+	return o.heldAt.Load() != 0 && !o.fresh() && !o.away.Load()
+}
+
+// confirm returns at once while the lease was renewed less than its length ago. Else the process was suspended and
+// others may have taken over: lease and session locks are confirmed before it returns, unless Redis does not answer
+// within 1 s, or was away before. Every writer calls it before it writes to sockets.
+func (o *owners) confirm() {
+	if !o.suspended() {
+		return
+	}
+	o.confirmMu.Lock()
+	defer o.confirmMu.Unlock()
+	if !o.suspended() {
+		return
+	}
+	err := o.renew(context.Background())
+	slog.Warn("pod was suspended: lease and sessions confirmed before the next write", "pod", o.pod, "err", err)
+}
+
+// close gives up the lease, at the end of a drain.
+func (o *owners) close(ctx context.Context) error {
+	own := lease{o.epoch(), o.address}
+	if own.epoch == "" {
+		return nil
+	}
+	if err := dropLease.Run(ctx, o.rdb, []string{podKey(o.pod)}, own.String()).Err(); err != nil {
+		return fmt.Errorf("give up lease of pod %s: %w", o.pod, err)
+	}
+	o.rdb.SRem(ctx, podsKey, o.pod)
+	return nil
+}
+
+// releaseAll waits until every release queued so far was written, or ctx ends.
+func (o *owners) releaseAll(ctx context.Context) error {
+	for {
+		o.mu.Lock()
+		left := len(o.dirty)
+		o.mu.Unlock()
+		if left == 0 {
+			return nil
+		}
+		poke(o.wakeClaim)
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("release %d routes: %w", left, ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// floorKey holds the consumer's ack floor, for making it again after someone deleted it.
+func floorKey(stream, consumer string) string { return "ack_floor:" + stream + ":" + consumer }
+
+// raiseFloor keeps the highest floor of one stream (ARGV: creation of the stream, floor).
+var raiseFloor = redis.NewScript(`
+local cur = redis.call('GET', KEYS[1])
+if cur then
+  local created, floor = cur:match('^(%S+) (%d+)$')
+  if created == ARGV[1] and tonumber(floor) >= tonumber(ARGV[2]) then return 0 end
+end
+redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. ARGV[2])
+return 1`)
+
+// noteFloor notes in Redis up to where every event of the stream has been settled.
+func (o *owners) noteFloor(ctx context.Context, stream, consumer string, created time.Time, floor uint64) error {
+	return raiseFloor.Run(ctx, o.rdb, []string{floorKey(stream, consumer)}, strconv.FormatInt(created.UnixNano(), 10), floor).Err()
+}
+
+// floor reads what noteFloor noted; found is false where nothing was.
+func (o *owners) floor(ctx context.Context, stream, consumer string) (created time.Time, floor uint64, found bool, err error) {
+	s, err := o.rdb.Get(ctx, floorKey(stream, consumer)).Result()
+	if errors.Is(err, redis.Nil) {
+		return time.Time{}, 0, false, nil
+	}
+	var ns int64
+	if err == nil {
+		_, err = fmt.Sscanf(s, "%d %d", &ns, &floor)
+	}
+	if err != nil {
+		return time.Time{}, 0, false, fmt.Errorf("read ack floor of %s: %w", consumer, err)
+	}
+	return time.Unix(0, ns), floor, true, nil
+}
+
+// randomID returns 2n hex digits that no other call of any process returns.
+func randomID(n int) string {
+	b := make([]byte, n)
+	rand.Read(b) // never fails (crypto/rand)
+	return hex.EncodeToString(b)
+}

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// parked counts what this pod has NAKed until it may come again. JetStream counts it as pending for all pods (a consumer
+// with 60 events NAKed and a limit of 50 delivers nothing, measured), so each pod may hold only its share, and
+// events without an owner only a budget within that: absent agents never stall those who are there.
+type parked struct {
+	cfg  *Config
+	m    *Metrics
+	pods atomic.Int64 // live pods, as of the last expire
+	held atomic.Int64 // entries in queues
+
+	mu      sync.Mutex // guards all below
+	queues  [nakLevels][]parkedEvent
+	noOwner int
+	byAgent map[route]int
+}
+
+// parkedEvent is one NAK under way; agent is the zero route unless the event has no owner.
+type parkedEvent struct {
+	until time.Time
+	agent route
+}
+
+const (
+	nakLevels      = 5 // delays of 1, 2, 4, 8 and 16 times NAK_DELAY: each has a queue, in the order of expiry
+	parkedPerAgent = 16
+)
+
+func newParked(cfg *Config, m *Metrics) *parked {
+	p := &parked{cfg: cfg, m: m, byAgent: map[route]int{}}
+	p.pods.Store(1)
+	return p
+}
+
+// nakLevel is the queue of a delivery count.
+func nakLevel(count uint64) int { return int(min(max(count, 1), nakLevels) - 1) }
+
+// nakDelay is how long JetStream is told to wait after the delivery of this count.
+func (p *parked) nakDelay(count uint64) time.Duration { return p.cfg.NATSNakDelay << nakLevel(count) }
+
+// share is how many events this pod may hold, in hand and parked.
+func (p *parked) share() int64 { return int64(p.cfg.NATSMaxAckPending) / (2 * p.pods.Load()) }
+
+// park counts an event as waiting for its redelivery after the delivery of this count; false when the pod holds too
+// many (the caller sheds it then). inHand counts the event itself. agent is the zero route unless it has no owner.
+func (p *parked) park(now time.Time, count uint64, agent route, inHand int64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if inHand+p.held.Load() > p.share() {
+		return false
+	}
+	if agent != (route{}) {
+		if p.noOwner >= p.cfg.NATSParkedBudget/int(p.pods.Load()) || p.byAgent[agent] >= parkedPerAgent {
+			return false
+		}
+		p.noOwner++
+		p.byAgent[agent]++
+	}
+	level := nakLevel(count)
+	p.queues[level] = append(p.queues[level], parkedEvent{now.Add(p.nakDelay(count)), agent})
+	p.m.parkedEvents.with().Set(float64(p.held.Add(1)))
+	return true
+}
+
+// expire lets go of the events whose delay has ended, and notes how many pods share the consumer.
+func (p *parked) expire(now time.Time, livePods int) {
+	p.pods.Store(int64(max(1, livePods)))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for level, q := range p.queues {
+		n := 0
+		for n < len(q) && !q[n].until.After(now) {
+			if a := q[n].agent; a != (route{}) {
+				p.noOwner--
+				if p.byAgent[a]--; p.byAgent[a] == 0 {
+					delete(p.byAgent, a)
+				}
+			}
+			n++
+		}
+		p.queues[level] = append(q[:0], q[n:]...)
+		p.held.Add(-int64(n))
+	}
+	p.m.parkedEvents.with().Set(float64(p.held.Load()))
+}

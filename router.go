@@ -1,0 +1,462 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// router takes events from the consumer, finds their owners, hands each event to its sockets here and to the peers
+// that have the others, and tells JetStream what became of it.
+type router struct {
+	cfg    *settings
+	m      *Metrics
+	owners *owners
+	hub    *hub
+	peers  *peers
+	parked *parked
+
+	newest   atomic.Int64  // newest store time received, ns: the stream's own clock
+	lastSeen atomic.Uint64 // highest sequence received
+	inHand   atomic.Int64  // deliveries accepted and not yet ended
+	bytes    atomic.Int64  // their payloads
+	waiting  atomic.Bool   // accept waits for room
+	logged   atomic.Int64  // when a malformed event was last logged, Unix seconds
+
+	mu       sync.Mutex // guards queue, stopping, floor and floorLeft; room and more hang on it
+	more     *sync.Cond // queue got its first entry, or stopping
+	room     *sync.Cond // inHand may have fallen
+	queue    []arrival
+	stopping bool
+	// While accept waited, messages may have come off the network behind its back: as many as PREFETCH at the most.
+	// They count as arrived when the wait began.
+	floor     time.Time
+	floorLeft int
+}
+
+// arrival is a message as it came off the network.
+type arrival struct {
+	msg jetstream.Msg
+	at  time.Time
+}
+
+// pulled is a delivery that came from JetStream.
+type pulled struct {
+	delivery
+	r      *router
+	msg    jetstream.Msg
+	routes [4]route // that lead to owners of the event
+	owned  [4]bool  // a live owner was found by that route
+}
+
+// A delivery this much younger than ACK_WAIT is late: JetStream may have given the event out again before an answer
+// arrives, and would take it for the redelivery's.
+const lateSlack = 2 * time.Second
+
+func newRouter(cfg *settings, m *Metrics, o *owners, h *hub, p *peers) *router {
+	r := &router{cfg: cfg, m: m, owners: o, hub: h, peers: p}
+	r.parked = newParked(cfg.Load(), m)
+	r.more, r.room = sync.NewCond(&r.mu), sync.NewCond(&r.mu)
+	return r
+}
+
+// accept is the consumer's callback. It only appends, so that no socket ever holds the flow up; it waits when half of
+// this pod's share is in hand without being stuck in a slow socket's ring, which is when router and writers are behind.
+func (r *router) accept(msg jetstream.Msg) {
+	now := time.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if began := now; r.full() {
+		for r.full() && !r.stopping {
+			r.waiting.Store(true)
+			r.room.Wait()
+		}
+		r.waiting.Store(false)
+		now = time.Now()
+		r.floor, r.floorLeft = began, r.cfg.Load().NATSPrefetch
+	}
+	at := now
+	if r.floorLeft > 0 {
+		r.floorLeft--
+		at = r.floor
+	}
+	r.queue = append(r.queue, arrival{msg, at})
+	r.inHand.Add(1)
+	r.bytes.Add(int64(len(msg.Data())))
+	if len(r.queue) == 1 {
+		r.more.Signal()
+	}
+}
+
+func (r *router) full() bool {
+	if r.inHand.Load()-int64(r.hub.stuck()) >= r.parked.share()/2 {
+		return true
+	}
+	for limit := 4 * int64(r.cfg.Load().NATSPrefetchBytes); r.bytes.Load() > limit; {
+		if !r.hub.shedOldest() {
+			return true
+		}
+	}
+	return false
+}
+
+// run routes batches until stop was called and the last one is done. A batch is what had arrived when the previous one
+// was done, so the owner log is read once for many events when many come, and at once when one comes.
+func (r *router) run(ctx context.Context) {
+	var batch []arrival
+	for {
+		r.mu.Lock()
+		for len(r.queue) == 0 && !r.stopping {
+			r.more.Wait()
+		}
+		if len(r.queue) == 0 {
+			r.mu.Unlock()
+			return
+		}
+		batch, r.queue = r.queue, batch[:0]
+		r.mu.Unlock()
+		r.route(ctx, batch)
+		clear(batch)
+	}
+}
+
+// tick wakes an accept that waits for rings to be recognised as stuck, and lets NAKed events leave the share, until ctx ends.
+func (r *router) tick(ctx context.Context) {
+	t := time.NewTicker(100 * time.Millisecond)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-t.C:
+			r.parked.expire(now, r.owners.livePods())
+			r.wake()
+		}
+	}
+}
+
+func (r *router) wake() {
+	if r.waiting.Load() {
+		r.mu.Lock()
+		r.room.Broadcast()
+		r.mu.Unlock()
+	}
+}
+
+// route checks a batch, brings the knowledge of owners up to date for it, and dispatches its events in their order.
+func (r *router) route(ctx context.Context, batch []arrival) {
+	events := make([]*pulled, 0, len(batch))
+	routes := make([]route, 0, 2*len(batch))
+	for _, a := range batch {
+		p := r.decode(a)
+		if p == nil {
+			continue
+		}
+		events = append(events, p)
+		routes = p.wanted(routes)
+	}
+	r.owners.begin(ctx, routes)
+	now := time.Now()
+	for _, p := range events {
+		r.dispatch(p, now)
+	}
+}
+
+// decode builds the delivery of a message; a malformed one is terminated and nil returned.
+func (r *router) decode(a arrival) *pulled {
+	p := &pulled{r: r, msg: a.msg}
+	p.src, p.arrived = p, a.at
+	ev, err := parseSubject(r.cfg.Load().NATSSubjectPrefix, a.msg.Subject())
+	md, mdErr := a.msg.Metadata()
+	if err = errors.Join(err, mdErr, checkPayload(a.msg.Data())); err != nil {
+		ev.kind = kindUnknown
+	}
+	if mdErr == nil {
+		ev.seq, ev.stored, p.count = md.Sequence.Stream, md.Timestamp, md.NumDelivered
+		r.lastSeen.Store(max(r.lastSeen.Load(), ev.seq))
+		r.newest.Store(max(r.newest.Load(), md.Timestamp.UnixNano()))
+	}
+	if p.count > 1 {
+		r.m.redeliveredTotal.with().Inc()
+	}
+	r.m.natsMessagesReceivedTotal.with(ev.kind.String()).Inc()
+	r.m.eventsInHand.with().Inc()
+	ev.payload, ev.requestID = a.msg.Data(), requestIDOf(a.msg)
+	p.event = &ev
+	if err != nil {
+		r.refuse(p, err)
+		return nil
+	}
+	ev.frame = newEventFrame(&ev, false)
+	return p
+}
+
+func requestIDOf(msg jetstream.Msg) string {
+	if id := msg.Headers().Get("X-Request-ID"); id != "" && len(id) <= 128 {
+		return id
+	}
+	return ""
+}
+
+// refuse terminates a malformed event, which no redelivery would mend.
+func (r *router) refuse(p *pulled, err error) {
+	if now := time.Now().Unix(); r.logged.Swap(now) != now {
+		slog.Warn("malformed event terminated", "subject", fmt.Sprintf("%.200q", p.msg.Subject()), "seq", p.seq, "err", err)
+	}
+	p.end(term, "malformed")
+}
+
+// wanted appends the routes whose owners decide where the event goes.
+func (p *pulled) wanted(to []route) []route {
+	switch p.kind {
+	case kindMessage:
+		p.routes[0] = route{routeMessages, p.company, p.agent, p.chat}
+		p.routes[1] = route{routeGeneral, p.company, p.agent, ""}
+		return append(to, p.routes[:2]...)
+	case kindAgent:
+		for i, scope := range [4][2]string{{p.company, p.agent}, {p.company, "*"}, {"*", p.agent}, {"*", "*"}} {
+			p.routes[i] = route{routeAgents, scope[0], scope[1], ""}
+		}
+		return append(to, p.routes[:]...)
+	default:
+		p.routes[0] = route{routeGeneral, p.company, p.agent, ""}
+		return append(to, p.routes[0])
+	}
+}
+
+// dispatch hands an event to all its owners. The delivery holds one target for itself while it adds them, so that the
+// last settle cannot come early.
+func (r *router) dispatch(p *pulled, now time.Time) {
+	for r.inHand.Load()+r.parked.held.Load() > r.parked.share() && r.hub.shedOldest() {
+	}
+	p.open.Store(1)
+	targets, known, believed := 0, true, true
+	n := 1
+	if p.kind == kindAgent {
+		n = len(p.routes)
+	}
+	var sent []member
+	nobodySince := time.Time{}
+	for i := range n {
+		l := r.owners.find(p.routes[i], now)
+		known = known && l.known
+		believed = believed && (l.nobody || len(l.conns)+len(l.peers) > 0)
+		p.owned[i] = len(l.conns)+len(l.peers) > 0
+		targets += len(l.conns)
+		p.open.Add(int32(len(l.conns)))
+		for _, c := range l.conns {
+			c.push(&p.delivery)
+		}
+		targets += r.forward(p, l.peers, &sent)
+		nobodySince = l.since
+	}
+	switch {
+	case !known:
+		p.settle(failed) // there may be owners elsewhere; those here join or skip the redelivery
+	case targets > 0:
+		p.settle(written)
+	case !believed:
+		p.settle(failed)
+	case p.kind == kindAgent:
+		p.end(ack, "unselected")
+	case p.kind == kindMessage:
+		r.unselected(p, now)
+	default:
+		r.noOwner(p, now.Sub(nobodySince))
+	}
+}
+
+// forward hands an event to the peers that have a claim, once each.
+func (r *router) forward(p *pulled, peers []member, sent *[]member) (targets int) {
+next:
+	for _, m := range peers {
+		for _, s := range *sent {
+			if s == m {
+				continue next
+			}
+		}
+		*sent = append(*sent, m)
+		p.open.Add(1)
+		targets++
+		addr, ok := r.owners.peer(m)
+		if !ok {
+			p.settle(failed)
+			continue
+		}
+		r.peers.push(m.pod, m.epoch, addr, &p.delivery)
+	}
+	return targets
+}
+
+// unselected ends a message of a chat that nobody has selected: it is for nobody if its agent has an owner.
+func (r *router) unselected(p *pulled, now time.Time) {
+	l := r.owners.find(p.routes[1], now)
+	switch {
+	case len(l.conns)+len(l.peers) > 0:
+		p.end(ack, "unselected")
+	case !l.nobody:
+		p.settle(failed)
+	default:
+		r.noOwner(p, now.Sub(l.since))
+	}
+}
+
+// noOwner keeps an event whose agent has no socket anywhere for a client on its way from one pod to another. It ends
+// after the delays of 1, 2, 4, 8 and 16 s, but only if this pod has itself believed "nobody" for as long.
+func (r *router) noOwner(p *pulled, since time.Duration) {
+	switch {
+	case p.count > nakLevels && since >= (1<<nakLevels-1)*r.cfg.Load().NATSNakDelay:
+		p.end(term, "no_owner")
+	case r.horizonPassed(p):
+		p.end(term, "expired")
+	case !r.parked.park(time.Now(), p.count, route{routeGeneral, p.company, p.agent, ""}, r.inHand.Load()):
+		p.end(term, "shed")
+	default:
+		p.end(nak, "nak_no_owner")
+	}
+}
+
+// settled ends a delivery from JetStream by the worst of its targets' outcomes.
+func (p *pulled) settled(_ *delivery, worst outcome) {
+	switch worst {
+	case written, duplicate:
+		p.end(ack, "delivered")
+	case replayed:
+		p.end(ack, "replayed")
+	case dropped:
+		p.end(ack, "dropped")
+	case shed:
+		p.announce("shed")
+		p.end(term, "shed")
+	default: // absent: the next delivery looks the owners up anew
+		p.fail()
+	}
+}
+
+// fail has the event come again to all its targets, or gives it up when it is too old, or this pod holds too many.
+func (p *pulled) fail() {
+	switch {
+	case p.r.horizonPassed(p):
+		p.announce("expired")
+		p.end(term, "expired")
+	case !p.r.parked.park(time.Now(), p.count, route{}, p.r.inHand.Load()):
+		p.announce("shed")
+		p.end(term, "shed")
+	default:
+		p.end(nak, "nak_failed")
+	}
+}
+
+// announce has the owners of an event that is given up told of the gap.
+func (p *pulled) announce(reason string) {
+	for i, owned := range p.owned {
+		if owned {
+			p.r.owners.mark(p.routes[i], p.seq-1, reason)
+		}
+	}
+}
+
+// horizonPassed says whether a failure ends the event. Its age is counted in the stream's own time, so that no clocks
+// are compared; at the latest it ends with the delivery whose delays add up to the horizon.
+func (r *router) horizonPassed(p *pulled) bool {
+	cfg := r.cfg.Load()
+	var waited time.Duration
+	for n := uint64(1); n < p.count && waited <= cfg.NATSRetryHorizon; n++ {
+		waited += r.parked.nakDelay(n)
+	}
+	age := time.Duration(r.newest.Load() - p.stored.UnixNano())
+	return age > cfg.NATSRetryHorizon || waited >= cfg.NATSRetryHorizon
+}
+
+// verdict is what JetStream is told of a delivery.
+type verdict uint8
+
+const (
+	ack verdict = iota
+	nak         // with delay, by the delivery count
+	term
+)
+
+func (p *pulled) tell(v verdict) error {
+	switch v {
+	case ack:
+		return p.msg.Ack()
+	case nak:
+		return p.msg.NakWithDelay(p.r.parked.nakDelay(p.count))
+	default:
+		return p.msg.Term()
+	}
+}
+
+// end tells JetStream, unless it is too late for that, and closes the delivery's account.
+func (p *pulled) end(v verdict, outcome string) {
+	r := p.r
+	if time.Since(p.arrived) > r.cfg.Load().NATSAckWait-lateSlack {
+		outcome = "late"
+	} else if err := p.tell(v); err != nil {
+		slog.Debug("answer to JetStream not sent: the event comes again", "seq", p.seq, "outcome", outcome, "err", err)
+		outcome = "late"
+	}
+	r.m.eventsTotal.with(p.kind.String(), outcome).Inc()
+	r.m.eventsInHand.with().Dec()
+	if v == ack {
+		r.owners.noteAcked(p.seq)
+	}
+	r.bytes.Add(-int64(len(p.payload)))
+	r.inHand.Add(-1)
+	r.wake()
+}
+
+// fromPeer hands an event that a peer pulled to the sockets here, and to nobody else: what a peer sent is never
+// forwarded again.
+func (r *router) fromPeer(d *delivery) {
+	d.open.Store(1)
+	var p pulled
+	p.event = d.event
+	n := len(p.wanted(nil))
+	if d.kind == kindMessage {
+		n = 1
+	}
+	found := false
+	for i := range n {
+		conns := r.owners.local(p.routes[i])
+		found = found || len(conns) > 0
+		d.open.Add(int32(len(conns)))
+		for _, c := range conns {
+			c.push(d)
+		}
+	}
+	if !found {
+		r.owners.again(p.routes[0])
+		d.settle(absent)
+		return
+	}
+	d.settle(written)
+}
+
+// stop makes run end once everything accepted has been routed; accept must not be called any more.
+func (r *router) stop() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stopping = true
+	r.more.Broadcast()
+	r.room.Broadcast()
+}
+
+// settleAll waits until nothing is in hand, or ctx ends.
+func (r *router) settleAll(ctx context.Context) error {
+	for r.inHand.Load() > 0 {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d events still in hand: %w", r.inHand.Load(), ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return nil
+}
