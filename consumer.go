@@ -291,7 +291,6 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 		if !c.created.IsZero() {
 			slog.Warn("the stream was made anew: it is read from its beginning", "stream", cfg.NATSStreamName)
 			c.anew()
-			c.created = time.Time{}
 		}
 		c.floor = 0 // of another stream; what Redis noted is compared in startOf
 	}
@@ -416,4 +415,18 @@ func (c *consumer) drain(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("drain consumer %s: %w", c.cfg.Load().NATSConsumerName, ctx.Err())
 	}
+}
+
+// close sends what is still buffered, acks above all, and ends the connection.
+func (c *consumer) close(ctx context.Context) error {
+	if !c.nc.IsConnected() {
+		c.nc.Close()
+		return nil
+	}
+	err := c.nc.FlushWithContext(ctx)
+	c.nc.Close()
+	if err != nil {
+		return fmt.Errorf("flush acks to NATS: %w", err)
+	}
+	return nil
 }

@@ -334,8 +334,15 @@ func (o *owners) appendLog(ctx context.Context, fields []any) error {
 // claimed records what writeClaims did and answers those who wait. Routes that changed meanwhile, or failed, are
 // queued again; failed ones wait for the next tick or for Redis to come back.
 func (o *owners) claimed(batch []*localRoute, claim []bool, epoch string, err error) (more bool) {
+	var due []*conn // sockets that a new epoch owes a gap
+	var since uint64
 	o.mu.Lock()
-	defer o.mu.Unlock()
+	defer func() {
+		o.mu.Unlock()
+		for _, c := range due {
+			c.gap(since, "owner")
+		}
+	}()
 	for i, lr := range batch {
 		for _, w := range lr.waiters {
 			if err != nil || claim[i] && epoch == o.epochNow {
@@ -363,26 +370,10 @@ func (o *owners) claimed(batch []*localRoute, claim []bool, epoch string, err er
 			}
 		}
 	}
-	if err == nil && len(o.dirty) == 0 {
-		o.allClaimedLocked()
+	if err == nil && len(o.dirty) == 0 && o.regap { // until now others may have found nobody on routes of this pod
+		o.regap, due, since = false, o.allConnsLocked(), o.regapSince
 	}
 	return err == nil && len(o.dirty) > 0
-}
-
-// allClaimedLocked sends the gap that a new epoch owes to every socket: until now, others may have looked up
-// routes of this pod and found nobody.
-func (o *owners) allClaimedLocked() {
-	if !o.regap {
-		return
-	}
-	o.regap = false
-	conns := o.allConnsLocked()
-	since := o.regapSince
-	go func() { // a gap takes each ring's lock; none is taken under o.mu
-		for _, c := range conns {
-			c.gap(since, "owner")
-		}
-	}()
 }
 
 func (o *owners) allConnsLocked() []*conn {

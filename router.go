@@ -449,6 +449,9 @@ func (r *router) stop() {
 	r.room.Broadcast()
 }
 
+// forgetSeq lets the sequences start again: the stream was made anew.
+func (r *router) forgetSeq() { r.lastSeen.Store(0) }
+
 // settleAll waits until nothing is in hand, or ctx ends.
 func (r *router) settleAll(ctx context.Context) error {
 	for r.inHand.Load() > 0 {

@@ -1,0 +1,210 @@
+package main
+
+import (
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// newTestOwners has no Redis behind it: only what lives in memory may be used.
+func newTestOwners(t *testing.T) *owners {
+	t.Helper()
+	cfg := &settings{}
+	cfg.Store(&Config{ServerPodID: "pod-1", PodOwnerCacheSize: 64, PodLease: 6 * time.Second, SessionRefreshInterval: time.Second})
+	rdb := redis.NewClient(&redis.Options{Addr: "127.0.0.1:1"})
+	t.Cleanup(func() { rdb.Close() })
+	o := newOwners(cfg, rdb, newMetrics())
+	o.epochNow = "e1"
+	return o
+}
+
+func TestRouteKeys(t *testing.T) {
+	for _, r := range []route{
+		{routeGeneral, "c", "a", ""},
+		{routeMessages, "c", "a", "chat"},
+		{routeMessages, "c", "a", "a.b:c:general"},
+		{routeMessages, "c", "a", "general"},
+		{routeAgents, "*", "a", ""},
+		{routeAgents, "*", "*", ""},
+	} {
+		if got, ok := parseRoute(r.key()); !ok || got != r {
+			t.Errorf("parseRoute(%q) = %v, %v, want %v", r.key(), got, ok, r)
+		}
+	}
+	for _, bad := range []string{"", "route", "route:c:a", "route:c:a:x", "pod:c:a:general", "route:c:a:general:x", "*"} {
+		if r, ok := parseRoute(bad); ok {
+			t.Errorf("parseRoute(%q) = %v, want refused", bad, r)
+		}
+	}
+}
+
+func TestMarksSurviveTheLog(t *testing.T) {
+	for _, m := range []mark{{0, "shed"}, {18446744073709551615, "owner"}} {
+		if got, ok := parseMark(m.String()); !ok || got != m {
+			t.Errorf("parseMark(%q) = %v, %v", m.String(), got, ok)
+		}
+	}
+	for _, bad := range []string{"", "gap", "gap 1", "gap x shed", "lost 1 shed", "gap 1 shed more"} {
+		if m, ok := parseMark(bad); ok {
+			t.Errorf("parseMark(%q) = %v, want refused", bad, m)
+		}
+	}
+}
+
+func TestMarkKeepsTheLowestAndOverflowsIntoOne(t *testing.T) {
+	o := newTestOwners(t)
+	r := route{routeGeneral, "c", "a", ""}
+	for _, seq := range []uint64{9, 5, 7} {
+		o.mark(r, seq, "shed")
+	}
+	if o.marks[r].since != 5 {
+		t.Errorf("marked since %d, want the lowest, 5", o.marks[r].since)
+	}
+	for i := range 100 {
+		o.mark(route{routeGeneral, "c", randomID(4), ""}, uint64(10+i), "shed")
+	}
+	if len(o.marks) != 64 {
+		t.Errorf("%d routes marked, want the cache's size, 64", len(o.marks))
+	}
+	if o.markAll == nil || o.markAll.since != 73 {
+		t.Errorf("overflow is marked as %v, want since 73", o.markAll)
+	}
+}
+
+// TestClaimAndReleaseCross drives the crossings of claim and release of one route: whatever changed while a write was
+// under way is written next, and no answer is given for a claim that was not written.
+func TestClaimAndReleaseCross(t *testing.T) {
+	o := newTestOwners(t)
+	r := route{routeGeneral, "c", "a", ""}
+	a, b := &conn{}, &conn{}
+	o.away.Store(true) // attach's fast path and its wait are not meant here
+	attach := func(c *conn) chan error {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		lr := o.routes[r]
+		if lr == nil {
+			lr = &localRoute{route: r}
+			o.routes[r] = lr
+		}
+		lr.conns = append(lr.conns[:len(lr.conns):len(lr.conns)], c)
+		done := make(chan error, 1)
+		lr.waiters = append(lr.waiters, done)
+		o.queueLocked(lr)
+		return done
+	}
+	take := func() ([]*localRoute, []bool) {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		batch := o.dirty
+		o.dirty = nil
+		claim := make([]bool, len(batch))
+		for i, lr := range batch {
+			lr.queued, claim[i] = false, len(lr.conns) > 0
+		}
+		return batch, claim
+	}
+
+	first := attach(a)
+	batch, claim := take()
+	if len(batch) != 1 || !claim[0] {
+		t.Fatalf("attach queued %d writes, claim %v", len(batch), claim)
+	}
+	o.detach(a, r) // while the claim is under way
+	if o.claimed(batch, claim, "e1", nil) != true {
+		t.Fatal("the release that came during the claim is not queued")
+	}
+	if err := <-first; err != nil {
+		t.Fatalf("the claim was written, its waiter got %v", err)
+	}
+	batch, claim = take()
+	if len(batch) != 1 || claim[0] {
+		t.Fatalf("want one release, got %d writes, claim %v", len(batch), claim)
+	}
+	second := attach(b) // while the release is under way
+	o.claimed(batch, claim, "e1", nil)
+	select {
+	case err := <-second:
+		t.Fatalf("the newcomer was answered (%v) by the release of its predecessor", err)
+	default:
+	}
+	batch, claim = take()
+	if len(batch) != 1 || !claim[0] {
+		t.Fatalf("want the newcomer's claim, got %d writes, claim %v", len(batch), claim)
+	}
+	o.claimed(batch, claim, "e1", nil)
+	if err := <-second; err != nil {
+		t.Fatal(err)
+	}
+
+	// A new epoch while a claim under the old one is under way: not answered before the new one is claimed.
+	third := attach(a)
+	batch, claim = take()
+	o.mu.Lock()
+	o.epochNow = "e2"
+	o.claimAgainLocked()
+	o.mu.Unlock()
+	o.claimed(batch, claim, "e1", nil)
+	select {
+	case <-third:
+		t.Fatal("answered though the claim names an epoch that is gone")
+	default:
+	}
+	batch, claim = take()
+	if len(batch) != 1 {
+		t.Fatalf("%d writes under the new epoch, want 1", len(batch))
+	}
+	o.claimed(batch, claim, "e2", nil)
+	if err := <-third; err != nil || o.routes[r].claimed != "e2" {
+		t.Fatalf("claimed under %q, waiter got %v", o.routes[r].claimed, err)
+	}
+
+	o.detach(a, r)
+	o.detach(b, r)
+	batch, claim = take()
+	o.claimed(batch, claim, "e2", nil)
+	if len(o.routes) != 0 || len(o.dirty) != 0 {
+		t.Errorf("%d routes and %d writes left after the last release", len(o.routes), len(o.dirty))
+	}
+}
+
+func TestNobodyIsNotBelievedAfterAnOutage(t *testing.T) {
+	o := newTestOwners(t)
+	r := route{routeGeneral, "c", "a", ""}
+	now := time.Now()
+	if l := o.find(r, now); l.known || l.nobody {
+		t.Errorf("an unknown route: known %v, nobody %v", l.known, l.nobody)
+	}
+	o.cache[r] = &answer{nobodySince: now}
+	if l := o.find(r, now); !l.known || !l.nobody {
+		t.Errorf("known %v, nobody %v, want both", l.known, l.nobody)
+	}
+	o.doubtUntil = now.Add(time.Second)
+	if o.find(r, now).nobody {
+		t.Error("nobody believed while in doubt")
+	}
+	if !o.find(r, now.Add(2*time.Second)).nobody {
+		t.Error("nobody not believed after the doubt has ended")
+	}
+	o.away.Store(true)
+	if o.find(r, now.Add(2*time.Second)).nobody {
+		t.Error("nobody believed while Redis is away")
+	}
+}
+
+func TestAppliedEntriesDropAndMark(t *testing.T) {
+	o := newTestOwners(t)
+	r1, r2 := route{routeGeneral, "c", "a", ""}, route{routeGeneral, "c", "b", ""}
+	o.cache[r1], o.cache[r2] = &answer{}, &answer{}
+	o.awaySeq = 8
+	o.apply([]redis.XMessage{{ID: "1-1", Values: map[string]any{r1.key(): "", "pod:x": "reads"}}})
+	if o.cache[r1] != nil || o.cache[r2] == nil {
+		t.Error("want the named route dropped and the other kept")
+	}
+	if m, ok := o.marks[r1]; !ok || m.since != 7 || len(o.marks) != 1 {
+		t.Errorf("marks %v, want the named route since 7: events were acked without knowing of the change", o.marks)
+	}
+	if o.awaySeq != 0 {
+		t.Error("the outage is over, its first sequence is still noted")
+	}
+}
