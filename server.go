@@ -73,7 +73,7 @@ type endpoint func(http.ResponseWriter, *http.Request) *apiError
 func (s *server) handler() http.Handler {
 	mux := http.NewServeMux()
 	handle := func(methods, pattern string, f endpoint) {
-		mux.Handle(pattern, answer(onlyMethod(methods, f)))
+		mux.Handle(pattern, endpointHandler(onlyMethod(methods, f)))
 	}
 	handle("GET", "/ws/admin", s.adminSocket)
 	handle("GET", "/ws/{company}/{agent}", s.userSocket)
@@ -82,7 +82,7 @@ func (s *server) handler() http.Handler {
 	handle("GET, HEAD", "/health", s.health)
 	handle("GET, HEAD", "/ready", s.readyState)
 	handle("GET, HEAD", "/metrics", s.metrics)
-	mux.Handle("/", answer(func(http.ResponseWriter, *http.Request) *apiError { return notFound() }))
+	mux.Handle("/", endpointHandler(func(http.ResponseWriter, *http.Request) *apiError { return notFound() }))
 	return middleware(mux)
 }
 
@@ -98,7 +98,7 @@ func onlyMethod(allow string, f endpoint) endpoint {
 	}
 }
 
-func answer(f endpoint) http.Handler {
+func endpointHandler(f endpoint) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if err := f(w, r); err != nil {
 			writeError(w, err)
