@@ -1,0 +1,29 @@
+# Everything here needs Go, make and git only; no cgo, so no gcc (the race detector's runs are in .ci/run).
+SHELL := /bin/sh
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+TESTFLAGS ?=
+RUN ?= .
+
+.PHONY: build dev test e2e lint generate check-generated
+
+build: ## bin/daisi-ws-service: static, the same bytes from the same commit
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/daisi-ws-service .
+
+test: ## all tests, with servers that they start themselves
+	CGO_ENABLED=0 go test -count=1 $(TESTFLAGS) ./...
+	CGO_ENABLED=0 go -C dev test -count=1 -timeout 30m $(TESTFLAGS) ./...
+
+e2e: ## one end-to-end test: make e2e RUN=TestX (DWS_RACE=1: the service with the race detector)
+	CGO_ENABLED=0 go -C dev test -count=1 -timeout 30m -v $(TESTFLAGS) -run '$(RUN)' ./e2e
+
+lint: ## gofmt, vet and the pinned staticcheck, in both modules
+	@files=$$(gofmt -l .); test -z "$$files" || { echo "gofmt would change: $$files"; exit 1; }
+	go vet ./...
+	go -C dev vet ./...
+	tool=$$(go -C dev tool -n staticcheck) && $$tool ./... && cd dev && $$tool ./...
+
+generate: ## the Go code of proto/peer.proto (needs protoc)
+	sh proto/generate.sh
+
+check-generated: ## fails where the generated code is not that of proto/peer.proto
+	sh proto/generate.sh -check

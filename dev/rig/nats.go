@@ -1,0 +1,119 @@
+package rig
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// NATS is a NATS server with JetStream whose port and data outlive its process.
+type NATS struct {
+	bin, dir string
+	port     int
+
+	mu   sync.Mutex // guards proc
+	proc *Process
+}
+
+// StartNATS runs a server with its data under dir. Each of extra is a line of its configuration file.
+func StartNATS(bin, dir string, extra ...string) (*NATS, error) {
+	n := &NATS{bin: bin, dir: dir}
+	err := onFreePort(func(port int) error {
+		n.port = port
+		if err := n.configure(extra); err != nil {
+			return err
+		}
+		return n.Restart()
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start NATS: %w", err)
+	}
+	return n, nil
+}
+
+func (n *NATS) configure(extra []string) error {
+	lines := append([]string{
+		fmt.Sprintf("listen: 127.0.0.1:%d", n.port),
+		fmt.Sprintf("server_name: dws-%d", n.port),
+		fmt.Sprintf("jetstream { store_dir: %q, max_memory_store: 256MB, max_file_store: 8GB }", filepath.Join(n.dir, "jetstream")),
+	}, extra...)
+	return os.WriteFile(filepath.Join(n.dir, "nats.conf"), []byte(strings.Join(lines, "\n")+"\n"), 0o600)
+}
+
+// Address is host:port of the server, also while it is down.
+func (n *NATS) Address() string { return fmt.Sprintf("127.0.0.1:%d", n.port) }
+
+// URL is where clients connect, also while it is down.
+func (n *NATS) URL() string { return "nats://" + n.Address() }
+
+// Process is the one that runs now, or ran last.
+func (n *NATS) Process() *Process {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.proc
+}
+
+// Kill ends the server by SIGKILL; its data stays.
+func (n *NATS) Kill() { n.Process().Kill() }
+
+// Stop ends the server.
+func (n *NATS) Stop() { n.Process().Kill() } // its data is thrown away: nothing to finish
+
+// Restart starts the killed server again, on the same port and data, and returns when JetStream answers.
+func (n *NATS) Restart() error {
+	p, err := Start("nats-server", filepath.Join(n.dir, "nats.log"), os.Environ(), n.bin, "-c", filepath.Join(n.dir, "nats.conf"))
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	n.proc = p
+	n.mu.Unlock()
+	return untilPrinted(p, "Server is ready")
+}
+
+// Connect opens a client's connection that lives through restarts of the server.
+func (n *NATS) Connect(opts ...nats.Option) (*nats.Conn, error) {
+	opts = append([]nats.Option{
+		nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond), nats.RetryOnFailedConnect(true),
+		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),
+	}, opts...)
+	return nats.Connect(n.URL(), opts...)
+}
+
+// untilPrinted returns when p has printed what it prints when it is up. A server that does not get there within 20 s,
+// or ends (somebody took its port), is an error, and gone.
+func untilPrinted(p *Process, text string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	_, err := p.Log.Find(ctx, func(line string) bool { return strings.Contains(line, text) })
+	if err != nil {
+		p.Kill()
+	}
+	return err
+}
+
+// onFreePort calls start with a port that was free a moment ago, with others when somebody else was faster. The ports lie
+// below Linux' ephemeral range, so that no outgoing connection takes one while its server is down.
+func onFreePort(start func(port int) error) error {
+	var err error
+	for range 5 {
+		port := 18000 + rand.IntN(14000)
+		l, lerr := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if lerr != nil {
+			continue
+		}
+		l.Close()
+		if err = start(port); err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("tried 5 ports: %w", err)
+}

@@ -1,0 +1,128 @@
+package rig
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// Process is a child process with its log. It leads a process group of its own, so that a terminal's ^C reaches
+// only the program that started it, and the kernel kills it when that program dies, however it dies.
+type Process struct {
+	Name string
+	Log  *Log
+
+	cmd      *exec.Cmd
+	wanted   atomic.Bool   // somebody asked it to end
+	done     chan struct{} // closed by the goroutine that reaps it
+	exitCode int           // valid once done is closed; -1 = ended by a signal
+}
+
+// startOn hands the start of children to one thread that lives as long as this program: Linux sends the
+// parent-death signal when the *thread* that forked ends (prctl(2)), not only when the process does.
+var startOn = sync.OnceValue(func() chan<- func() {
+	c := make(chan func()) // never closed
+	go func() {
+		runtime.LockOSThread()
+		for f := range c {
+			f()
+		}
+	}()
+	return c
+})
+
+// Start runs a program with exactly this environment; its output goes to the file logPath, which is appended to.
+func Start(name, logPath string, env []string, bin string, args ...string) (*Process, error) {
+	log, err := openLog(logPath)
+	if err != nil {
+		return nil, err
+	}
+	p := &Process{Name: name, Log: log, done: make(chan struct{})}
+	p.cmd = exec.Command(bin, args...)
+	p.cmd.Env = env
+	p.cmd.Stdout, p.cmd.Stderr = log, log // the same writer: exec serialises both
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	startOn() <- func() { started <- p.cmd.Start() }
+	if err := <-started; err != nil {
+		log.close()
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	go p.reap()
+	return p, nil
+}
+
+func (p *Process) reap() {
+	p.cmd.Wait() // its error says no more than the state does
+	p.exitCode = p.cmd.ProcessState.ExitCode()
+	p.Log.close()
+	close(p.done)
+}
+
+// PID is the process' id, for a look at /proc.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Done is closed when the process has ended and its log is complete.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Signal sends a signal to the process alone. One that usually ends a process makes its end expected.
+func (p *Process) Signal(sig syscall.Signal) error {
+	switch sig {
+	case syscall.SIGKILL, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT:
+		p.wanted.Store(true)
+	}
+	if err := p.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("signal %s with %s: %w", p.Name, sig, err)
+	}
+	return nil
+}
+
+// Kill ends the process by SIGKILL and returns when it is gone.
+func (p *Process) Kill() {
+	p.Signal(syscall.SIGKILL)
+	<-p.done
+}
+
+// Stop asks the process to end by SIGTERM, and kills it if it has not within the time.
+func (p *Process) Stop(within time.Duration) {
+	p.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(within):
+		p.Kill()
+	}
+}
+
+// Wait returns the exit status, -1 for a process that a signal ended. Its end is expected from now on.
+func (p *Process) Wait(ctx context.Context) (int, error) {
+	p.wanted.Store(true)
+	select {
+	case <-p.done:
+		return p.exitCode, nil
+	case <-ctx.Done():
+		return 0, fmt.Errorf("%s (pid %d) still runs: %w", p.Name, p.PID(), ctx.Err())
+	}
+}
+
+// Fault says what is wrong with how the process behaved, or "": it ended without being asked to, it panicked,
+// or its race detector spoke.
+func (p *Process) Fault() string {
+	if line := p.Log.alarm(); line != "" {
+		return fmt.Sprintf("%s printed %q", p.Name, line)
+	}
+	select {
+	case <-p.done:
+		if !p.wanted.Load() {
+			return fmt.Sprintf("%s ended by itself with status %d", p.Name, p.exitCode)
+		}
+	default:
+	}
+	return ""
+}

@@ -1,0 +1,96 @@
+package rig
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+)
+
+// Service is one running daisi-ws-service: a pod.
+type Service struct {
+	*Process
+	HTTP string // host:port, known after WaitListening
+	GRPC string
+}
+
+// StartService runs the service. Each setting is NAME=VALUE without the prefix DAISI_WS_; names that begin with GO
+// (GOMAXPROCS, GOGC, GODEBUG) are handed on as they are. Nothing else of this program's environment but PATH, HOME and
+// TZ reaches the service. A later setting of a name wins.
+func StartService(bin, name, logPath string, settings []string, args ...string) (*Service, error) {
+	p, err := Start(name, logPath, ServiceEnv(settings), bin, args...)
+	if err != nil {
+		return nil, err
+	}
+	return &Service{Process: p}, nil
+}
+
+// ServiceEnv is the environment that StartService makes of settings, for the other commands of the program.
+func ServiceEnv(settings []string) []string {
+	var env []string
+	for _, name := range []string{"PATH", "HOME", "TZ", "TMPDIR"} {
+		if v, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+v)
+		}
+	}
+	for _, s := range settings {
+		if !strings.HasPrefix(s, "GO") {
+			s = "DAISI_WS_" + s
+		}
+		env = append(env, s)
+	}
+	return env
+}
+
+// WaitListening reads the addresses from the log line "listening".
+func (s *Service) WaitListening(ctx context.Context) error {
+	var line struct{ Msg, HTTP, GRPC string }
+	_, err := s.Log.Find(ctx, func(text string) bool {
+		line.Msg = ""
+		return json.Unmarshal([]byte(text), &line) == nil && line.Msg == "listening"
+	})
+	if err != nil {
+		return fmt.Errorf("wait for the line listening of %s: %w", s.Name, err)
+	}
+	s.HTTP, s.GRPC = line.HTTP, line.GRPC
+	return nil
+}
+
+// WaitReady asks /ready until it says 200.
+func (s *Service) WaitReady(ctx context.Context) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	err := errors.New("not asked yet")
+	for {
+		if err = s.ready(ctx); err == nil {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-s.Done():
+			return fmt.Errorf("wait for /ready of %s: it ended:\n%s", s.Name, s.Log.tail())
+		case <-ctx.Done():
+			return fmt.Errorf("wait for /ready of %s: %w\n%s", s.Name, err, s.Log.tail())
+		}
+	}
+}
+
+func (s *Service) ready(ctx context.Context) error {
+	req, err := http.NewRequestWithContext(ctx, "GET", "http://"+s.HTTP+"/ready", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("GET /ready: %s", resp.Status)
+	}
+	return nil
+}
