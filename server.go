@@ -30,15 +30,15 @@ const (
 
 // server answers HTTP and leads upgrades to the hub.
 type server struct {
-	cfg      *settings
-	m        *Metrics
-	auth     *auth
-	sessions *sessions
-	owners   *owners
-	hub      *hub
-	ready    func() (map[string]string, bool)
-	http     *http.Server
-	tls      bool // decided at the start; the files may change
+	cfg       *settings
+	m         *Metrics
+	auth      *auth
+	hub       *hub
+	ready     func() (map[string]string, bool)
+	available func() bool                                                       // that of owners
+	acquire   func(ctx context.Context, key, userType string) (*session, error) // that of sessions
+	http      *http.Server
+	tls       bool // decided at the start; the files may change
 
 	cert     atomic.Pointer[tls.Certificate]
 	draining atomic.Bool
@@ -48,7 +48,9 @@ type server struct {
 // consumer; "connected" for a NATS that can be used) and whether all are well; it is asked at each upgrade too.
 func newServer(cfg *settings, m *Metrics, a *auth, s *sessions, o *owners, h *hub, ready func() (map[string]string, bool)) *server {
 	c := cfg.Load()
-	srv := &server{cfg: cfg, m: m, auth: a, sessions: s, owners: o, hub: h, ready: ready, tls: c.ServerTLSCertFile != ""}
+	srv := &server{
+		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: o.available, acquire: s.acquire, tls: c.ServerTLSCertFile != "",
+	}
 	srv.http = &http.Server{
 		Handler:           srv.handler(),
 		ReadHeaderTimeout: c.ServerReadTimeout,
@@ -344,13 +346,16 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 			return badRequest("since", "since must be a stream sequence")
 		}
 	}
-	if !s.owners.available() {
+	if !s.available() {
 		return unavailable("redis is away")
 	}
 	if deps, _ := s.ready(); deps["nats"] != "connected" {
 		return unavailable("nats is away")
 	}
-	if s.draining.Load() || !s.hub.reserve() {
+	if s.draining.Load() {
+		return unavailable("this pod is draining")
+	}
+	if !s.hub.reserve() {
 		return unavailable("no room for further sockets on this pod")
 	}
 	served := false
@@ -361,7 +366,7 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 	}()
 	// A fight for the session may take longer than an answer is usually given.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(acquireTimeout + s.cfg.Load().ServerWriteTimeout))
-	sess, apiErr := s.acquire(r, cl)
+	sess, apiErr := s.acquireFor(r, cl)
 	if apiErr != nil {
 		return apiErr
 	}
@@ -370,10 +375,11 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 	return nil
 }
 
-func (s *server) acquire(r *http.Request, cl *claims) (*session, *apiError) {
+// acquireFor waits for the bearer's session, unless the client goes away meanwhile.
+func (s *server) acquireFor(r *http.Request, cl *claims) (*session, *apiError) {
 	ctx, cancel := context.WithTimeout(r.Context(), acquireTimeout)
 	defer cancel()
-	sess, err := s.sessions.acquire(ctx, cl.sessionKey(), cl.userType())
+	sess, err := s.acquire(ctx, cl.sessionKey(), cl.userType())
 	switch {
 	case err == nil:
 		return sess, nil

@@ -221,8 +221,8 @@ func TestMint(t *testing.T) {
 	}
 }
 
-// upgrade is what a browser sends.
-var upgrade = []string{"Connection: keep-alive, Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: AAECAwQFBgcICQoLDA0ODw=="}
+// upgradeHeaders are what a browser sends.
+var upgradeHeaders = []string{"Connection: keep-alive, Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: AAECAwQFBgcICQoLDA0ODw=="}
 
 func TestUpgradeRefusals(t *testing.T) {
 	s := newTestServer(func(c *Config) { c.AuthPublicKey = "public-1" })
@@ -266,7 +266,7 @@ func TestUpgradeRefusals(t *testing.T) {
 		{"/ws/admin?token=" + contrary, []string{"X-API-Key: admin-1"}, 403, invalid("subscribed_company_id contradicts company_id_restriction")},
 		{"/ws/admin?x-api-key=admin-1&token=" + admin, nil, 503, away},
 	} {
-		r := ask(s, "GET", c.target, "", append(c.headers, upgrade...)...)
+		r := ask(s, "GET", c.target, "", append(c.headers, upgradeHeaders...)...)
 		t.Run(c.target[:min(len(c.target), 60)], func(t *testing.T) { wantAnswer(t, r, c.status, c.body) })
 		if (c.status == 503) != (r.Header.Get("Retry-After") != "") {
 			t.Errorf("%s: Retry-After %q", c.target, r.Header.Get("Retry-After"))
@@ -336,8 +336,8 @@ func captureLog(t *testing.T) *bytes.Buffer {
 func TestLogsHoldNoSecrets(t *testing.T) {
 	out := captureLog(t)
 	s := newTestServer(nil)
-	ask(s, "GET", "/ws/c/a?x-api-key=general-1&token="+userVector, "", upgrade...)
-	ask(s, "GET", "/ws/c/a", "", append(upgrade, "X-API-Key: general-1", "Authorization: Bearer "+userVector, "Sec-WebSocket-Protocol: bearer."+userVector)...)
+	ask(s, "GET", "/ws/c/a?x-api-key=general-1&token="+userVector, "", upgradeHeaders...)
+	ask(s, "GET", "/ws/c/a", "", append(upgradeHeaders, "X-API-Key: general-1", "Authorization: Bearer "+userVector, "Sec-WebSocket-Protocol: bearer."+userVector)...)
 	ask(s, "POST", "/generate-token?x-api-key=wrong-key", "{}")
 	r := ask(s, "POST", "/generate-token?x-api-key=general-1", `{"company_id":"c","agent_id":"a","user_id":"u","expires_in_seconds":60}`)
 	var got minted
