@@ -2,71 +2,566 @@ package main
 
 import (
 	"context"
-	"net/http"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"runtime/debug"
+	"strconv"
 	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
 )
 
-// hub owns every socket of this pod, their shared writers and the ticker that looks after them.
-type hub struct {
-	cfg    *settings
-	m      *Metrics
-	owners *owners
-	// streamSeq asks for a stream sequence not above the last one and at most 1 s old.
-	streamSeq func(context.Context) (uint64, error)
-	wg        sync.WaitGroup
+// routeTimeout bounds claiming a route, reading the stream's sequence and opening a token for a socket.
+const routeTimeout = 5 * time.Second
+
+var errClosed = errors.New("the socket was closed")
+
+// lock is the session that a socket holds: its id, how to hear of its loss, and how to give it back.
+type lock struct {
+	id      string
+	bind    func(kill func(code int, reason string))
+	release func()
 }
 
-func newHub(cfg *settings, m *Metrics, o *owners, streamSeq func(context.Context) (uint64, error)) *hub {
-	return nil
-}
-
-// conn is one socket.
+// conn is one socket. Its own goroutine (run) reads, and is the last to touch it; whoever has the ring's turn writes;
+// the hub's ticker sends pings and looks at the token; anyone may push, note gaps and close.
 type conn struct {
-	id string
+	// Constant.
+	id, requestID string
+	h             *hub
+	w             *writer
+	nc            net.Conn
+	raw           syscall.RawConn // nil where a write can't be tried without blocking (TLS)
+	claims        *claims
+	lock          lock
+	since         time.Time
+
+	ring ring
+
+	// Owned by the read loop.
+	rate limiter
+	live bool // counted as an open socket
+
+	nextPing time.Time    // owned by the hub's ticker
+	missed   atomic.Int32 // pings without a pong
+	expires  atomic.Int64 // of the token, in Unix nanoseconds
+
+	mu       sync.Mutex // guards all below
+	attached bool       // the first route is claimed
+	cancel   context.CancelFunc
+	code     int // of the close, 0 = open
+	reason   string
 }
 
-// checkUpgrade refuses what is no well-formed WebSocket upgrade, before anything is hijacked; it sets
-// Sec-WebSocket-Version on w where RFC 6455 section 4.4 asks for it.
-func checkUpgrade(w http.ResponseWriter, r *http.Request) *apiError { return nil }
-
-// checkOrigin allows an absent origin, the request's own host and the allowed globs.
-func checkOrigin(cfg *Config, r *http.Request) *apiError { return nil }
-
-// reject upgrades r only to close it at once with e's close code and reason (errors=close).
-func (h *hub) reject(w http.ResponseWriter, r *http.Request, e *apiError) {}
-
-// reserve takes one of the MAX_CONNECTIONS places, or says that there is none (or that the hub drains).
-// Each place taken is given back by free or by the end of the socket that serve made.
-func (h *hub) reserve() bool { return true }
-func (h *hub) free()         {}
-
-// serve upgrades r and runs the socket on a goroutine of its own; it returns once the connection is hijacked
-// (or has failed). It owns sess and the place from reserve from here on and releases both, whatever happens.
-func (h *hub) serve(w http.ResponseWriter, r *http.Request, cl *claims, sess *session, requestID string) {
+func (h *hub) newConn(nc net.Conn, cl *claims, l lock, requestID string) *conn {
+	c := &conn{id: l.id, requestID: requestID, h: h, nc: nc, claims: cl, lock: l, since: time.Now()}
+	c.w = h.writers[int(h.next.Add(1))%len(h.writers)]
+	if s, ok := nc.(syscall.Conn); ok {
+		c.raw, _ = s.SyscallConn()
+	}
+	c.ring.policy = &h.policy
+	c.expires.Store(cl.expires.UnixNano())
+	// Spread out, so that a thousand clients that came at once are not pinged at once.
+	c.nextPing = c.since.Add(rand.N(max(1, h.cfg.Load().WebsocketPingInterval)))
+	return c
 }
 
 // push queues d for this socket and settles it exactly once, now or later. Never blocks; any goroutine may call.
-func (c *conn) push(d *delivery) {}
+func (c *conn) push(d *delivery) {
+	var room [4]settlement // on the stack: a push allocates nothing
+	c.h.count.pushed.Inc()
+	c.h.count.used.Inc()
+	ends, kick := c.ring.push(d, time.Now(), room[:0])
+	c.kick(kick)
+	c.h.settle(ends, "buffer")
+}
 
 // gap tells the client that events after since may be missing; several calls before the writer's turn become one,
 // with the lowest since. reason is buffer, shed, expired or owner.
-func (c *conn) gap(since uint64, reason string) {}
+func (c *conn) gap(since uint64, reason string) { c.kick(c.ring.gap(since, reason, time.Now())) }
+
+func (c *conn) reply(typ string, payload any) {
+	c.kick(c.ring.reply(newReply(typ, payload), time.Now()))
+}
+
+// kick hands the socket to its writer if the ring says so.
+func (c *conn) kick(yes bool) {
+	if yes {
+		c.w.add(c)
+	}
+}
 
 // close ends the socket with a close frame; the first call wins. Never blocks; any goroutine may call.
-func (c *conn) close(code int, reason string) {}
+func (c *conn) close(code int, reason string) { c.shut(code, reason, closeFrame(code, reason)) }
 
-// info is what GET /admin/sessions shows.
-func (h *hub) each(f func(*conn)) {}
+// shut closes with that frame. The session is released before the closing handshake: from here on nothing but replies
+// and the close frame is written, and the newcomer of a replaced session need not wait for a client that does not answer.
+func (c *conn) shut(code int, reason string, frame []byte) {
+	c.mu.Lock()
+	if c.code != 0 {
+		c.mu.Unlock()
+		return
+	}
+	c.code, c.reason = code, reason
+	attached, cancel := c.attached, c.cancel
+	c.mu.Unlock()
 
-// shedOldest makes the fullest ring of a stuck socket give up its oldest event (drop_oldest: dropped, block: shed).
-// It says false when no stuck socket has one.
-func (h *hub) shedOldest() bool { return false }
+	now := time.Now()
+	if cancel != nil {
+		cancel()
+	}
+	ends, chat, kick := c.ring.close(frame, now, nil)
+	if attached {
+		c.h.detach(c, c.firstRoute())
+	}
+	if chat != "" {
+		c.h.detach(c, c.chatRoute(chat))
+	}
+	c.h.settle(ends, "")
+	c.lock.release()
+	// Bounds the closing handshake, and with it the socket's goroutine, even if the client never reads.
+	c.nc.SetReadDeadline(now.Add(lingerTime))
+	c.kick(kick)
+}
 
-// stuck is the number of events that wait in rings of sockets that do not take them now.
-func (h *hub) stuck() int { return 0 }
+// closing says whether the socket is open no longer.
+func (c *conn) closing() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.code != 0
+}
 
-// stopAccepting makes reserve refuse from now on.
-func (h *hub) stopAccepting() {}
+// lost ends a socket whose connection is gone. Only who has the ring's turn may call it.
+func (c *conn) lost() {
+	c.shut(closeAbnormal, "connection lost", nil)
+	c.h.settle(c.ring.fail(nil), "")
+	c.nc.Close()
+}
 
-// drain closes all sockets with 1001, evenly spread over DRAIN_SPREAD, and returns when all are gone or ctx ends.
-func (h *hub) drain(ctx context.Context) error { return nil }
+// run is the socket's life, on a goroutine of its own outside net/http. It returns when nobody touches c any more.
+func (c *conn) run(u *upgrade, since bool) {
+	c.serve(u, since)
+	c.linger()
+	c.finish()
+}
+
+// serve does the handshake and reads until the socket is closed, by whomever. A panic closes it as well.
+func (c *conn) serve(u *upgrade, since bool) {
+	defer func() {
+		if p := recover(); p != nil {
+			slog.Error("panic in a socket", "request_id", c.requestID, "err", fmt.Sprint(p), "stack", string(debug.Stack()))
+			c.close(closeInternal, internalServerError().reason)
+		}
+	}()
+	cfg := c.h.cfg.Load()
+	ws, br, err := u.shake(cfg.WebsocketWriteTimeout)
+	if err != nil {
+		c.lost() // the ring was never opened: no writer has its turn
+		return
+	}
+	*u = upgrade{}
+	c.begin()
+	if !c.setUp(since) {
+		return
+	}
+	in := &inbound{ws: ws, br: br, max: int(cfg.WebsocketMaxMessage), control: c.control}
+	c.read(in)
+}
+
+// begin is the moment from which the socket counts as open.
+func (c *conn) begin() {
+	c.live = true
+	typ := c.claims.userType()
+	c.h.m.connectionsTotal.with(typ).Inc()
+	c.h.m.activeConnections.with(typ).Inc()
+	slog.Info("socket opened", c.logAttrs()...)
+	c.kick(c.ring.open(time.Now()))
+	c.lock.bind(c.close)
+	c.h.mu.Lock()
+	draining := c.h.draining
+	c.h.mu.Unlock()
+	if draining {
+		c.goAway(c.h.cfg.Load().ServerDrainSpread)
+	}
+}
+
+func (c *conn) logAttrs() []any {
+	cl := c.claims
+	if cl.admin != "" {
+		return []any{"request_id", c.requestID, "admin", cl.admin, "company", cl.scopeCompany, "agent", cl.scopeAgent}
+	}
+	return []any{"request_id", c.requestID, "company", cl.company, "agent", cl.agent, "user", cl.user}
+}
+
+// setUp claims the first route and greets the client. Events that come meanwhile wait behind the greeting.
+func (c *conn) setUp(since bool) bool {
+	r := c.firstRoute()
+	if err := c.claim(r); err != nil {
+		c.unavailable("claim the route", err)
+		return false
+	}
+	c.mu.Lock()
+	c.attached = c.code == 0
+	gone := !c.attached
+	c.mu.Unlock()
+	if gone {
+		// close came while the claim was under way and could not know that it would succeed.
+		c.h.detach(c, r)
+		return false
+	}
+	seq, err := c.streamSeq()
+	if err != nil {
+		c.unavailable("read the stream's sequence", err)
+		return false
+	}
+	c.kick(c.ring.greet(newReply("ready", struct {
+		SessionID string `json:"session_id"`
+		replayInfo
+	}{c.id, replayInfo{Seq: seq, Gap: since}}), time.Now()))
+	return true
+}
+
+// replayInfo is what the confirmations say of the past: nothing is replayed, so whoever asked for it has a gap.
+type replayInfo struct {
+	Seq     uint64 `json:"seq"`
+	Resumed int    `json:"resumed"`
+	Gap     bool   `json:"gap"`
+}
+
+func (c *conn) unavailable(what string, err error) {
+	if !c.closing() {
+		slog.Warn("socket not set up: "+what, append(c.logAttrs(), "err", err)...)
+	}
+	c.close(closeTryLater, unavailable("").reason)
+}
+
+// firstRoute is the one that a socket has as long as it lives.
+func (c *conn) firstRoute() route {
+	if cl := c.claims; cl.admin != "" {
+		return route{kind: routeAgents, company: cl.scopeCompany, agent: cl.scopeAgent}
+	}
+	return route{kind: routeGeneral, company: c.claims.company, agent: c.claims.agent}
+}
+
+func (c *conn) chatRoute(chat string) route {
+	return route{kind: routeMessages, company: c.claims.company, agent: c.claims.agent, chat: chat}
+}
+
+// claim attaches c to r; close interrupts it. After a success the caller must find out whether close came meanwhile.
+func (c *conn) claim(r route) error {
+	ctx, cancel := context.WithTimeout(context.Background(), routeTimeout)
+	defer cancel()
+	c.mu.Lock()
+	if c.code != 0 {
+		c.mu.Unlock()
+		return errClosed
+	}
+	c.cancel = cancel
+	c.mu.Unlock()
+	err := c.h.attach(ctx, c, r)
+	c.mu.Lock()
+	c.cancel = nil
+	c.mu.Unlock()
+	return err
+}
+
+func (c *conn) streamSeq() (uint64, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), routeTimeout)
+	defer cancel()
+	return c.h.streamSeq(ctx)
+}
+
+// read handles messages until the connection ends or the socket is closed; what comes after a close is not looked at.
+func (c *conn) read(in *inbound) {
+	for {
+		op, buf, err := in.next()
+		if c.closing() {
+			recycle(buf)
+			return
+		}
+		if err != nil {
+			recycle(buf)
+			c.close(closeOf(err))
+			return
+		}
+		if op == opClose {
+			c.closedByClient(*buf)
+			return
+		}
+		c.message(*buf)
+		recycle(buf)
+		c.ring.waitRoom()
+	}
+}
+
+// closedByClient answers a close frame with its own code (RFC 6455 section 5.5.1).
+func (c *conn) closedByClient(p []byte) {
+	code, err := parseClose(p)
+	if err != nil {
+		c.close(closeOf(err))
+		return
+	}
+	c.shut(code, "by the client", closeFrame(code, ""))
+}
+
+// control handles pings and pongs. Pings count as messages: over the rate they are answered, but not for long.
+func (c *conn) control(op byte, p []byte) error {
+	if op == opPong {
+		c.missed.Store(0)
+		return nil
+	}
+	if !c.allow() && c.closing() {
+		return errClosed
+	}
+	c.kick(c.ring.control(opPong, p, time.Now()))
+	c.ring.waitRoom()
+	return nil
+}
+
+// allow says whether one more message is within the rate. One that is not may be the last: it closes the socket.
+func (c *conn) allow() bool {
+	cfg := c.h.cfg.Load()
+	ok, abuse := c.rate.allow(time.Now(), float64(cfg.WebsocketRateLimit), cfg.WebsocketRateBurst)
+	if abuse {
+		c.close(closeRateLimit, rateLimitExceeded().reason)
+	}
+	return ok
+}
+
+// limiter is a token bucket that also counts what it refused.
+type limiter struct {
+	tokens  float64
+	last    time.Time
+	refused int       // since
+	since   time.Time // at most 10 s ago
+}
+
+// allow takes a token. abuse says that 3 x burst were refused within 10 s.
+func (l *limiter) allow(now time.Time, rate float64, burst int) (ok, abuse bool) {
+	if l.last.IsZero() {
+		l.tokens = float64(burst)
+	} else {
+		l.tokens = min(float64(burst), l.tokens+rate*now.Sub(l.last).Seconds())
+	}
+	l.last = now
+	if l.tokens >= 1 {
+		l.tokens--
+		return true, false
+	}
+	if now.Sub(l.since) > 10*time.Second {
+		l.since, l.refused = now, 0
+	}
+	l.refused++
+	return false, l.refused >= 3*burst
+}
+
+// request is a message from a client (docs/protocol.md).
+type request struct {
+	Type    string  `json:"type"`
+	ChatID  *string `json:"chat_id"`
+	Payload struct {
+		ChatID *string `json:"chat_id"`
+		Since  *uint64 `json:"since"`
+		Token  *string `json:"token"`
+	} `json:"payload"`
+}
+
+// message handles one text message.
+func (c *conn) message(p []byte) {
+	var req request
+	err := json.Unmarshal(p, &req)
+	label := "invalid"
+	switch req.Type {
+	case "ping", "select_chat", "resume", "refresh_token":
+		label = req.Type
+	}
+	c.h.m.messagesReceivedTotal.with(label).Inc()
+	switch {
+	case !c.allow():
+		c.fault(rateLimitExceeded())
+	case err != nil:
+		c.fault(badRequest("", "not a message of json.v1"))
+	case req.Type == "ping":
+		c.reply("pong", nil)
+	case req.Type == "select_chat":
+		c.selectChat(&req)
+	case req.Type == "resume":
+		c.resume(&req)
+	case req.Type == "refresh_token":
+		c.refreshToken(&req)
+	default:
+		c.fault(badRequest("type", "unknown type"))
+	}
+}
+
+// fault answers an error; the socket stays as it is.
+func (c *conn) fault(e *apiError) { c.reply("error", e) }
+
+// selectChat makes the socket a target of a chat's messages, and no longer of those of the chat before. The read loop
+// waits for the claim, so messages of a client take effect in their order.
+func (c *conn) selectChat(req *request) {
+	id := req.Payload.ChatID
+	if id == nil {
+		id = req.ChatID
+	}
+	switch {
+	case c.claims.admin != "":
+		c.fault(badRequest("", "an admin has no chats to select"))
+		return
+	case id == nil:
+		c.fault(badRequest("chat_id", "select_chat without chat_id"))
+		return
+	case *id != "" && !validChatID(*id):
+		c.fault(badRequest("chat_id", "invalid chat_id"))
+		return
+	}
+	chat, now := *id, c.ring.selection()
+	fresh := chat != "" && chat != now
+	if fresh {
+		c.ring.selecting(chat)
+		if err := c.claim(c.chatRoute(chat)); err != nil {
+			c.notSelected("claim the chat", err)
+			return
+		}
+	}
+	seq, err := c.streamSeq()
+	if err != nil {
+		if fresh {
+			c.h.detach(c, c.chatRoute(chat))
+		}
+		c.notSelected("read the stream's sequence", err)
+		return
+	}
+	c.confirmChat(chat, fresh, newReply("chat_selected", struct {
+		ChatID string `json:"chat_id"`
+		replayInfo
+	}{chat, replayInfo{Seq: seq, Gap: req.Payload.Since != nil}}))
+}
+
+func (c *conn) confirmChat(chat string, fresh bool, f *frame) {
+	ends, old, ok, kick := c.ring.selected(chat, f, time.Now(), nil)
+	c.kick(kick)
+	c.h.settle(ends, "buffer")
+	if !ok && fresh {
+		// close came while the claim was under way: it did not know of this route.
+		c.h.detach(c, c.chatRoute(chat))
+	}
+	if old != "" && old != chat {
+		c.h.detach(c, c.chatRoute(old))
+	}
+}
+
+func (c *conn) notSelected(what string, err error) {
+	ends, _, open, _ := c.ring.selected("", nil, time.Now(), nil)
+	c.h.settle(ends, "")
+	if open {
+		slog.Warn("chat not selected: "+what, append(c.logAttrs(), "err", err)...)
+		c.fault(unavailable("the chat can't be selected now; the selection is unchanged"))
+	}
+}
+
+// resume is told that there is a gap: the client reloads.
+func (c *conn) resume(req *request) {
+	if req.Payload.Since == nil {
+		c.fault(badRequest("since", "resume without since"))
+		return
+	}
+	seq, err := c.streamSeq()
+	if err != nil {
+		c.fault(unavailable("the stream can't be read now"))
+		return
+	}
+	c.reply("resumed", replayInfo{Seq: seq, Gap: true})
+}
+
+// refreshToken lets the socket live as long as a newer token of the same identity.
+func (c *conn) refreshToken(req *request) {
+	if req.Payload.Token == nil {
+		c.fault(badRequest("token", "refresh_token without token"))
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), routeTimeout)
+	defer cancel()
+	cl, fault := c.h.openToken(ctx, *req.Payload.Token, c.claims.admin != "")
+	if fault != nil {
+		c.fault(fault)
+		return
+	}
+	same := *cl
+	same.expires = c.claims.expires
+	if same != *c.claims {
+		c.fault(invalidToken("foreign", "the token is another's, or of another scope"))
+		return
+	}
+	c.expires.Store(cl.expires.UnixNano())
+	c.reply("token_refreshed", struct {
+		ExpiresAt time.Time `json:"expires_at"`
+	}{cl.expires.UTC()})
+}
+
+// tend is called about every second by the hub's ticker.
+func (c *conn) tend(now time.Time) {
+	if now.UnixNano() >= c.expires.Load() {
+		c.close(closeForbidden, "token-expired")
+		return
+	}
+	if now.Before(c.nextPing) {
+		return
+	}
+	cfg := c.h.cfg.Load()
+	c.nextPing = now.Add(cfg.WebsocketPingInterval)
+	if int(c.missed.Load()) >= cfg.WebsocketMaxMissedPongs {
+		c.close(closeInternal, "ping-timeout")
+		return
+	}
+	c.missed.Add(1)
+	c.kick(c.ring.control(opPing, nil, now))
+}
+
+// linger waits, 2 s at the most, until the close frame is written and the client has closed its side, discarding what
+// it still sends; then it cuts the connection and waits for whoever may be writing to notice.
+func (c *conn) linger() {
+	t := time.NewTimer(lingerTime)
+	defer t.Stop()
+	io.Copy(io.Discard, struct{ io.Reader }{c.nc})
+	c.ring.waitDone(t.C)
+	c.nc.Close()
+	t.Reset(lingerTime)
+	if !c.ring.waitDone(t.C) {
+		slog.Error("a socket's writer does not end", "request_id", c.requestID)
+	}
+}
+
+// finish counts and logs the end.
+func (c *conn) finish() {
+	c.mu.Lock()
+	code, reason := c.code, c.reason
+	c.mu.Unlock()
+	if !c.live {
+		return
+	}
+	life := time.Since(c.since)
+	c.h.m.activeConnections.with(c.claims.userType()).Dec()
+	c.h.m.closesTotal.with(codeLabel(code)).Inc()
+	c.h.m.connectionDurationSeconds.with().Update(life.Seconds())
+	slog.Info("socket closed", append(c.logAttrs(), "code", code, "reason", reason, "duration", life.String())...)
+}
+
+// codeLabel keeps the metric's label bounded: a client may close with thousands of codes.
+func codeLabel(code int) string {
+	known := code >= 1000 && code < 1015
+	switch code {
+	case 4400, 4401, 4402, closeForbidden, closeSlowClient, closeRateLimit:
+		known = true
+	}
+	if !known {
+		return "other"
+	}
+	return strconv.Itoa(code)
+}

@@ -1,0 +1,309 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"runtime"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	vm "github.com/VictoriaMetrics/metrics"
+)
+
+// hub owns every socket of this pod, their shared writers and the tickers that look after them.
+type hub struct {
+	cfg *settings
+	m   *Metrics
+	// streamSeq asks for a stream sequence not above the last one and at most 1 s old.
+	streamSeq func(context.Context) (uint64, error)
+	// openToken opens a token for refresh_token; main sets it.
+	openToken func(ctx context.Context, token string, admin bool) (*claims, *apiError)
+	// attach, detach and confirm are those of owners.
+	attach  func(context.Context, *conn, route) error
+	detach  func(*conn, route)
+	confirm func()
+
+	policy  sendPolicy
+	count   counts
+	writers []*writer
+	next    atomic.Uint32 // of writers, for the next socket
+
+	wg sync.WaitGroup // goroutines of sockets: their own, those that write alone, rejected ones
+
+	mu       sync.Mutex // guards all below
+	conns    map[*conn]struct{}
+	places   int // taken of MAX_CONNECTIONS
+	rejects  int
+	refusing bool // reserve says no
+	draining bool // sockets that still come are closed at once
+	drained  bool // no goroutine is added to wg any more, but by sockets that live
+
+	slowMu sync.Mutex // guards slow
+	slow   map[*conn]int
+}
+
+// counts are the series that each event touches, looked up once.
+type counts struct {
+	pushed  *vm.Counter
+	ended   [len(outcomeNames)]*vm.Counter
+	used    *vm.Gauge
+	room    *vm.Gauge
+	latency *vm.PrometheusHistogram
+	sent    func(*frame, *delivery)
+}
+
+func newCounts(m *Metrics) counts {
+	c := counts{
+		pushed:  m.targetsTotal.with("pushed"),
+		used:    m.websocketBufferUsed.with(),
+		room:    m.websocketBufferCapacity.with(),
+		latency: m.eventDeliverySeconds.with(),
+	}
+	for o := range outcomeNames {
+		c.ended[o] = m.targetsTotal.with(targetOutcome(outcome(o)).String())
+	}
+	var events [len(kindNames)]*vm.Counter
+	for k, name := range kindNames {
+		events[k] = m.messagesSentTotal.with(name)
+	}
+	c.sent = func(f *frame, d *delivery) {
+		if d != nil {
+			events[d.kind].Inc()
+		} else {
+			m.messagesSentTotal.with(f.label).Inc()
+		}
+	}
+	return c
+}
+
+// targetOutcome is what the ledger of targets counts an outcome as: pushed = written + dropped + duplicate + failed + waiting.
+func targetOutcome(o outcome) outcome {
+	switch o {
+	case shed:
+		return dropped
+	case absent:
+		return failed
+	case replayed:
+		return duplicate
+	}
+	return o
+}
+
+func newHub(cfg *settings, m *Metrics, o *owners, streamSeq func(context.Context) (uint64, error)) *hub {
+	c := cfg.Load()
+	h := &hub{
+		cfg: cfg, m: m, streamSeq: streamSeq,
+		attach: o.attach, detach: o.detach, confirm: o.confirm,
+		count: newCounts(m),
+		conns: map[*conn]struct{}{},
+		slow:  map[*conn]int{},
+	}
+	h.policy.size = c.WebsocketBufferSize
+	h.policy.block = c.WebsocketDropPolicy == "block"
+	h.policy.blockTimeout = c.WebsocketBlockTimeout
+	h.policy.gaps = func(reason string) { m.gapsTotal.with(reason).Inc() }
+	for range runtime.GOMAXPROCS(0) {
+		h.writers = append(h.writers, newWriter(h))
+	}
+	return h
+}
+
+// run writes to the sockets and looks after them until ctx ends, which must be after drain.
+func (h *hub) run(ctx context.Context) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, w := range h.writers {
+		wg.Go(func() { w.run(ctx) })
+	}
+	tick := time.NewTicker(slowTick)
+	defer tick.Stop()
+	var scan time.Time
+	for {
+		select {
+		case now := <-tick.C:
+			h.tendSlow(now)
+			if now.Before(scan) {
+				continue
+			}
+			// Once a second is enough for heartbeats and tokens, unless pings are set to come faster.
+			scan = now.Add(min(time.Second, h.cfg.Load().WebsocketPingInterval/4))
+			h.each(func(c *conn) { c.tend(now) })
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// settle ends deliveries at their targets. why says what made a socket give an event up, for the metric.
+func (h *hub) settle(ends []settlement, why string) {
+	for _, e := range ends {
+		h.count.ended[e.o].Inc()
+		h.count.used.Dec()
+		if e.o == dropped || e.o == shed {
+			h.m.websocketMessagesDroppedTotal.with(why).Inc()
+		}
+		e.d.settle(e.o)
+	}
+}
+
+// each calls f for every socket of this pod, outside of the hub's lock.
+func (h *hub) each(f func(*conn)) {
+	h.mu.Lock()
+	all := make([]*conn, 0, len(h.conns))
+	for c := range h.conns {
+		all = append(all, c)
+	}
+	h.mu.Unlock()
+	for _, c := range all {
+		f(c)
+	}
+}
+
+// reserve takes one of the MAX_CONNECTIONS places, or says that there is none (or that the hub drains).
+// Each place taken is given back by free or by the end of the socket that serve made.
+func (h *hub) reserve() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.refusing || h.places >= h.cfg.Load().ServerMaxConnections {
+		return false
+	}
+	h.places++
+	return true
+}
+
+func (h *hub) free() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.places--
+}
+
+func (h *hub) startReject() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.drained || h.rejects >= maxRejects {
+		return false
+	}
+	h.rejects++
+	h.wg.Add(1)
+	return true
+}
+
+func (h *hub) endReject() {
+	h.mu.Lock()
+	h.rejects--
+	h.mu.Unlock()
+	h.wg.Done()
+}
+
+// serve upgrades r and runs the socket on a goroutine of its own; it returns once the connection is hijacked
+// (or has failed). It owns sess and the place from reserve from here on and releases both, whatever happens.
+func (h *hub) serve(w http.ResponseWriter, r *http.Request, cl *claims, sess *session, requestID string) {
+	h.start(w, r, cl, lock{sess.id, sess.bind, sess.release}, requestID)
+}
+
+// start is serve for whatever locks a session.
+func (h *hub) start(w http.ResponseWriter, r *http.Request, cl *claims, l lock, requestID string) {
+	u, err := takeOver(w, r)
+	if err != nil {
+		slog.Warn("socket not opened", "request_id", requestID, "err", err)
+		l.release()
+		h.free()
+		answerError(w, internalServerError())
+		return
+	}
+	c := h.newConn(u.nc, cl, l, requestID)
+	since := r.URL.Query().Has("since")
+	if !h.register(c) {
+		u.nc.Close()
+		l.release()
+		h.free()
+		return
+	}
+	go func() { // counted by register
+		defer h.unregister(c)
+		c.run(u, since)
+	}()
+}
+
+// register makes c one of the hub's sockets. It says false after the end of a drain.
+func (h *hub) register(c *conn) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.drained {
+		return false
+	}
+	h.conns[c] = struct{}{}
+	h.count.room.Add(float64(h.policy.size))
+	h.wg.Add(1)
+	return true
+}
+
+func (h *hub) unregister(c *conn) {
+	h.mu.Lock()
+	delete(h.conns, c)
+	h.places--
+	h.mu.Unlock()
+	h.count.room.Add(-float64(h.policy.size))
+	h.wg.Done()
+}
+
+// stopAccepting makes reserve refuse from now on.
+func (h *hub) stopAccepting() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.refusing = true
+}
+
+// drain closes all sockets with 1001, evenly spread over DRAIN_SPREAD, and returns when all are gone or ctx ends.
+// Each client is told a delay of its own after which to reconnect, so that they do not all come at once.
+func (h *hub) drain(ctx context.Context) error {
+	h.stopAccepting()
+	spread := h.cfg.Load().ServerDrainSpread
+	start := time.Now()
+	var all []*conn
+	h.each(func(c *conn) { all = append(all, c) })
+	for i, c := range all {
+		due := start.Add(spread * time.Duration(i) / time.Duration(len(all)))
+		if wait := time.Until(due); wait > 0 && !pause(ctx, wait) {
+			break
+		}
+		c.goAway(spread)
+	}
+	h.mu.Lock()
+	h.draining = true // those that were on their way when all was listed
+	h.mu.Unlock()
+	h.each(func(c *conn) { c.goAway(spread) })
+	return h.waitGone(ctx)
+}
+
+// waitGone waits until no goroutine of a socket is left; when ctx ends before, it cuts the connections that are.
+func (h *hub) waitGone(ctx context.Context) error {
+	h.mu.Lock()
+	h.drained = true
+	h.mu.Unlock()
+	gone := make(chan struct{})
+	go func() { // ends with the last socket, whose end is bounded
+		h.wg.Wait()
+		close(gone)
+	}()
+	select {
+	case <-gone:
+		return nil
+	case <-ctx.Done():
+		h.each(func(c *conn) { c.nc.Close() })
+		return ctx.Err()
+	}
+}
+
+// goAway closes a socket because the pod stops.
+func (c *conn) goAway(spread time.Duration) {
+	after := time.Duration(0)
+	if spread > 0 {
+		after = rand.N(spread)
+	}
+	c.close(closeGoingAway, "drain retry-after-ms="+strconv.FormatInt(after.Milliseconds(), 10))
+}

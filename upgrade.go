@@ -1,0 +1,249 @@
+package main
+
+import (
+	"bufio"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"path"
+	"strings"
+	"time"
+
+	"golang.org/x/net/websocket"
+)
+
+const (
+	readBuffer  = 256             // of a socket: a select_chat fits; larger reads go around it
+	lingerTime  = 2 * time.Second // from a close until the connection is cut
+	maxRejects  = 256             // sockets upgraded only to be closed, at once
+	subprotocol = "json.v1"
+)
+
+// checkUpgrade refuses what is no well-formed WebSocket upgrade, before anything is hijacked; it sets
+// Sec-WebSocket-Version on w where RFC 6455 section 4.4 asks for it.
+func checkUpgrade(w http.ResponseWriter, r *http.Request) *apiError {
+	switch {
+	case r.Method != http.MethodGet:
+		w.Header().Set("Allow", http.MethodGet)
+		return methodNotAllowed()
+	case !r.ProtoAtLeast(1, 1):
+		return badRequest("", "a WebSocket needs HTTP/1.1")
+	case r.ProtoMajor != 1, !hasToken(r.Header, "Connection", "upgrade"), !hasToken(r.Header, "Upgrade", "websocket"):
+		return needUpgrade(w, "this is a WebSocket endpoint: Connection: Upgrade, Upgrade: websocket")
+	case len(r.Header.Values("Sec-Websocket-Version")) != 1 || r.Header.Get("Sec-Websocket-Version") != "13":
+		return needUpgrade(w, "Sec-WebSocket-Version must be 13")
+	case r.ContentLength != 0:
+		return badRequest("", "a WebSocket upgrade has no body")
+	}
+	keys := r.Header.Values("Sec-Websocket-Key")
+	if len(keys) != 1 {
+		return badRequest("", "there must be one Sec-WebSocket-Key")
+	}
+	if key, err := base64.StdEncoding.DecodeString(keys[0]); err != nil || len(key) != 16 {
+		return badRequest("", "Sec-WebSocket-Key must be 16 bytes in base64")
+	}
+	if offers := headerTokens(r.Header, "Sec-Websocket-Protocol"); len(offers) > 0 && !acceptable(offers) {
+		return badRequest("", "the only sub-protocol is "+subprotocol)
+	}
+	return nil
+}
+
+// needUpgrade names what the client should have asked for (RFC 9110 section 15.5.22, RFC 6455 section 4.4).
+func needUpgrade(w http.ResponseWriter, message string) *apiError {
+	w.Header().Set("Upgrade", "websocket")
+	w.Header().Set("Connection", "Upgrade")
+	w.Header().Set("Sec-WebSocket-Version", "13")
+	return upgradeRequired(message)
+}
+
+// acceptable says whether one of the offered sub-protocols is ours. A token in disguise is no offer.
+func acceptable(offers []string) bool {
+	foreign := false
+	for _, o := range offers {
+		if o == subprotocol {
+			return true
+		}
+		foreign = foreign || !strings.HasPrefix(o, "bearer.")
+	}
+	return !foreign
+}
+
+// headerTokens splits a header's comma-separated list, which may go over several lines (RFC 9110 section 5.3).
+func headerTokens(h http.Header, name string) []string {
+	var all []string
+	for _, line := range h.Values(name) {
+		for t := range strings.SplitSeq(line, ",") {
+			if t = strings.Trim(t, " \t"); t != "" {
+				all = append(all, t)
+			}
+		}
+	}
+	return all
+}
+
+func hasToken(h http.Header, name, want string) bool {
+	for _, t := range headerTokens(h, name) {
+		if strings.EqualFold(t, want) {
+			return true
+		}
+	}
+	return false
+}
+
+// checkOrigin allows an absent origin, the request's own host and the allowed globs, which are matched against host or
+// host:port as the browser sends it, without regard to case.
+func checkOrigin(cfg *Config, r *http.Request) *apiError {
+	origins := r.Header.Values("Origin")
+	if len(origins) == 0 || cfg.WebsocketInsecureSkipVerify {
+		return nil
+	}
+	u, err := url.Parse(origins[0])
+	if len(origins) > 1 || err != nil || u.Host == "" {
+		return originNotAllowed()
+	}
+	if sameHost(u, r.Host) {
+		return nil
+	}
+	host := strings.ToLower(u.Host)
+	for glob := range strings.SplitSeq(cfg.WebsocketAllowedOrigins, ",") {
+		if ok, err := path.Match(strings.ToLower(strings.TrimSpace(glob)), host); ok && err == nil {
+			return nil
+		}
+	}
+	return originNotAllowed()
+}
+
+// sameHost compares an origin with a Host header; a browser leaves the scheme's own port out of both, others may not.
+func sameHost(origin *url.URL, host string) bool {
+	port := ":80"
+	if origin.Scheme == "https" {
+		port = ":443"
+	}
+	return strings.EqualFold(strings.TrimSuffix(origin.Host, port), strings.TrimSuffix(host, port))
+}
+
+// upgrade is a connection taken over from net/http, with what the handshake still needs of its request. Nothing else of
+// the request is kept: an idle socket costs 9 KB this way and 18 KB inside its handler.
+type upgrade struct {
+	nc    net.Conn
+	early []byte // sent right behind the request; net/http had read it already
+	key   string
+	named bool // the client offered our sub-protocol
+}
+
+// takeOver hijacks a request that checkUpgrade has found well.
+func takeOver(w http.ResponseWriter, r *http.Request) (*upgrade, error) {
+	u := &upgrade{key: strings.Clone(r.Header.Get("Sec-Websocket-Key"))}
+	for _, o := range headerTokens(r.Header, "Sec-Websocket-Protocol") {
+		u.named = u.named || o == subprotocol
+	}
+	nc, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return nil, fmt.Errorf("take the connection over from net/http: %w", err)
+	}
+	early, err := rw.Reader.Peek(rw.Reader.Buffered())
+	if err != nil {
+		nc.Close()
+		return nil, fmt.Errorf("take over what net/http had read: %w", err)
+	}
+	u.nc, u.early = nc, append([]byte(nil), early...)
+	return u, nil
+}
+
+// wire is the connection as the WebSocket package gets it: it begins with the early bytes, and closing it is left to us.
+type wire struct {
+	net.Conn
+	early []byte
+}
+
+func (w *wire) Read(p []byte) (int, error) {
+	if len(w.early) > 0 {
+		n := copy(p, w.early)
+		if w.early = w.early[n:]; len(w.early) == 0 {
+			w.early = nil
+		}
+		return n, nil
+	}
+	return w.Conn.Read(p)
+}
+
+func (w *wire) Close() error { return nil }
+
+// hijacked stands in for the ResponseWriter of a request that was hijacked before.
+type hijacked struct {
+	http.ResponseWriter // nil: the package calls nothing but Hijack
+	wire                *wire
+	rw                  *bufio.ReadWriter
+}
+
+func (h *hijacked) Hijack() (net.Conn, *bufio.ReadWriter, error) { return h.wire, h.rw, nil }
+
+var handshakeURL = &url.URL{Path: "/"}
+
+// shake answers the handshake by x/net/websocket, on a request made up of what it looks at. The Server is new for each:
+// the package writes into it. The Conn that comes back is good for NewFrameReader, on the returned reader, and nothing else.
+func (u *upgrade) shake(timeout time.Duration) (*websocket.Conn, *bufio.Reader, error) {
+	r := &http.Request{Method: http.MethodGet, URL: handshakeURL, Host: "x", Header: http.Header{
+		"Upgrade":               {"websocket"},
+		"Connection":            {"Upgrade"},
+		"Sec-Websocket-Key":     {u.key},
+		"Sec-Websocket-Version": {"13"},
+	}}
+	if u.named {
+		r.Header["Sec-Websocket-Protocol"] = []string{subprotocol}
+	}
+	wire := &wire{u.nc, u.early}
+	rw := bufio.NewReadWriter(bufio.NewReaderSize(wire, readBuffer), bufio.NewWriterSize(wire, 512))
+	u.nc.SetWriteDeadline(time.Now().Add(timeout))
+	var ws *websocket.Conn
+	server := websocket.Server{Handler: func(c *websocket.Conn) { ws = c }}
+	server.ServeHTTP(&hijacked{wire: wire, rw: rw}, r)
+	if ws == nil {
+		return nil, nil, errors.New("write the handshake's answer")
+	}
+	u.nc.SetWriteDeadline(time.Time{})
+	// The Conn holds on to these as long as the socket lives; no one will look at them again.
+	*rw.Writer = bufio.Writer{}
+	r.Header, ws.Config().Location = nil, nil
+	return ws, rw.Reader, nil
+}
+
+// reject upgrades r only to close it at once with e's close code and reason (errors=close). Above a bounded number of
+// such sockets, and for errors without a close code, it answers by HTTP.
+func (h *hub) reject(w http.ResponseWriter, r *http.Request, e *apiError) {
+	if e.close == 0 || !h.startReject() {
+		answerError(w, e)
+		return
+	}
+	u, err := takeOver(w, r)
+	if err != nil {
+		h.endReject()
+		return
+	}
+	go func() { // counted by startReject
+		defer h.endReject()
+		defer u.nc.Close()
+		if _, _, err := u.shake(lingerTime); err != nil {
+			return
+		}
+		h.m.closesTotal.with(fmt.Sprint(e.close)).Inc()
+		u.nc.SetDeadline(time.Now().Add(lingerTime))
+		u.nc.Write(closeFrame(e.close, e.reason))
+		if half, ok := u.nc.(interface{ CloseWrite() error }); ok {
+			half.CloseWrite()
+		}
+		io.Copy(io.Discard, struct{ io.Reader }{u.nc})
+	}()
+}
+
+// answerError tells an error by HTTP, where no connection could be taken over.
+func answerError(w http.ResponseWriter, e *apiError) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(e.status)
+	json.NewEncoder(w).Encode(e)
+}
