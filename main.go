@@ -1,3 +1,339 @@
+// Command daisi-ws-service delivers events from a NATS JetStream stream to browsers, over one exclusive WebSocket
+// per (company, agent, user), across any number of pods.
+//
+// The map of the house, in the order of an event's way:
+//
+//	consumer.go  the connection to NATS, the one durable pull consumer of all pods
+//	event.go     a message's subject and payload, and the delivery that counts its targets
+//	router.go    consumer -> owners -> sockets here and peers there -> ack or NAK; parked.go what was NAKed
+//	owner.go     who owns a route; lease.go this pod's lease, the others', and the log that keeps the cache exact
+//	frame.go     the outbound frame, encoded once; buffer.go the send ring and the shared writers
+//	conn.go      one socket: read loop, json.v1, heartbeat, closing
+//	session.go   exclusive sessions in Redis; auth.go keys and tokens; server.go HTTP
+//	peer.go      the talk among pods
+//	config.go    settings; commands.go the command line; metrics.go every metric
 package main
 
-func main() {}
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+func main() {
+	code, serve, file := command(os.Args[1:], os.Environ(), os.Stdout, os.Stderr)
+	if !serve {
+		os.Exit(code)
+	}
+	if err := run(file, os.Environ(), os.Stderr); err != nil {
+		slog.Error("stopped", "err", err)
+		os.Exit(1)
+	}
+}
+
+// service is everything that run wires together, in the order of the data's way.
+type service struct {
+	cfg      *settings
+	m        *Metrics
+	rdb      redis.UniversalClient
+	owners   *owners
+	peers    *peers
+	sessions *sessions
+	hub      *hub
+	router   *router
+	consumer *consumer
+	server   *server
+
+	starting   context.Context // ends the wait for the lease, at the beginning of the drain
+	giveUp     context.CancelFunc
+	background context.Context // ends the loops below, at the end of the drain
+	cancel     context.CancelFunc
+	loops      sync.WaitGroup
+	endLocks   context.CancelFunc // ends sessions.run, which releases what is queued
+	locks      chan struct{}      // closed when it has
+	routing    chan struct{}      // closed when the router has routed its last batch
+	fatal      chan error         // what the service cannot live without; buffered
+}
+
+// run serves until SIGTERM or SIGINT and returns after the drain: nil if nothing was lost. A second signal exits at once.
+func run(file string, environ []string, logs io.Writer) error {
+	cfg, warnings, err := loadConfig(file, environ)
+	if err != nil {
+		fmt.Fprintln(logs, err)
+		return errors.New("the settings are faulty")
+	}
+	level := new(slog.LevelVar)
+	setLog(cfg, level, logs)
+	for _, w := range warnings {
+		slog.Warn(w)
+	}
+	s, err := newService(cfg)
+	if err != nil {
+		return err
+	}
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	if err := s.start(); err != nil {
+		return err
+	}
+	for {
+		select {
+		case err := <-s.fatal:
+			s.drain(signals)
+			return err
+		case sig := <-signals:
+			if sig == syscall.SIGHUP {
+				s.reload(file, environ, level)
+				continue
+			}
+			slog.Info("draining", "signal", sig.String())
+			return s.drain(signals)
+		}
+	}
+}
+
+func setLog(cfg *Config, level *slog.LevelVar, w io.Writer) {
+	level.UnmarshalText([]byte(cfg.LogLevel)) // checked by loadConfig
+	opts := &slog.HandlerOptions{Level: level}
+	var h slog.Handler = slog.NewJSONHandler(w, opts)
+	if cfg.LogFormat == "text" {
+		h = slog.NewTextHandler(w, opts)
+	}
+	slog.SetDefault(slog.New(h).With("pod", cfg.ServerPodID))
+}
+
+// newService makes every room. Nothing runs or listens yet; the connection to NATS is being tried.
+func newService(cfg *Config) (*service, error) {
+	s := &service{cfg: &settings{}, m: newMetrics(), routing: make(chan struct{}), locks: make(chan struct{}), fatal: make(chan error, 8)}
+	s.cfg.Store(cfg)
+	s.background, s.cancel = context.WithCancel(context.Background())
+	s.starting, s.giveUp = context.WithCancel(s.background)
+	var err error
+	if s.rdb, err = newRedis(cfg); err != nil {
+		return nil, err
+	}
+	s.owners = newOwners(s.cfg, s.rdb, s.m)
+	s.peers = newPeers(s.cfg, s.m, cfg.ServerPodID, s.owners.epoch)
+	s.sessions = newSessions(s.cfg, s.rdb, s.m, s.owners)
+	if s.consumer, err = newConsumer(s.cfg, s.m, s.owners); err != nil {
+		return nil, err
+	}
+	auth := newAuth(s.cfg, s.rdb, s.m)
+	s.hub = newHub(s.cfg, s.m, s.owners, s.consumer.streamSeq)
+	s.router = newRouter(s.cfg, s.m, s.owners, s.hub, s.peers)
+	s.consumer.accept, s.consumer.anew = s.router.accept, s.router.forgetSeq
+	s.owners.identify, s.owners.noteSeq = s.peers.identify, s.router.lastSeen.Load
+	s.owners.onConfirm(s.sessions.confirm)
+	s.owners.onReturn(s.sessions.reclaim)
+	s.server = newServer(s.cfg, s.m, auth, s.sessions, s.owners, s.hub, s.ready)
+	return s, nil
+}
+
+// ready tells /ready the state of each dependency, and whether all of them are good.
+func (s *service) ready() (map[string]string, bool) {
+	nats, consumer := s.consumer.status()
+	state := map[string]string{"nats": nats, "consumer": consumer, "redis": "connected", "grpc": "serving"}
+	if !s.owners.available() {
+		state["redis"] = "disconnected"
+	}
+	if !s.peers.serving() {
+		state["grpc"] = "stopped"
+	}
+	return state, nats == "connected" && consumer == "active" && s.owners.available() && s.peers.serving()
+}
+
+// start binds the ports, then takes up the work as its dependencies come: none of them needs to be there yet.
+func (s *service) start() error {
+	cfg := s.cfg.Load()
+	web, err := net.Listen("tcp", net.JoinHostPort(cfg.ServerBindAddress, strconv.Itoa(cfg.ServerHTTPPort)))
+	if err != nil {
+		return fmt.Errorf("bind the HTTP port: %w", err)
+	}
+	rpc, err := net.Listen("tcp", net.JoinHostPort(cfg.ServerBindAddress, strconv.Itoa(cfg.ServerGRPCPort)))
+	if err != nil {
+		return fmt.Errorf("bind the gRPC port: %w", err)
+	}
+	if s.owners.address, err = advertised(cfg, rpc.Addr().(*net.TCPAddr)); err != nil {
+		return err
+	}
+	slog.Info("listening", "http", web.Addr().String(), "grpc", rpc.Addr().String(), "advertised", s.owners.address)
+	s.loop(func() { s.fail(s.peers.serve(rpc)) })
+	s.loop(func() { s.fail(s.server.serve(web)) })
+	if cfg.ServerDebugAddress != "" {
+		s.loop(func() { s.serveDebug(cfg.ServerDebugAddress) })
+	}
+	ctx, cancel := context.WithCancel(s.background)
+	s.endLocks = cancel
+	s.loop(func() {
+		defer close(s.locks)
+		s.sessions.run(ctx)
+	})
+	s.loop(s.work)
+	s.loop(func() {
+		select {
+		case <-s.consumer.closed:
+			s.fail(errors.New("the connection to NATS was given up (NATS_MAX_RECONNECTS)"))
+		case <-s.background.Done():
+		}
+	})
+	return nil
+}
+
+// loop runs f on a goroutine that the drain waits for.
+func (s *service) loop(f func()) { s.loops.Go(f) }
+
+// fail reports what the service cannot go on without.
+func (s *service) fail(err error) {
+	if err != nil && s.background.Err() == nil {
+		select {
+		case s.fatal <- err:
+		default:
+		}
+	}
+}
+
+// work waits for the pod's lease and then starts the loops. Nothing is pulled before the lease is there: every event
+// would be NAKed.
+func (s *service) work() {
+	if err := s.owners.start(s.starting); err != nil {
+		if s.starting.Err() == nil {
+			s.fail(err)
+		}
+		close(s.routing)
+		close(s.consumer.stopped)
+		return
+	}
+	s.loop(func() { s.owners.claimLoop(s.background) })
+	s.loop(func() { s.owners.leaseLoop(s.background) })
+	s.loop(func() { s.hub.run(s.background) })
+	s.loop(func() { s.router.tick(s.background) })
+	s.loop(func() {
+		defer close(s.routing)
+		s.router.run(s.background)
+	})
+	s.consumer.run(s.background)
+}
+
+func (s *service) serveDebug(addr string) {
+	srv := &http.Server{Addr: addr, Handler: debugHandler(), ReadHeaderTimeout: 5 * time.Second}
+	defer context.AfterFunc(s.background, func() { srv.Close() })()
+	if err := srv.ListenAndServe(); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		s.fail(fmt.Errorf("serve SERVER_DEBUG_ADDRESS: %w", err))
+	}
+}
+
+// advertised is what peers dial: ADVERTISE_ADDRESS, else the address bound, else this machine's on its way to Redis.
+func advertised(cfg *Config, bound *net.TCPAddr) (string, error) {
+	port := strconv.Itoa(bound.Port)
+	if a := cfg.ServerAdvertiseAddress; a != "" {
+		if _, _, err := net.SplitHostPort(a); err == nil {
+			return a, nil
+		}
+		return net.JoinHostPort(strings.Trim(a, "[]"), port), nil
+	}
+	if !bound.IP.IsUnspecified() {
+		return bound.String(), nil
+	}
+	first, _, _ := strings.Cut(cfg.RedisAddress, ",")
+	c, err := net.Dial("udp", first) // sends nothing: the kernel only picks the route
+	if err != nil {
+		return "", fmt.Errorf("find the address that peers dial, on the way to Redis at %s: %w; set SERVER_ADVERTISE_ADDRESS", first, err)
+	}
+	defer c.Close()
+	return net.JoinHostPort(c.LocalAddr().(*net.UDPAddr).IP.String(), port), nil
+}
+
+// reload reads the settings again on SIGHUP: live ones are in force at once, a faulty file changes nothing.
+func (s *service) reload(file string, environ []string, level *slog.LevelVar) {
+	changed, restart, err := s.cfg.reload(file, environ)
+	if err == nil {
+		err = s.server.reloadTLS()
+	}
+	if err != nil {
+		s.m.configReloadsTotal.with("failure").Inc()
+		slog.Error("settings not reloaded, those before stay in force", "err", err)
+		return
+	}
+	level.UnmarshalText([]byte(s.cfg.Load().LogLevel))
+	s.m.configReloadsTotal.with("success").Inc()
+	slog.Info("settings reloaded", "changed", changed, "need_restart", restart)
+}
+
+// drain stops in the order in which nothing is lost: not ready, no more pulling, no more sockets, what is in hand, the
+// sockets spread over time, the lease, and then the servers and connections. Each step has its own bound.
+func (s *service) drain(signals <-chan os.Signal) error {
+	go func() {
+		for sig := range signals {
+			if sig != syscall.SIGHUP {
+				slog.Error("second signal: exit at once", "signal", sig.String())
+				os.Exit(1)
+			}
+		}
+	}()
+	cfg := s.cfg.Load()
+	began := time.Now()
+	var errs []error
+	step := func(name string, limit time.Duration, f func(context.Context) error) {
+		left := cfg.ServerShutdownTimeout - time.Since(began)
+		ctx, cancel := context.WithTimeout(context.Background(), max(min(limit, left), 100*time.Millisecond))
+		defer cancel()
+		if err := f(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		}
+	}
+	s.server.startDrain()
+	s.giveUp()
+	step("stop pulling", 5*time.Second, s.stopPulling)
+	s.hub.stopAccepting()
+	step("settle", 3*time.Second, func(ctx context.Context) error { s.router.settleAll(ctx); return nil }) // the rest is NAKed as its sockets close
+	step("close sockets", cfg.ServerDrainSpread+6*time.Second, s.hub.drain)
+	step("settle the rest", 3*time.Second, s.router.settleAll)
+	step("release sessions", 3*time.Second, s.releaseSessions)
+	step("release routes", 2*time.Second, s.owners.releaseAll)
+	step("lease", time.Second, s.owners.close)
+	step("gRPC", 2*time.Second, func(ctx context.Context) error { s.peers.stop(ctx); return nil })
+	step("HTTP", 2*time.Second, s.server.shutdown)
+	step("NATS", 2*time.Second, s.consumer.close)
+	s.cancel()
+	s.loops.Wait()
+	errs = append(errs, s.rdb.Close())
+	err := errors.Join(errs...)
+	slog.Info("drained", "seconds", time.Since(began).Seconds(), "err", err)
+	return err
+}
+
+func (s *service) stopPulling(ctx context.Context) error {
+	if err := s.consumer.drain(ctx); err != nil {
+		return err
+	}
+	s.router.stop()
+	select {
+	case <-s.routing:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("route the last batch: %w", ctx.Err())
+	}
+}
+
+func (s *service) releaseSessions(ctx context.Context) error {
+	s.endLocks()
+	select {
+	case <-s.locks:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

@@ -1,0 +1,167 @@
+// Command load measures one pod on embedded servers: real NATS, Redis and service processes, and its own clients. It
+// prints what it measured, and fails when an event was lost.
+//
+//	go -C dev run ./load throughput   events per second through one pod until nothing is pending
+//	go -C dev run ./load latency      from publish to client, p50 and p99, at a steady rate
+//	go -C dev run ./load memory       resident memory per idle socket
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"daisi-ws-service/dev/rig"
+)
+
+// plan is what the flags ask for.
+type plan struct {
+	agents  int
+	events  int
+	rate    int
+	size    int
+	seconds int
+	sockets int
+	settle  time.Duration
+	procs   int
+}
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "load:", err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	var p plan
+	flag.IntVar(&p.agents, "agents", 1000, "throughput, latency: agents, one socket each")
+	flag.IntVar(&p.events, "events", 200_000, "throughput: events published")
+	flag.IntVar(&p.rate, "rate", 2000, "latency: events per second")
+	flag.IntVar(&p.size, "size", 600, "bytes of a payload")
+	flag.IntVar(&p.seconds, "seconds", 20, "latency: how long")
+	flag.IntVar(&p.sockets, "sockets", 10_000, "memory: sockets, each of an agent of its own")
+	flag.DurationVar(&p.settle, "settle", 60*time.Second, "memory: pause between the last connect and the reading")
+	flag.IntVar(&p.procs, "procs", 2, "GOMAXPROCS of the pod")
+	flag.Parse()
+	measure, ok := map[string]func(context.Context, *bench, plan) error{
+		"throughput": throughput, "latency": latency, "memory": memory,
+	}[flag.Arg(0)]
+	if !ok {
+		return fmt.Errorf("usage: load [flags] throughput|latency|memory, got %q", flag.Arg(0))
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	b, err := newBench(ctx, p)
+	if b != nil {
+		defer b.close()
+	}
+	if err != nil {
+		return err
+	}
+	return measure(ctx, b, p)
+}
+
+// bench is the processes under measurement.
+type bench struct {
+	dir    string
+	nats   *rig.NATS
+	redis  *rig.Redis
+	pod    *rig.Service
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	stream jetstream.Stream
+}
+
+const (
+	apiKey   = "load-general-key"
+	tokenKey = "11111111111111111111111111111111aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+	adminKey = "22222222222222222222222222222222bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+)
+
+// newBench starts everything; on an error too, what it returns must be closed.
+func newBench(ctx context.Context, p plan) (*bench, error) {
+	dir, err := os.MkdirTemp("", "dws-load-")
+	if err != nil {
+		return nil, err
+	}
+	b := &bench{dir: dir}
+	bin, err := rig.Build(ctx, dir, false)
+	if err != nil {
+		return b, err
+	}
+	for _, sub := range []string{"nats", "redis"} {
+		if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
+			return b, err
+		}
+	}
+	if b.nats, err = rig.StartNATS(bin.NATS, filepath.Join(dir, "nats")); err != nil {
+		return b, err
+	}
+	if b.redis, err = rig.StartRedis(filepath.Join(dir, "redis")); err != nil {
+		return b, err
+	}
+	if b.nc, err = b.nats.Connect(); err != nil {
+		return b, err
+	}
+	if b.js, err = jetstream.New(b.nc, jetstream.WithPublishAsyncMaxPending(4096)); err != nil {
+		return b, err
+	}
+	if b.stream, err = b.js.CreateStream(ctx, jetstream.StreamConfig{Name: "wa_stream", Subjects: []string{"wa.>"}, AllowDirect: true}); err != nil {
+		return b, err
+	}
+	settings := []string{
+		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_POD_ID=load",
+		"NATS_URL=" + b.nats.URL(), "REDIS_ADDRESS=" + b.redis.Address(),
+		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=load-admin-key", "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
+	}
+	os.Setenv("GOMAXPROCS", fmt.Sprint(p.procs)) // of the pod: this process has read its own
+	if b.pod, err = rig.StartService(bin.Service, "pod", filepath.Join(dir, "pod.log"), settings); err != nil {
+		return b, err
+	}
+	wait, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if err = b.pod.WaitListening(wait); err == nil {
+		err = b.pod.WaitReady(wait)
+	}
+	return b, err
+}
+
+func (b *bench) close() {
+	if b.pod != nil {
+		b.pod.Signal(syscall.SIGTERM)
+		ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
+		if code, err := b.pod.Wait(ctx); err != nil || code != 0 {
+			fmt.Fprintf(os.Stderr, "load: pod ended with status %d, %v\n", code, err)
+		}
+		cancel()
+		b.pod.Kill()
+	}
+	if b.nc != nil {
+		b.nc.Close()
+	}
+	if b.nats != nil {
+		b.nats.Stop()
+	}
+	if b.redis != nil {
+		b.redis.Stop()
+	}
+	os.RemoveAll(b.dir)
+}
+
+// pending is what the consumer has not been given or not been told of.
+func (b *bench) pending(ctx context.Context) (int, error) {
+	c, err := b.stream.Consumer(ctx, "ws_fanout")
+	if err != nil {
+		return 0, err
+	}
+	return int(c.CachedInfo().NumPending) + c.CachedInfo().NumAckPending, nil
+}

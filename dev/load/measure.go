@@ -1,0 +1,186 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// payload is a published JSON object of about size bytes that names its number and when it was published.
+func payload(agent string, n, size int) []byte {
+	b := fmt.Appendf(nil, `{"event_id":"%d","company_id":"acme","agent_id":"%s","row_data":{"n":%d,"at":%d,"text":"`, n, agent, n, time.Now().UnixNano())
+	return append(append(b, bytes.Repeat([]byte("x"), max(0, size-len(b)-3))...), `"}}`...)
+}
+
+// field reads the number behind name in a message, which payload wrote.
+func field(m []byte, name string) int64 {
+	_, rest, _ := bytes.Cut(m, []byte(`"`+name+`":`))
+	end := bytes.IndexFunc(rest, func(r rune) bool { return r < '0' || r > '9' })
+	n, _ := strconv.ParseInt(string(rest[:max(end, 0)]), 10, 64)
+	return n
+}
+
+// throughput pauses the consumer, publishes, and measures from its resumption until nothing is pending.
+func throughput(ctx context.Context, b *bench, p plan) error {
+	var mu sync.Mutex
+	seen := make([]uint8, p.events)
+	duplicates := 0
+	c, err := connect(ctx, b, p.agents, func(_ int, m []byte) {
+		n := field(m, "n")
+		mu.Lock()
+		if seen[n]++; seen[n] > 1 {
+			duplicates++
+		}
+		mu.Unlock()
+	})
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	if _, err := b.stream.PauseConsumer(ctx, "ws_fanout", time.Now().Add(10*time.Minute)); err != nil {
+		return fmt.Errorf("pause the consumer: %w", err)
+	}
+	for i := range p.events {
+		agent := agentID(i % p.agents)
+		if _, err := b.js.PublishAsync("wa.acme."+agent+".chats", payload(agent, i, p.size)); err != nil {
+			return fmt.Errorf("publish event %d: %w", i, err)
+		}
+	}
+	select {
+	case <-b.js.PublishAsyncComplete():
+	case <-time.After(2 * time.Minute):
+		return errors.New("the stream did not take the events within 2 minutes")
+	}
+	cpu := cpuSeconds(b.pod.PID())
+	began := time.Now()
+	if _, err := b.stream.ResumeConsumer(ctx, "ws_fanout"); err != nil {
+		return fmt.Errorf("resume the consumer: %w", err)
+	}
+	for {
+		left, err := b.pending(ctx)
+		if err != nil {
+			return err
+		}
+		if left == 0 {
+			break
+		}
+		if time.Since(began) > 3*time.Minute {
+			return fmt.Errorf("%d events still pending after 3 minutes", left)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	took := time.Since(began)
+	cpu = cpuSeconds(b.pod.PID()) - cpu
+	time.Sleep(300 * time.Millisecond) // what is acked was written, but the clients here may not have read it yet
+	mu.Lock()
+	defer mu.Unlock()
+	lost := 0
+	for _, n := range seen {
+		if n == 0 {
+			lost++
+		}
+	}
+	fmt.Printf("throughput: %d events of %d bytes to %d agents in %.2f s: %.0f events/s, pod CPU %.2f s (%.1f us/event), lost %d, duplicates %d\n",
+		p.events, p.size, p.agents, took.Seconds(), float64(p.events)/took.Seconds(), cpu, cpu/float64(p.events)*1e6, lost, duplicates)
+	if lost > 0 {
+		return fmt.Errorf("%d events were acked and did not arrive", lost)
+	}
+	return nil
+}
+
+// latency publishes at a steady rate and measures from just before the publish until the client has the message.
+func latency(ctx context.Context, b *bench, p plan) error {
+	var mu sync.Mutex
+	var all []time.Duration
+	c, err := connect(ctx, b, p.agents, func(_ int, m []byte) {
+		d := time.Duration(time.Now().UnixNano() - field(m, "at"))
+		mu.Lock()
+		all = append(all, d)
+		mu.Unlock()
+	})
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	total := p.rate * p.seconds
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	began := time.Now()
+	for i := 0; i < total; {
+		<-tick.C
+		for due := int(time.Since(began).Seconds() * float64(p.rate)); i < min(due, total); i++ {
+			agent := agentID(i % p.agents)
+			if _, err := b.js.PublishAsync("wa.acme."+agent+".chats", payload(agent, i, p.size)); err != nil {
+				return fmt.Errorf("publish event %d: %w", i, err)
+			}
+		}
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for c.received.Load() < int64(total) && time.Now().Before(deadline) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	slices.Sort(all)
+	if len(all) < total {
+		return fmt.Errorf("%d of %d events arrived", len(all), total)
+	}
+	at := func(q float64) time.Duration { return all[int(q*float64(len(all)-1))].Round(10 * time.Microsecond) }
+	fmt.Printf("latency: %d events/s for %d s, %d agents: p50 %s, p90 %s, p99 %s, p99.9 %s, max %s\n",
+		p.rate, p.seconds, p.agents, at(.5), at(.9), at(.99), at(.999), at(1))
+	return nil
+}
+
+// memory reads the pod's resident size without sockets, and again some time after the last connect.
+func memory(ctx context.Context, b *bench, p plan) error {
+	before := residentKiB(b.pod.PID())
+	began := time.Now()
+	c, err := connect(ctx, b, p.sockets, func(int, []byte) {})
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	took := time.Since(began)
+	cpu := cpuSeconds(b.pod.PID())
+	select {
+	case <-time.After(p.settle):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	after := residentKiB(b.pod.PID())
+	fmt.Printf("memory: %d sockets in %.1f s; resident %d KiB before, %d KiB %s after: %.2f KiB per socket; CPU idle %.2f %% of a core\n",
+		p.sockets, took.Seconds(), before, after, p.settle, float64(after-before)/float64(p.sockets),
+		100*(cpuSeconds(b.pod.PID())-cpu)/p.settle.Seconds())
+	return nil
+}
+
+func residentKiB(pid int) int {
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	for line := range strings.Lines(string(status)) {
+		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			n, _ := strconv.Atoi(strings.Fields(rest)[0])
+			return n
+		}
+	}
+	return 0
+}
+
+// cpuSeconds is user and system time of a process; a tick is 10 ms on Linux.
+func cpuSeconds(pid int) float64 {
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	f := strings.Fields(rest)
+	if len(f) < 13 {
+		return 0
+	}
+	user, _ := strconv.Atoi(f[11])
+	system, _ := strconv.Atoi(f[12])
+	return float64(user+system) / 100
+}

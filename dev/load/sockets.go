@@ -1,0 +1,95 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// agentID names the i-th agent.
+func agentID(i int) string { return fmt.Sprintf("agent%05d", i) }
+
+// mint makes a user's token offline, as another back end would.
+func mint(agent string) string {
+	key, _ := hex.DecodeString(tokenKey)
+	block, _ := aes.NewCipher(key)
+	aead, _ := cipher.NewGCMWithRandomNonce(block)
+	plain, _ := json.Marshal(map[string]any{"company_id": "acme", "agent_id": agent, "user_id": "u", "expires_at": time.Now().Add(time.Hour)})
+	return base64.RawURLEncoding.EncodeToString(aead.Seal(nil, nil, plain, nil))
+}
+
+// crowd is one socket per agent.
+type crowd struct {
+	conns    []*websocket.Conn
+	received atomic.Int64
+	readers  sync.WaitGroup
+}
+
+// connect opens n sockets, 64 at a time, each read by a goroutine that hands every event to got.
+func connect(ctx context.Context, b *bench, n int, got func(agent int, message []byte)) (*crowd, error) {
+	c := &crowd{conns: make([]*websocket.Conn, n)}
+	var wg sync.WaitGroup
+	errs := make(chan error, n)
+	slots := make(chan struct{}, 64)
+	dialer := websocket.Dialer{ReadBufferSize: 1024, WriteBufferSize: 256, NetDialContext: (&net.Dialer{}).DialContext}
+	for i := range n {
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			url := fmt.Sprintf("ws://%s/ws/acme/%s", b.pod.HTTP, agentID(i))
+			ws, _, err := dialer.DialContext(ctx, url, http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(agentID(i))}})
+			if err != nil {
+				errs <- fmt.Errorf("socket %d: %w", i, err)
+				return
+			}
+			if _, m, err := ws.ReadMessage(); err != nil || !bytes.Contains(m, []byte(`"ready"`)) {
+				errs <- fmt.Errorf("socket %d: want ready, got %q, %v", i, m, err)
+				return
+			}
+			c.conns[i] = ws
+			c.readers.Go(func() { c.read(i, ws, got) })
+		})
+	}
+	wg.Wait()
+	select {
+	case err := <-errs:
+		c.close()
+		return nil, err
+	default:
+		return c, nil
+	}
+}
+
+func (c *crowd) read(i int, ws *websocket.Conn, got func(int, []byte)) {
+	for {
+		_, m, err := ws.ReadMessage()
+		if err != nil {
+			return
+		}
+		if bytes.Contains(m[:min(len(m), 40)], []byte(`"event"`)) {
+			c.received.Add(1)
+			got(i, m)
+		}
+	}
+}
+
+func (c *crowd) close() {
+	for _, ws := range c.conns {
+		if ws != nil {
+			ws.Close()
+		}
+	}
+	c.readers.Wait()
+}
