@@ -133,6 +133,12 @@ func newService(cfg *Config) (*service, error) {
 	}
 	auth := newAuth(s.cfg, s.rdb, s.m)
 	s.hub = newHub(s.cfg, s.m, s.owners, s.consumer.streamSeq)
+	s.hub.openToken = func(ctx context.Context, token string, admin bool) (*claims, *apiError) {
+		if admin {
+			return auth.openAdmin(ctx, token)
+		}
+		return auth.openUser(ctx, token)
+	}
 	s.router = newRouter(s.cfg, s.m, s.owners, s.hub, s.peers)
 	s.consumer.accept, s.consumer.anew = s.router.accept, s.router.forgetSeq
 	s.owners.identify, s.owners.noteSeq = s.peers.identify, s.router.lastSeen.Load
