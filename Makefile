@@ -7,7 +7,13 @@ RUN ?= .
 .PHONY: build dev test e2e lint generate check-generated
 
 build: ## bin/daisi-ws-service: static, the same bytes from the same commit
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/daisi-ws-service .
+	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/daisi-ws-service .
+
+dev: ## the service with servers, publisher and a page of its own; ^C ends it
+	@echo "# building (the first time takes a minute or two)"
+	@dir=$$(mktemp -d) || exit 1; trap 'rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
+	CGO_ENABLED=0 go -C dev build -buildvcs=false -o "$$dir/cluster" ./cluster && \
+	export DWS_DEV_MAKE_PID=$$PPID && exec "$$dir/cluster" -dir "$$dir"
 
 test: ## all tests, with servers that they start themselves
 	CGO_ENABLED=0 go test -count=1 $(TESTFLAGS) ./...

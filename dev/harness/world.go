@@ -48,11 +48,11 @@ type World struct {
 type Option func(*options)
 
 type options struct {
-	ownNATS, noStream, noRedis bool
-	natsConf                   []string
-	redisArgs                  []string
-	settings                   []string
-	stream                     func(*jetstream.StreamConfig)
+	ownNATS, noStream bool
+	natsConf          []string
+	redisArgs         []string
+	settings          []string
+	stream            func(*jetstream.StreamConfig)
 }
 
 // OwnNATS gives the World a server of its own, which the test may kill; conf are further lines of its configuration.

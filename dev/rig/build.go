@@ -39,8 +39,9 @@ func Root() (string, error) {
 	}
 }
 
-// Build puts the service, with the race detector if race says so, and the pinned NATS server into dir.
-func Build(ctx context.Context, dir string, race bool) (Binaries, error) {
+// Build puts the service, with the race detector if race says so, and the pinned NATS server into dir, and further
+// commands of the dev module, named as from there (./cmd/ws).
+func Build(ctx context.Context, dir string, race bool, more ...string) (Binaries, error) {
 	root, err := Root()
 	if err != nil {
 		return Binaries{}, err
@@ -55,14 +56,15 @@ func Build(ctx context.Context, dir string, race bool) (Binaries, error) {
 	wg.Go(func() { serviceErr = goBuild(ctx, root, cgo, append(args, ".")...) })
 	wg.Go(func() {
 		dev := filepath.Join(root, "dev")
-		natsErr = goBuild(ctx, dev, "CGO_ENABLED=0", "-o", bin.NATS, "github.com/nats-io/nats-server/v2")
+		args := append([]string{"-o", dir + "/", "github.com/nats-io/nats-server/v2"}, more...)
+		natsErr = goBuild(ctx, dev, "CGO_ENABLED=0", args...)
 	})
 	wg.Wait()
 	return bin, errors.Join(serviceErr, natsErr)
 }
 
 func goBuild(ctx context.Context, dir, cgo string, args ...string) error {
-	cmd := exec.CommandContext(ctx, "go", append([]string{"build"}, args...)...)
+	cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-buildvcs=false"}, args...)...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), cgo)
 	if out, err := cmd.CombinedOutput(); err != nil {

@@ -3,7 +3,6 @@ package rig
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -64,9 +63,9 @@ func (s *Service) WaitListening(ctx context.Context) error {
 func (s *Service) WaitReady(ctx context.Context) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	err := errors.New("not asked yet")
 	for {
-		if err = s.ready(ctx); err == nil {
+		err := s.ready(ctx)
+		if err == nil {
 			return nil
 		}
 		select {
