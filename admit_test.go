@@ -1,0 +1,161 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+)
+
+// newAdmittingServer has a hub whose sockets are never served: acquire never gives a session away.
+func newAdmittingServer(acquire func(context.Context, string, string) (*session, error), change func(*Config)) *server {
+	s := newTestServer(change)
+	s.hub = newHub(s.cfg, s.m, newOwners(s.cfg, s.auth.rdb, s.m), func(context.Context) (uint64, error) { return 1, nil })
+	s.available = func() bool { return true }
+	s.acquire = acquire
+	return s
+}
+
+func conflict(context.Context, string, string) (*session, error) { return nil, errConflict }
+
+// dialUpgrade sends an upgrade over a connection of its own and returns the answer, what follows it, and the end of both.
+func dialUpgrade(t *testing.T, addr net.Addr, target string, headers ...string) (*http.Response, *bufio.Reader) {
+	t.Helper()
+	conn, err := net.Dial("tcp", addr.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	lines := append([]string{"Host: " + addr.String()}, append(headers, upgradeHeaders...)...)
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\n%s\r\n\r\n", target, strings.Join(lines, "\r\n"))
+	br := bufio.NewReader(conn)
+	r, err := http.ReadResponse(br, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r, br
+}
+
+func TestAdmission(t *testing.T) {
+	const target = "/ws/acme/a-1?x-api-key=general-1&token=" + userVector
+	acquired := 0
+	failing := func(err error) func(context.Context, string, string) (*session, error) {
+		return func(_ context.Context, key, userType string) (*session, error) {
+			acquired++
+			if key != "acme:a-1:u@x" || userType != "user" {
+				t.Errorf("asked for session %q of type %q", key, userType)
+			}
+			return nil, err
+		}
+	}
+	for _, c := range []struct {
+		name    string
+		acquire error
+		prepare func(*server)
+		status  int
+		body    string
+		close   int
+		asked   int // times that the session was asked for, over two attempts
+	}{
+		{"conflict", errConflict, nil, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`, 4402, 2},
+		{"redis silent", errUnavailable, nil, 503, `{"code":"Unavailable","message":"session could not be acquired"}`, 1013, 2},
+		{"other error", errors.New("boom"), nil, 503, `{"code":"Unavailable","message":"session could not be acquired"}`, 1013, 2},
+		{"redis away", nil, func(s *server) { s.available = func() bool { return false } }, 503, `{"code":"Unavailable","message":"redis is away"}`, 1013, 0},
+		{"nats away", nil, func(s *server) {
+			s.ready = func() (map[string]string, bool) { return map[string]string{"nats": "disconnected"}, false }
+		}, 503, `{"code":"Unavailable","message":"nats is away"}`, 1013, 0},
+		{"draining", nil, (*server).startDrain, 503, `{"code":"Unavailable","message":"this pod is draining"}`, 1013, 0},
+		{"hub refuses", nil, func(s *server) { s.hub.stopAccepting() }, 503, `{"code":"Unavailable","message":"no room for further sockets on this pod"}`, 1013, 0},
+		{"full", nil, func(s *server) { s.hub.reserve() }, 503, `{"code":"Unavailable","message":"no room for further sockets on this pod"}`, 1013, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			// One place alone: the second attempt shows that the first has given it back.
+			s := newAdmittingServer(failing(c.acquire), func(c *Config) { c.ServerMaxConnections = 1 })
+			if c.prepare != nil {
+				c.prepare(s)
+			}
+			addr := startServer(t, s)
+			acquired = 0
+			r, _ := dialUpgrade(t, addr, target)
+			wantAnswer(t, r, c.status, c.body)
+			if (c.status == 503) != (r.Header.Get("Retry-After") != "") {
+				t.Errorf("Retry-After %q", r.Header.Get("Retry-After"))
+			}
+			r, br := dialUpgrade(t, addr, target+"&errors=close")
+			wantClosed(t, r, br, c.close)
+			if acquired != c.asked {
+				t.Errorf("session asked for %d times, want %d", acquired, c.asked)
+			}
+		})
+	}
+}
+
+// wantClosed reads a finished handshake and the close frame that is all that follows it.
+func wantClosed(t *testing.T, r *http.Response, br *bufio.Reader, code int) {
+	t.Helper()
+	if r.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("status %d, want 101", r.StatusCode)
+	}
+	head := make([]byte, 4)
+	if _, err := io.ReadFull(br, head); err != nil {
+		t.Fatal(err)
+	}
+	if got := int(binary.BigEndian.Uint16(head[2:])); head[0] != 0x88 || got != code {
+		t.Fatalf("frame % x closes with %d, want %d", head, got, code)
+	}
+	rest, err := io.ReadAll(br)
+	if err != nil || len(rest) != int(head[1])-2 {
+		t.Fatalf("close frame of %d bytes ends in %q, %v", head[1], rest, err)
+	}
+}
+
+func TestErrorsClose(t *testing.T) {
+	s := newAdmittingServer(conflict, nil)
+	addr := startServer(t, s)
+	for _, c := range []struct {
+		target  string
+		headers []string
+		code    int // 0: answered by HTTP with status
+		status  int
+	}{
+		{"/ws/acme/a-1?errors=close", nil, 4401, 0},
+		{"/ws/acme/a-1?errors=close&x-api-key=general-1", nil, 4403, 0},
+		{"/ws/acme/a-2?errors=close&x-api-key=general-1&token=" + userVector, nil, 4403, 0},
+		{"/ws/acme/a.1?errors=close&x-api-key=general-1&token=" + userVector, nil, 4400, 0},
+		{"/ws/acme/a-1?errors=close&since=x&x-api-key=general-1&token=" + userVector, nil, 4400, 0},
+		{"/ws/acme/a-1?errors=close", []string{"Origin: http://" + addr.String()}, 4401, 0},
+		{"/ws/acme/a-1?errors=close", []string{"Origin: https://elsewhere.example"}, 0, 403},
+		{"/ws/acme/a-1?errors=close", []string{"Sec-WebSocket-Protocol: other.v1"}, 0, 400},
+		{"/ws/acme/a-1?errors=http", nil, 0, 401},
+		{"/ws/acme?errors=close", nil, 0, 404},
+	} {
+		r, br := dialUpgrade(t, addr, c.target, c.headers...)
+		if c.code != 0 {
+			wantClosed(t, r, br, c.code)
+		} else if r.StatusCode != c.status || r.Header.Get("Content-Type") != "application/json" {
+			t.Errorf("%s: %d, want %d", c.target, r.StatusCode, c.status)
+		}
+	}
+	plain := ask(s, "GET", "/ws/acme/a-1?errors=close", "")
+	if plain.StatusCode != 426 || plain.Header.Get("Sec-WebSocket-Version") != "13" {
+		t.Errorf("no upgrade: %d, %s", plain.StatusCode, plain.Header)
+	}
+}
+
+func TestPanicGivesThePlaceBack(t *testing.T) {
+	captureLog(t)
+	s := newAdmittingServer(func(context.Context, string, string) (*session, error) { panic("boom") }, func(c *Config) { c.ServerMaxConnections = 1 })
+	addr := startServer(t, s)
+	for range 2 {
+		r, _ := dialUpgrade(t, addr, "/ws/acme/a-1?x-api-key=general-1&token="+userVector)
+		wantAnswer(t, r, 500, `{"code":"InternalServerError","message":"internal error"}`)
+	}
+}
