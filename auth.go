@@ -52,7 +52,7 @@ func (c *claims) userType() string {
 	return "user"
 }
 
-// userToken is the plaintext of a user's token (docs/publishing.md tells other back ends how to seal it).
+// userToken is the plaintext of a user's token (docs/tokens.md tells other back ends how to seal it).
 type userToken struct {
 	CompanyID string    `json:"company_id"`
 	AgentID   string    `json:"agent_id"`
