@@ -116,15 +116,15 @@ type Config struct {
 	ResumeConcurrency int           `set:"RESUME_CONCURRENCY" default:"32" min:"1" later:"resume" help:"replays at the same time"`
 
 	PeerTimeout          time.Duration `set:"PEER_TIMEOUT" default:"5s" min:"1ms" help:"how long a peer may take to say that it received an event"`
-	PeerIdleTimeout      time.Duration `set:"PEER_IDLE_TIMEOUT" default:"5m" min:"1ms" later:"event streams between pods" help:"an unused connection to a peer is closed after it"`
-	PeerHealthInterval   time.Duration `set:"PEER_HEALTH_INTERVAL" default:"1m" min:"1ms" later:"event streams between pods" help:"pause between health checks of a peer"`
-	PeerBreakerThreshold int           `set:"PEER_BREAKER_THRESHOLD" default:"5" min:"1" later:"event streams between pods" help:"failures in a row that open a peer's breaker"`
-	PeerBreakerOpen      time.Duration `set:"PEER_BREAKER_OPEN" default:"30s" min:"1ms" later:"event streams between pods" help:"how long an open breaker refuses before it probes"`
-	PeerWindow           int           `set:"PEER_WINDOW" default:"1024" min:"1" later:"event streams between pods" help:"events in flight to a peer"`
-	PeerTLSCertFile      string        `set:"PEER_TLS_CERT_FILE" default:"" later:"event streams between pods" help:"certificate (PEM) for mTLS between pods"`
-	PeerTLSKeyFile       string        `set:"PEER_TLS_KEY_FILE" default:"" later:"event streams between pods" help:"key (PEM) of PEER_TLS_CERT_FILE"`
-	PeerTLSCAFile        string        `set:"PEER_TLS_CA_FILE" default:"" later:"event streams between pods" help:"CA (PEM) that signed the pods' certificates"`
-	PeerTLSServerName    string        `set:"PEER_TLS_SERVER_NAME" default:"" later:"event streams between pods" help:"name that the pods' certificates carry"`
+	PeerIdleTimeout      time.Duration `set:"PEER_IDLE_TIMEOUT" default:"5m" min:"1ms" help:"an unused connection to a peer is closed after it"`
+	PeerHealthInterval   time.Duration `set:"PEER_HEALTH_INTERVAL" default:"1m" min:"1ms" help:"pause between health checks of a peer"`
+	PeerBreakerThreshold int           `set:"PEER_BREAKER_THRESHOLD" default:"5" min:"1" help:"failures in a row that open a peer's breaker"`
+	PeerBreakerOpen      time.Duration `set:"PEER_BREAKER_OPEN" default:"30s" min:"1ms" help:"how long an open breaker refuses before it probes"`
+	PeerWindow           int           `set:"PEER_WINDOW" default:"1024" min:"1" help:"events in flight to a peer"`
+	PeerTLSCertFile      string        `set:"PEER_TLS_CERT_FILE" default:"" help:"certificate (PEM) for mTLS between pods"`
+	PeerTLSKeyFile       string        `set:"PEER_TLS_KEY_FILE" default:"" help:"key (PEM) of PEER_TLS_CERT_FILE"`
+	PeerTLSCAFile        string        `set:"PEER_TLS_CA_FILE" default:"" help:"CA (PEM) that signed the pods' certificates"`
+	PeerTLSServerName    string        `set:"PEER_TLS_SERVER_NAME" default:"" help:"name that the pods' certificates carry"`
 }
 
 // settings is the configuration in force. Rooms keep the *settings and call Load where a value may change

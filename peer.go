@@ -2,20 +2,44 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
+	"maps"
 	"net"
+	"slices"
+	"strings"
+	"sync"
 	"sync/atomic"
+	"time"
 
+	vm "github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
 
 	peerpb "daisi-ws-service/proto"
 )
 
-// peers is this pod's side of the talk among pods: the gRPC server that they dial, and the connections to them.
+const (
+	// natsMaxPayload is the largest payload that a NATS server can be set to allow; what the one here allows becomes
+	// known only when it answers, and gRPC's limit is fixed from the start.
+	natsMaxPayload = 64 << 20
+	// messageSlack is what a message between pods holds besides payloads.
+	messageSlack = 64 << 10
+
+	// A peer that vanished without a word is noticed after both together, used or not.
+	keepaliveTime    = 10 * time.Second
+	keepaliveTimeout = 5 * time.Second
+)
+
+// peers is this pod's side of the talk among pods: the gRPC server that they dial (this file), and the pool of
+// connections to them (pool.go).
 type peers struct {
 	peerpb.UnimplementedPeerServer
 
@@ -23,29 +47,84 @@ type peers struct {
 	m     *Metrics
 	pod   string
 	epoch func() string // of this pod's lease now; any goroutine calls it
+	certs *certificates // nil: no mTLS
 
-	server *grpc.Server
-	health *health.Server
-	up     atomic.Bool
+	// deliver takes an event from a peer that addressed it to epoch, pushes it to the sockets of this pod and nowhere
+	// else, and settles it, as absent where there is none. It must not block. Set before serve; nil: all is absent.
+	deliver func(d *delivery, epoch string)
+	// lost is told of a pod that could not be dialled, or whose stream broke: what is believed of its sockets may be
+	// wrong. It must not block. Set before serve; may be nil.
+	lost func(pod string)
+
+	network    func(ctx context.Context, addr string) (net.Conn, error) // dials; tests put their own here
+	maxPayload atomic.Int64
+	server     *grpc.Server
+	health     *health.Server
+	up         atomic.Bool
+	refused    atomic.Int64  // when a refused stream was logged last, Unix seconds
+	stopping   chan struct{} // closed by stop
+	stopOnce   sync.Once
+	wg         sync.WaitGroup // every goroutine of this file and pool.go
+
+	mu      sync.Mutex // guards all below
+	stopped bool
+	pool    map[peerKey]*peer
+	sources map[string]bool // pods that have a series of received events
 }
 
-// newPeers prepares the server; serve starts it. epoch must tell the epoch of this pod's lease at any time.
+// newPeers prepares the server, which serve starts, and starts the care for the pool, which stop ends. epoch must tell
+// the epoch of this pod's lease at any time.
 func newPeers(cfg *settings, m *Metrics, podID string, epoch func() string) *peers {
-	p := &peers{cfg: cfg, m: m, pod: podID, epoch: epoch, health: health.NewServer()}
-	p.server = grpc.NewServer()
+	c := cfg.Load()
+	p := &peers{cfg: cfg, m: m, pod: podID, epoch: epoch, certs: newCertificates(c), health: health.NewServer(),
+		stopping: make(chan struct{}), pool: map[peerKey]*peer{}, sources: map[string]bool{}}
+	p.network = func(ctx context.Context, addr string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	}
+	p.setMaxPayload(natsMaxPayload)
+	p.server = grpc.NewServer(
+		grpc.Creds(p.certs.serverCredentials()),
+		grpc.MaxRecvMsgSize(natsMaxPayload+messageSlack),
+		grpc.MaxConcurrentStreams(32),
+		grpc.MaxHeaderListSize(16<<10),
+		grpc.ConnectionTimeout(proofTimeout),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 2, PermitWithoutStream: true}),
+		grpc.WaitForHandlers(true), // stop waits for what the handlers start
+	)
 	peerpb.RegisterPeerServer(p.server, p)
 	healthpb.RegisterHealthServer(p.server, p.health)
-	if cfg.Load().ServerEnableReflection {
+	if c.ServerEnableReflection {
 		reflection.Register(p.server)
 	}
+	p.wg.Go(p.watch)
 	return p
+}
+
+// setMaxPayload tells the largest payload that the NATS server allows; a peer's event above it is refused.
+func (p *peers) setMaxPayload(n int) { p.maxPayload.Store(int64(n)) }
+
+// reloadTLS reads the certificates again now and says what is wrong with them; the old ones serve on then. Renewed
+// files are taken at the next handshake without it.
+func (p *peers) reloadTLS() error {
+	if p.certs == nil {
+		return nil
+	}
+	return p.certs.load()
 }
 
 // serve answers peers on l, which it owns, until stop; then it returns nil.
 func (p *peers) serve(l net.Listener) error {
+	if err := p.reloadTLS(); err != nil {
+		l.Close()
+		return err
+	}
+	if addr, ok := l.Addr().(*net.TCPAddr); p.certs == nil && !(ok && addr.IP.IsLoopback()) {
+		slog.Warn("PODS TALK WITHOUT ENCRYPTION: who can listen on this network reads all events; set PEER_TLS_*", "address", l.Addr().String())
+	}
 	p.up.Store(true)
 	defer p.up.Store(false)
-	if err := p.server.Serve(l); err != nil && err != grpc.ErrServerStopped {
+	if err := p.server.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 		return fmt.Errorf("serve gRPC on %s: %w", l.Addr(), err)
 	}
 	return nil
@@ -54,12 +133,24 @@ func (p *peers) serve(l net.Listener) error {
 // serving says whether peers are answered.
 func (p *peers) serving() bool { return p.up.Load() }
 
-// stop lets the calls in hand end, but no longer than ctx.
+// stop fails what is in flight to peers, lets what peers sent be settled and answered, but no longer than ctx, and
+// returns when every goroutine has ended.
 func (p *peers) stop(ctx context.Context) {
 	p.up.Store(false)
 	p.health.Shutdown()
-	defer context.AfterFunc(ctx, p.server.Stop)()
+	p.stopOnce.Do(func() { close(p.stopping) })
+	p.mu.Lock()
+	p.stopped = true
+	all := slices.Collect(maps.Values(p.pool))
+	clear(p.pool)
+	p.mu.Unlock()
+	for _, q := range all {
+		q.drop(endStopped)
+	}
+	release := context.AfterFunc(ctx, p.server.Stop)
 	p.server.GracefulStop()
+	release()
+	p.wg.Wait()
 }
 
 // Identify names this pod and its epoch to anyone who asks.
@@ -67,20 +158,244 @@ func (p *peers) Identify(context.Context, *peerpb.IdentifyRequest) (*peerpb.Iden
 	return &peerpb.IdentifyResponse{Pod: p.pod, Epoch: p.epoch()}, nil
 }
 
-// identify asks which pod lives at addr.
-func (p *peers) identify(ctx context.Context, addr string) (pod, epoch string, err error) {
-	conn, err := grpc.NewClient("passthrough:///"+addr, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
-	if err != nil {
-		return "", "", fmt.Errorf("identify the pod at %s: %w", addr, err)
-	}
-	defer conn.Close()
-	who, err := peerpb.NewPeerClient(conn).Identify(ctx, &peerpb.IdentifyRequest{})
-	if err != nil {
-		return "", "", fmt.Errorf("identify the pod at %s: %w", addr, err)
-	}
-	return who.GetPod(), who.GetEpoch(), nil
+// inbound is a stream that another pod opened to this one. Its reader (receive) and its handler (Deliver) share it; the
+// reader sends until the stream is proven, the handler from then on, so no two send at once.
+type inbound struct {
+	ps     *peers
+	stream peerpb.Peer_DeliverServer
+	pod    string       // proven by the reader
+	number uint64       // of the last event read; owned by the reader
+	warned bool         // about a faulty event; owned by the reader
+	fate   atomic.Int32 // one of the values below
+
+	wake  chan struct{} // room for 1: there is something to answer; never closed
+	ended chan error    // room for 1: the reader's result; never closed
+
+	mu       sync.Mutex // guards all below
+	received uint64     // number of the last event read
+	told     uint64     // the last one that received was sent for
+	open     int        // events not yet settled
+	settled  []uint64   // settled, not yet answered
+	outcomes []peerpb.Outcome
 }
 
-// push sends d to the sockets of pod, which has epoch and is dialled at addr, and settles it exactly once, now or
-// later. Never blocks; any goroutine may call.
-func (p *peers) push(pod, epoch, addr string, d *delivery) { d.settle(failed) }
+const (
+	unproven int32 = iota
+	proven
+	cut // too late: whatever it proves now, nothing of it is read
+)
+
+// Deliver takes events from another pod as soon as it has proven that it belongs to this cluster, and answers them.
+func (p *peers) Deliver(stream peerpb.Peer_DeliverServer) error {
+	in := &inbound{ps: p, stream: stream, wake: make(chan struct{}, 1), ended: make(chan error, 1)}
+	p.wg.Go(func() { in.ended <- in.receive() }) // ends with the stream, which ends with this handler
+	deadline := time.NewTimer(proofTimeout)
+	defer deadline.Stop()
+	stopping := p.stopping
+	for {
+		select {
+		case err := <-in.ended:
+			return err
+		case <-deadline.C:
+			if in.fate.CompareAndSwap(unproven, cut) {
+				return p.refuse(stream.Context(), status.Error(codes.Unauthenticated, "no proof in time"))
+			}
+		case <-in.wake:
+			if err := in.answer(); err != nil {
+				return err
+			}
+		case <-stopping:
+			stopping = nil // a nil channel is never ready
+		}
+		if stopping == nil && in.idle() {
+			return nil
+		}
+	}
+}
+
+// refuse logs, once per second at most, that a stream was not let in, and returns err.
+func (p *peers) refuse(ctx context.Context, err error) error {
+	now := time.Now().Unix()
+	if last := p.refused.Load(); now != last && p.refused.CompareAndSwap(last, now) {
+		slog.Warn("stream of a stranger refused", "remote", remoteAddr(ctx), "err", err)
+	}
+	return err
+}
+
+// receive proves the stream and reads it to its end.
+func (in *inbound) receive() error {
+	pod, err := in.ps.admit(in.stream)
+	if err != nil {
+		return in.ps.refuse(in.stream.Context(), err)
+	}
+	if !in.fate.CompareAndSwap(unproven, proven) {
+		return nil // the handler has gone
+	}
+	if err := in.stream.Send(&peerpb.Response{Body: &peerpb.Response_Welcome{Welcome: &peerpb.Welcome{}}}); err != nil {
+		return err
+	}
+	in.pod = pod
+	count := in.ps.receivedFrom(pod)
+	slog.Info("peer opened a stream", "pod", pod)
+	for {
+		var req *peerpb.Request
+		if req, err = in.stream.Recv(); err != nil {
+			break
+		}
+		if req.GetBatch() == nil {
+			err = status.Error(codes.InvalidArgument, "a message that is no batch of events")
+			break
+		}
+		count.Add(len(req.GetBatch().GetEvents()))
+		in.take(req.GetBatch())
+	}
+	slog.Info("peer's stream ended", "pod", pod, "err", err)
+	if err == io.EOF {
+		return nil
+	}
+	return err
+}
+
+// receivedFrom is the counter of events from pod.
+func (p *peers) receivedFrom(pod string) *vm.Counter {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.sources[pod] = true
+	return p.m.grpcMessagesReceivedTotal.with(pod)
+}
+
+// take says that the events of b were received, before anything is done with them, and hands them on.
+func (in *inbound) take(b *peerpb.Batch) {
+	arrived := time.Now()
+	in.mu.Lock()
+	in.received += uint64(len(b.GetEvents()))
+	in.open += len(b.GetEvents())
+	in.mu.Unlock()
+	in.notify()
+	here := b.GetEpoch() == in.ps.epoch() && in.ps.deliver != nil
+	for _, e := range b.GetEvents() {
+		in.number++
+		if !here {
+			in.settle(in.number, absent)
+			continue
+		}
+		ev, err := in.ps.eventFromWire(e)
+		if err != nil {
+			in.refuseEvent(e, err)
+			continue
+		}
+		d := &inboundDelivery{in: in, number: in.number}
+		d.event, d.count, d.arrived, d.src = ev, e.GetCount(), arrived, d
+		in.ps.deliver(&d.delivery, b.GetEpoch())
+	}
+}
+
+// refuseEvent fails an event that this pod cannot take. It is a fault of one of the two programs, so it is logged once
+// per stream; the sender's retries end by its horizon.
+func (in *inbound) refuseEvent(e *peerpb.Event, err error) {
+	if !in.warned {
+		in.warned = true
+		slog.Error("faulty event from a peer", "pod", in.pod, "seq", e.GetSeq(), "err", err)
+	}
+	in.settle(in.number, failed)
+}
+
+// inboundDelivery is a delivery whose end is told to the peer that sent it.
+type inboundDelivery struct {
+	delivery
+	in     *inbound
+	number uint64
+}
+
+// settled implements source.
+func (d *inboundDelivery) settled(_ *delivery, worst outcome) { d.in.settle(d.number, worst) }
+
+// settle notes the answer; the handler sends it, unless the stream has ended: then the other pod has failed the event.
+func (in *inbound) settle(number uint64, o outcome) {
+	in.mu.Lock()
+	in.open--
+	in.settled = append(in.settled, number)
+	in.outcomes = append(in.outcomes, outcomeToWire[o])
+	in.mu.Unlock()
+	in.notify()
+}
+
+func (in *inbound) notify() {
+	select {
+	case in.wake <- struct{}{}:
+	default: // the handler has yet to look: it will see this too
+	}
+}
+
+// answer sends what there is to tell, in one message. Only the handler calls it.
+func (in *inbound) answer() error {
+	a := &peerpb.Answers{}
+	in.mu.Lock()
+	if in.received > in.told {
+		in.told, a.Received = in.received, in.received
+	}
+	a.Settled, a.Outcomes = in.settled, in.outcomes
+	in.settled, in.outcomes = nil, nil
+	in.mu.Unlock()
+	if a.Received == 0 && len(a.Settled) == 0 {
+		return nil
+	}
+	return in.stream.Send(&peerpb.Response{Body: &peerpb.Response_Answers{Answers: a}})
+}
+
+// idle says whether everything read has been settled and answered.
+func (in *inbound) idle() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.open == 0 && len(in.settled) == 0 && in.told == in.received
+}
+
+var (
+	kindToWire = [...]peerpb.Kind{kindChat: peerpb.Kind_KIND_CHAT, kindContact: peerpb.Kind_KIND_CONTACT,
+		kindMessage: peerpb.Kind_KIND_MESSAGE, kindAgent: peerpb.Kind_KIND_AGENT}
+	outcomeToWire = [...]peerpb.Outcome{written: peerpb.Outcome_OUTCOME_WRITTEN, duplicate: peerpb.Outcome_OUTCOME_DUPLICATE,
+		replayed: peerpb.Outcome_OUTCOME_REPLAYED, dropped: peerpb.Outcome_OUTCOME_DROPPED, shed: peerpb.Outcome_OUTCOME_SHED,
+		absent: peerpb.Outcome_OUTCOME_ABSENT, failed: peerpb.Outcome_OUTCOME_FAILED}
+)
+
+// outcomeFromWire reads an outcome; what this version does not know was no success.
+func outcomeFromWire(o peerpb.Outcome) outcome {
+	if i := slices.Index(outcomeToWire[:], o); i >= 0 {
+		return outcome(i)
+	}
+	return failed
+}
+
+// eventToWire fills e, which is used again and again, for ev.
+func eventToWire(e *peerpb.Event, d *delivery) {
+	e.Seq, e.Kind, e.Count = d.seq, kindToWire[d.kind], d.count
+	e.Company, e.Agent, e.Chat = d.company, d.agent, d.chat
+	e.Payload, e.Stored = d.payload, d.stored.UnixNano()
+	e.RequestId = strings.ToValidUTF8(d.requestID, "?") // else the whole batch could not be encoded
+}
+
+// eventFromWire checks an event as strictly as one from JetStream, and encodes its frame.
+func (p *peers) eventFromWire(e *peerpb.Event) (*event, error) {
+	k := slices.Index(kindToWire[:], e.GetKind())
+	switch {
+	case k < 0:
+		return nil, fmt.Errorf("unknown kind %d", e.GetKind())
+	case e.GetSeq() == 0 || e.GetCount() == 0:
+		return nil, errors.New("no sequence or delivery count")
+	case !validID(e.GetCompany()) || !validID(e.GetAgent()):
+		return nil, errors.New("invalid company or agent")
+	case kind(k) == kindMessage && !validChatID(e.GetChat()), kind(k) != kindMessage && e.GetChat() != "":
+		return nil, errors.New("invalid chat")
+	case len(e.GetRequestId()) > 128:
+		return nil, errors.New("request id too long")
+	case int64(len(e.GetPayload())) > p.maxPayload.Load():
+		return nil, fmt.Errorf("payload of %d bytes", len(e.GetPayload()))
+	}
+	if err := checkPayload(e.GetPayload()); err != nil {
+		return nil, err
+	}
+	ev := &event{seq: e.GetSeq(), kind: kind(k), company: e.GetCompany(), agent: e.GetAgent(), chat: e.GetChat(),
+		stored: time.Unix(0, e.GetStored()), requestID: e.GetRequestId(), payload: e.GetPayload()}
+	ev.frame = newEventFrame(ev, false)
+	return ev, nil
+}

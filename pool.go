@@ -1,0 +1,292 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	vm "github.com/VictoriaMetrics/metrics"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+	grpcpeer "google.golang.org/grpc/peer"
+
+	peerpb "daisi-ws-service/proto"
+)
+
+// lateBefore is how long before ACK_WAIT a delivery is too old to be answered: JetStream may have given it out again.
+const lateBefore = 2 * time.Second
+
+// peerKey names a peer: a pod that comes back at another address is another peer, with a breaker that knows nothing.
+type peerKey struct{ pod, addr string }
+
+// peer is another pod, as a target of events: to the router it is what a socket is, something to push into.
+type peer struct {
+	ps   *peers
+	key  peerKey
+	sent *vm.Counter
+
+	mu      sync.Mutex // guards all below, and the link's fields that say so
+	gone    bool       // takes nothing any more
+	epoch   string     // of the last push
+	breaker breaker
+	link    *link // nil while nothing was sent for long; made by the next push
+}
+
+// push sends d to the sockets of pod, which has epoch and is dialled at addr, and settles it exactly once, now or
+// later. Never blocks; any goroutine may call. A full window, an open breaker and a peer that is gone settle it as
+// failed: the event comes again.
+func (p *peers) push(pod, epoch, addr string, d *delivery) {
+	if q := p.get(peerKey{pod, addr}); q == nil || !q.take(epoch, d) {
+		d.settle(failed)
+	}
+}
+
+// get returns the peer, made on first use; nil when stopped.
+func (p *peers) get(key peerKey) *peer {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopped {
+		return nil
+	}
+	q := p.pool[key]
+	if q == nil {
+		c := p.cfg.Load()
+		q = &peer{ps: p, key: key, sent: p.m.grpcMessagesSentTotal.with(key.pod),
+			breaker: breaker{threshold: c.PeerBreakerThreshold, openFor: c.PeerBreakerOpen}}
+		p.pool[key] = q
+	}
+	return q
+}
+
+// keep drops every peer that is not in live, which maps the ids of the live pods to their addresses: its connection,
+// its breaker and, unless the pod lives on at another address, its metric series.
+func (p *peers) keep(live map[string]string) {
+	p.remove(func(key peerKey) bool { return live[key.pod] != key.addr }, func(pod string) bool { return live[pod] == "" })
+}
+
+// forget drops everything about pod.
+func (p *peers) forget(pod string) {
+	p.remove(func(key peerKey) bool { return key.pod == pod }, func(other string) bool { return other == pod })
+}
+
+// remove drops the peers whose key is dropped, and the series of the pods that are unnamed.
+func (p *peers) remove(dropped func(peerKey) bool, unnamed func(pod string) bool) {
+	var drop []*peer
+	p.mu.Lock()
+	for key, q := range p.pool {
+		if dropped(key) {
+			drop = append(drop, q)
+			delete(p.pool, key)
+			if unnamed(key.pod) {
+				p.m.grpcMessagesSentTotal.forget(key.pod)
+			}
+		}
+	}
+	for pod := range p.sources {
+		if unnamed(pod) {
+			delete(p.sources, pod)
+			p.m.grpcMessagesReceivedTotal.forget(pod)
+		}
+	}
+	p.mu.Unlock()
+	for _, q := range drop {
+		q.drop(endGone)
+	}
+}
+
+// drop ends the peer for good.
+func (q *peer) drop(why ending) {
+	q.mu.Lock()
+	q.gone = true
+	if q.breaker.state != breakerClosed {
+		q.breaker.reset()
+		q.ps.m.grpcCircuitbreakerOpen.with().Dec()
+	}
+	var lost []flight
+	if q.link != nil {
+		lost = q.link.endLocked(why, nil)
+	}
+	q.mu.Unlock()
+	failAll(lost)
+}
+
+// failAll settles what the caller has taken out of a link; not under a lock, since the end of a delivery goes far.
+func failAll(flights []flight) {
+	for _, f := range flights {
+		f.d.settle(failed)
+	}
+}
+
+// take queues d and says true, or says that it cannot be sent now.
+func (q *peer) take(epoch string, d *delivery) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if l := q.link; q.gone || l != nil && len(l.queue)+len(l.flights) >= q.ps.cfg.Load().PeerWindow {
+		return false
+	}
+	q.lookAtEpochLocked(epoch)
+	before := q.breaker.state
+	generation, ok := q.breaker.allow()
+	q.noteLocked(before)
+	if !ok {
+		return false
+	}
+	if q.link == nil {
+		q.connectLocked()
+	}
+	l, now := q.link, time.Now()
+	l.queue = append(l.queue, flight{d, epoch, now, generation})
+	l.generation, l.used = generation, now
+	select {
+	case l.wake <- struct{}{}:
+	default: // the writer has yet to look
+	}
+	return true
+}
+
+// lookAtEpochLocked closes the breaker when the pod has a new epoch: it has renewed its lease since the failures, mostly
+// as a new process at the old address, and what its former life did is no ground to refuse it.
+func (q *peer) lookAtEpochLocked(epoch string) {
+	if epoch == q.epoch {
+		return
+	}
+	before := q.breaker.state
+	if before != breakerClosed {
+		q.breaker.reset()
+		q.noteLocked(before)
+	}
+	q.epoch = epoch
+}
+
+// noteLocked tells of a change of the breaker's state: metrics and log.
+func (q *peer) noteLocked(before breakerState) {
+	now := q.breaker.state
+	if now == before {
+		return
+	}
+	m := q.ps.m
+	if now == breakerOpen {
+		m.grpcCircuitbreakerTripped.with().Inc()
+	}
+	if before == breakerClosed {
+		m.grpcCircuitbreakerOpen.with().Inc()
+	} else if now == breakerClosed {
+		m.grpcCircuitbreakerOpen.with().Dec()
+	}
+	slog.Warn("circuit breaker of a peer", "pod", q.key.pod, "state", now.String(), "was", before.String())
+}
+
+// reportLocked gives the breaker a result.
+func (q *peer) reportLocked(generation uint64, ok bool) {
+	before := q.breaker.state
+	q.breaker.report(generation, ok)
+	q.noteLocked(before)
+}
+
+// connectLocked makes a new link and starts it. The peer is not gone, so stop has yet to come here, and to wait after.
+func (q *peer) connectLocked() {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	l := &link{peer: q, ctx: ctx, cancel: cancel, wake: make(chan struct{}, 1), flights: map[uint64]flight{},
+		probe: q.breaker.state == breakerHalfOpen}
+	q.link = l
+	q.ps.wg.Go(l.run)
+}
+
+// watch looks after all peers until stop: what is overdue, idle or unhealthy.
+func (p *peers) watch() {
+	c := p.cfg.Load()
+	shortest := min(c.PeerTimeout, c.PeerIdleTimeout, c.PeerHealthInterval)
+	tick := time.NewTicker(max(min(shortest/8, 250*time.Millisecond), 5*time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-p.stopping:
+			return
+		case now := <-tick.C:
+			p.mu.Lock()
+			all := slices.Collect(maps.Values(p.pool))
+			p.mu.Unlock()
+			for _, q := range all {
+				q.look(now)
+			}
+		}
+	}
+}
+
+// look fails what is overdue, and ends or checks the link when it is time to.
+func (q *peer) look(now time.Time) {
+	c := q.ps.cfg.Load()
+	q.mu.Lock()
+	l := q.link
+	if l == nil {
+		q.mu.Unlock()
+		return
+	}
+	lost := l.missedLocked(now.Add(-c.PeerTimeout))
+	lost = append(lost, l.lateLocked(now.Add(lateBefore-c.NATSAckWait))...)
+	tripped := q.breaker.state == breakerOpen
+	switch {
+	case tripped:
+		lost = append(lost, l.endLocked(endTripped, nil)...)
+	case l.conn == nil:
+	case len(l.flights)+len(l.queue) > 0:
+		l.used = now
+	case now.Sub(l.used) >= c.PeerIdleTimeout:
+		l.endLocked(endIdle, nil)
+	}
+	check := q.link == l && l.conn != nil && now.Sub(l.checked) >= c.PeerHealthInterval
+	if check {
+		l.checked = now
+		q.ps.wg.Go(func() { l.checkHealth(l.conn, c.PeerTimeout) })
+	}
+	q.mu.Unlock()
+	if tripped {
+		q.tellLost()
+	}
+	failAll(lost)
+}
+
+// tellLost makes the pod's sockets be looked up anew.
+func (q *peer) tellLost() {
+	if q.ps.lost != nil {
+		q.ps.lost(q.key.pod)
+	}
+}
+
+// dial prepares a connection to addr; gRPC makes it with the first call.
+func (p *peers) dial(addr string) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///"+addr,
+		grpc.WithTransportCredentials(p.certs.clientCredentials()),
+		grpc.WithContextDialer(p.network), // also keeps HTTPS_PROXY out of it: pods are near
+		grpc.WithDisableRetry(),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithIdleTimeout(0),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
+	)
+}
+
+// identify asks which pod lives at addr.
+func (p *peers) identify(ctx context.Context, addr string) (pod, epoch string, err error) {
+	conn, err := p.dial(addr)
+	if err != nil {
+		return "", "", fmt.Errorf("identify the pod at %s: %w", addr, err)
+	}
+	defer conn.Close()
+	who, err := peerpb.NewPeerClient(conn).Identify(ctx, &peerpb.IdentifyRequest{})
+	if err != nil {
+		return "", "", fmt.Errorf("identify the pod at %s: %w", addr, err)
+	}
+	return who.GetPod(), who.GetEpoch(), nil
+}
+
+// remoteAddr is the address at the other end of a call, for the log.
+func remoteAddr(ctx context.Context) string {
+	if p, ok := grpcpeer.FromContext(ctx); ok {
+		return p.Addr.String()
+	}
+	return ""
+}

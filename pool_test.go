@@ -1,0 +1,449 @@
+package main
+
+import (
+	"net"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+
+	peerpb "daisi-ws-service/proto"
+)
+
+// scriptedPeer is a pod that proves itself and then does only what the test tells it.
+type scriptedPeer struct {
+	*peers
+	mu      sync.Mutex // guards all below
+	streams []peerpb.Peer_DeliverServer
+	seqs    []uint64 // of all events, in order of arrival
+	answers bool     // received and written, at once
+}
+
+// Deliver counts what comes in.
+func (s *scriptedPeer) Deliver(stream peerpb.Peer_DeliverServer) error {
+	if _, err := s.admit(stream); err != nil {
+		return err
+	}
+	stream.Send(&peerpb.Response{Body: &peerpb.Response_Welcome{Welcome: &peerpb.Welcome{}}})
+	s.mu.Lock()
+	s.streams = append(s.streams, stream)
+	s.mu.Unlock()
+	n := uint64(0)
+	for {
+		req, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		s.mu.Lock()
+		a := &peerpb.Answers{}
+		for _, e := range req.GetBatch().GetEvents() {
+			n++
+			s.seqs = append(s.seqs, e.GetSeq())
+			a.Received, a.Settled, a.Outcomes = n, append(a.Settled, n), append(a.Outcomes, peerpb.Outcome_OUTCOME_WRITTEN)
+		}
+		if s.answers {
+			stream.Send(&peerpb.Response{Body: &peerpb.Response_Answers{Answers: a}})
+		}
+		s.mu.Unlock()
+	}
+}
+
+// answer sends a on the i-th stream.
+func (s *scriptedPeer) answer(i int, a *peerpb.Answers) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.streams[i].Send(&peerpb.Response{Body: &peerpb.Response_Answers{Answers: a}})
+}
+
+// got says how many events and streams have come.
+func (s *scriptedPeer) got() (events, streams int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.seqs), len(s.streams)
+}
+
+// scripted serves pod-b, scripted, at "b" of n.
+func scripted(t *testing.T, n *peerPipes) *scriptedPeer {
+	t.Helper()
+	set := &settings{}
+	set.Store(peerConfig())
+	s := &scriptedPeer{peers: newPeers(set, newMetrics(), "pod-b", func() string { return "eb" })}
+	server := grpc.NewServer(grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}))
+	peerpb.RegisterPeerServer(server, s)
+	healthpb.RegisterHealthServer(server, s.health)
+	l := n.listen("b")
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	t.Cleanup(func() {
+		server.Stop()
+		<-served
+		s.stop(t.Context())
+	})
+	return s
+}
+
+// peerBubble runs f under synctest with pod-a, which dials, and pod-b, which is scripted.
+func peerBubble(t *testing.T, cfg *Config, f func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		n := newPeerPipes()
+		b := scripted(t, n)
+		a := servePeers(t, "pod-a", "ea", cfg, n.listen("a"), n.on)
+		f(t, n, a, b)
+	})
+}
+
+// wantBreaker checks the state of the breaker of pod-b, and what the metrics say of it.
+func wantBreaker(t *testing.T, a *peers, want breakerState, tripped int) {
+	t.Helper()
+	q := a.get(peerKey{"pod-b", "b"})
+	q.mu.Lock()
+	got := q.breaker.state
+	q.mu.Unlock()
+	if got != want {
+		t.Errorf("breaker %s, want %s", got, want)
+	}
+	notClosed := 0.0
+	if want != breakerClosed {
+		notClosed = 1
+	}
+	wantPeerMetric(t, "breakers open", a.m.grpcCircuitbreakerOpen.with().Get(), notClosed)
+	wantPeerMetric(t, "breakers tripped", counterValue(a.m.grpcCircuitbreakerTripped.with()), float64(tripped))
+}
+
+// TestBreakerByMissingReceived: five events that nobody says to have received open the breaker; while it is open nothing is
+// dialled; after its time one event out of many goes, and its end decides.
+func TestBreakerByMissingReceived(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		four := newPeerLedger(t)
+		for seq := uint64(1); seq <= 4; seq++ {
+			a.push("pod-b", "eb", "b", four.delivery(seq))
+		}
+		time.Sleep(6 * time.Second)
+		four.want(4, failed)
+		wantBreaker(t, a, breakerClosed, 0)
+
+		more := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", more.delivery(5))
+		time.Sleep(2 * time.Second)
+		a.push("pod-b", "eb", "b", more.delivery(6)) // in flight when the fifth is overdue: the stream is given up with it
+		time.Sleep(4 * time.Second)
+		more.want(2, failed)
+		wantBreaker(t, a, breakerOpen, 1)
+
+		refused := newPeerLedger(t)
+		for seq := uint64(1); seq <= 100; seq++ {
+			a.push("pod-b", "eb", "b", refused.delivery(seq))
+		}
+		refused.want(100, failed)
+		if events, streams := b.got(); events != 6 || streams != 1 || n.dialled() != 1 {
+			t.Errorf("%d events on %d streams, %d dials while open", events, streams, n.dialled())
+		}
+
+		for round := 1; round <= 2; round++ { // a probe that is not answered opens it again
+			time.Sleep(30 * time.Second)
+			probes := newPeerLedger(t)
+			var all sync.WaitGroup
+			for g := range uint64(50) {
+				all.Go(func() { a.push("pod-b", "eb", "b", probes.delivery(g+1)) })
+			}
+			all.Wait()
+			synctest.Wait()
+			wantBreaker(t, a, breakerHalfOpen, round)
+			if events, streams := b.got(); events != 6+round || streams != 1+round || n.dialled() != 1+round {
+				t.Errorf("%d events on %d streams, %d dials after probe %d", events, streams, n.dialled(), round)
+			}
+			time.Sleep(6 * time.Second)
+			probes.want(50, failed)
+			wantBreaker(t, a, breakerOpen, round+1)
+		}
+
+		b.mu.Lock()
+		b.answers = true
+		b.mu.Unlock()
+		time.Sleep(30 * time.Second)
+		last := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", last.delivery(1))
+		last.want(1, written)
+		wantBreaker(t, a, breakerClosed, 3)
+	})
+}
+
+// TestLateAnswersAreIgnored: what is said after its event was given up changes nothing, neither the event nor the breaker.
+func TestLateAnswersAreIgnored(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		l := newPeerLedger(t)
+		for seq := uint64(1); seq <= 4; seq++ {
+			a.push("pod-b", "eb", "b", l.delivery(seq))
+		}
+		time.Sleep(6 * time.Second)
+		l.want(4, failed)
+		b.answer(0, &peerpb.Answers{Received: 4, Settled: []uint64{1, 2, 3, 4}, Outcomes: make([]peerpb.Outcome, 4)})
+		b.answer(0, &peerpb.Answers{Received: 99, Settled: []uint64{0, 5, 99}, Outcomes: make([]peerpb.Outcome, 3)}) // never sent
+		synctest.Wait()
+		l.want(4, failed)
+		a.push("pod-b", "eb", "b", l.delivery(5))
+		time.Sleep(6 * time.Second)
+		l.want(5, failed)
+		wantBreaker(t, a, breakerOpen, 1) // the late ones did not count as successes in between
+		b.answer(0, &peerpb.Answers{Received: 5, Settled: []uint64{5}, Outcomes: make([]peerpb.Outcome, 1)})
+		synctest.Wait()
+		wantBreaker(t, a, breakerOpen, 1)
+	})
+}
+
+// TestReceivedStartsAnew: a peer that receives now and then is slow, not dead.
+func TestReceivedStartsAnew(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		lost, good := newPeerLedger(t), newPeerLedger(t)
+		for round := uint64(1); round <= 5; round++ {
+			for i := range uint64(4) {
+				a.push("pod-b", "eb", "b", lost.delivery(round*10+i))
+			}
+			time.Sleep(6 * time.Second)
+			a.push("pod-b", "eb", "b", good.delivery(round))
+			synctest.Wait()
+			b.answer(0, &peerpb.Answers{Received: round * 5, Settled: []uint64{round * 5}, Outcomes: []peerpb.Outcome{peerpb.Outcome_OUTCOME_DROPPED}})
+			synctest.Wait()
+		}
+		lost.want(20, failed)
+		good.want(5, dropped)
+		wantBreaker(t, a, breakerClosed, 0)
+	})
+}
+
+// TestLateDelivery: an event that was received but not settled when it gets late is failed, which frees its place in the
+// window and says nothing about the peer.
+func TestLateDelivery(t *testing.T) {
+	cfg := peerConfig()
+	cfg.PeerWindow = 10
+	peerBubble(t, cfg, func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		for round := 1; round <= 3; round++ {
+			l := newPeerLedger(t)
+			start := time.Now()
+			for seq := uint64(1); seq <= 10; seq++ {
+				a.push("pod-b", "eb", "b", l.delivery(seq))
+			}
+			synctest.Wait()
+			b.answer(0, &peerpb.Answers{Received: uint64(10 * round)})
+			time.Sleep(27 * time.Second)
+			if got := l.counts(); len(got) != 0 {
+				t.Fatalf("settled %v after %s", got, time.Since(start))
+			}
+			time.Sleep(2 * time.Second)
+			l.want(10, failed)
+		}
+		wantBreaker(t, a, breakerClosed, 0)
+	})
+}
+
+// TestLateProbe: a probe that gets late before its time to be received is over leaves the breaker open, not half-open for
+// ever, and the next event is the probe.
+func TestLateProbe(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		l := newPeerLedger(t)
+		for seq := uint64(1); seq <= 5; seq++ {
+			a.push("pod-b", "eb", "b", l.delivery(seq))
+		}
+		time.Sleep(36 * time.Second)
+		old := l.delivery(6)
+		old.arrived = old.arrived.Add(-27 * time.Second)
+		a.push("pod-b", "eb", "b", old)
+		time.Sleep(2 * time.Second)
+		l.want(6, failed)
+		wantBreaker(t, a, breakerOpen, 2)
+		b.mu.Lock()
+		b.answers = true
+		b.mu.Unlock()
+		again := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", again.delivery(1))
+		again.want(1, written)
+		wantBreaker(t, a, breakerClosed, 2)
+	})
+}
+
+// TestBreakerByDialFailures: five openings that fail open it, whatever number of events each took with it; each but the
+// probe dials twice.
+func TestBreakerByDialFailures(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		n.refuse = 1000
+		l := newPeerLedger(t)
+		for round := range uint64(5) {
+			wantBreaker(t, a, breakerClosed, 0)
+			for i := range uint64(20) {
+				a.push("pod-b", "eb", "b", l.delivery(round*20+i+1))
+			}
+			synctest.Wait()
+		}
+		l.want(100, failed)
+		wantBreaker(t, a, breakerOpen, 1)
+		time.Sleep(30 * time.Second)
+		a.push("pod-b", "eb", "b", l.delivery(101))
+		synctest.Wait()
+		l.want(101, failed)
+		wantBreaker(t, a, breakerOpen, 2)
+		// A push may come while an opening fails, and then begin the next one.
+		if d := n.dialled(); d%2 != 1 || d > 11 {
+			t.Errorf("%d dials, want at most 5 pairs and one probe", d)
+		}
+	})
+}
+
+// TestBreakerForgetsAFormerLife: a pod that has a new epoch has renewed its lease since; it is tried at once.
+func TestBreakerForgetsAFormerLife(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		b.answers = true
+		n.refuse = 10
+		l := newPeerLedger(t)
+		for seq := uint64(1); seq <= 5; seq++ {
+			a.push("pod-b", "eb-former", "b", l.delivery(seq))
+			synctest.Wait()
+		}
+		l.want(5, failed)
+		wantBreaker(t, a, breakerOpen, 1)
+		again := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", again.delivery(1))
+		again.want(1, written)
+		wantBreaker(t, a, breakerClosed, 1)
+	})
+}
+
+// TestRetryOnUnavailable: a first dial that fails costs nothing.
+func TestRetryOnUnavailable(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		b.answers = true
+		n.refuse = 1
+		l := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", l.delivery(1))
+		l.want(1, written)
+		wantPeerMetric(t, "retries", counterValue(a.m.grpcForwardRetryAttempts.with()), 1)
+		wantPeerMetric(t, "retries that worked", counterValue(a.m.grpcForwardRetrySuccess.with()), 1)
+		wantPeerMetric(t, "retries that failed", counterValue(a.m.grpcForwardRetryFailure.with()), 0)
+	})
+}
+
+// TestSilentAddress: what listens and never speaks costs one PEER_TIMEOUT per attempt.
+func TestSilentAddress(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		l := n.listen("mute")
+		defer l.Close()
+		accepted := make(chan net.Conn, 10)
+		go func() {
+			for c, err := l.Accept(); err == nil; c, err = l.Accept() {
+				accepted <- c
+			}
+		}()
+		ledger := newPeerLedger(t)
+		for seq := uint64(1); seq <= 10; seq++ {
+			a.push("pod-m", "em", "mute", ledger.delivery(seq))
+		}
+		time.Sleep(5*time.Second - 1)
+		if got := ledger.counts(); len(got) != 0 {
+			t.Errorf("settled %v before the time-out", got)
+		}
+		time.Sleep(1)
+		synctest.Wait()
+		ledger.want(10, failed)
+		if len(accepted) != 1 {
+			t.Errorf("dialled %d times", len(accepted))
+		}
+		(<-accepted).Close()
+	})
+}
+
+// TestIdleConnection: unused for its time it is closed, and used it is not; the next event makes a new one.
+func TestIdleConnection(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		b.answers = true
+		l := newPeerLedger(t)
+		for seq := uint64(1); seq <= 3; seq++ {
+			a.push("pod-b", "eb", "b", l.delivery(seq))
+			time.Sleep(4 * time.Minute)
+		}
+		if n.dialled() != 1 {
+			t.Errorf("%d dials while in use", n.dialled())
+		}
+		time.Sleep(62 * time.Second)
+		wantPeerMetric(t, "pool size", a.m.grpcPoolSize.with().Get(), 0)
+		wantPeerMetric(t, "closed", counterValue(a.m.grpcPoolConnectionsClosed.with(string(endIdle))), 1)
+		a.push("pod-b", "eb", "b", l.delivery(4))
+		l.want(4, written)
+		wantPeerMetric(t, "pool size", a.m.grpcPoolSize.with().Get(), 1)
+		wantBreaker(t, a, breakerClosed, 0)
+	})
+}
+
+// TestUnhealthyPeer: a health check that fails ends the connection, which alone is no failure to the breaker.
+func TestUnhealthyPeer(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		b.answers = true
+		l := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", l.delivery(1))
+		time.Sleep(90 * time.Second)
+		wantPeerMetric(t, "pool size of a healthy peer", a.m.grpcPoolSize.with().Get(), 1)
+		b.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+		time.Sleep(time.Minute)
+		wantPeerMetric(t, "pool size", a.m.grpcPoolSize.with().Get(), 0)
+		wantPeerMetric(t, "closed", counterValue(a.m.grpcPoolConnectionsClosed.with(string(endUnhealthy))), 1)
+		l.want(1, written)
+		wantBreaker(t, a, breakerClosed, 0)
+	})
+}
+
+// TestPeerGone: a pod without a lease, or at another address, loses its connection, its breaker and its series; what was in
+// flight to it fails.
+func TestPeerGone(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		l := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", l.delivery(1))
+		synctest.Wait()
+		a.keep(map[string]string{"pod-a": "a", "pod-b": "b"})
+		if got := l.counts(); len(got) != 0 {
+			t.Errorf("a peer that lives lost %v", got)
+		}
+		a.keep(map[string]string{"pod-a": "a", "pod-b": "elsewhere"})
+		l.want(1, failed)
+		wantPeerSeries(t, a, `dws_grpc_messages_sent_total{target_pod_id="pod-b"}`, true)
+		n.refuse = 1000
+		for seq := uint64(2); seq <= 6; seq++ {
+			a.push("pod-b", "eb", "b", l.delivery(seq))
+			synctest.Wait()
+		}
+		wantBreaker(t, a, breakerOpen, 1)
+		a.receivedFrom("pod-b").Inc()
+		wantPeerSeries(t, a, `dws_grpc_messages_received_total{source_pod_id="pod-b"}`, true)
+		a.forget("pod-b")
+		wantPeerMetric(t, "breakers open", a.m.grpcCircuitbreakerOpen.with().Get(), 0)
+		wantPeerSeries(t, a, `dws_grpc_messages_sent_total{target_pod_id="pod-b"}`, false)
+		wantPeerSeries(t, a, `dws_grpc_messages_received_total{source_pod_id="pod-b"}`, false)
+		l.want(6, failed)
+	})
+}
+
+func wantPeerSeries(t *testing.T, p *peers, series string, want bool) {
+	t.Helper()
+	got := false
+	for _, name := range p.m.set.ListMetricNames() {
+		got = got || name == series
+	}
+	if got != want {
+		t.Errorf("series %s there: %v, want %v", series, got, want)
+	}
+}
+
+// TestStopFailsWhatIsInFlight: also what is pushed afterwards.
+func TestStopFailsWhatIsInFlight(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		l := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", l.delivery(1))
+		synctest.Wait()
+		a.push("pod-c", "ec", "nowhere", l.delivery(2))
+		a.stop(t.Context())
+		a.push("pod-b", "eb", "b", l.delivery(3))
+		l.want(3, failed)
+	})
+}
