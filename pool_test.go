@@ -152,7 +152,7 @@ func TestBreakerByMissingReceived(t *testing.T) {
 				all.Go(func() { a.push("pod-b", "eb", "b", probes.delivery(g+1)) })
 			}
 			all.Wait()
-			synctest.Wait()
+			time.Sleep(100 * time.Millisecond)
 			wantBreaker(t, a, breakerHalfOpen, round)
 			if events, streams := b.got(); events != 6+round || streams != 1+round || n.dialled() != 1+round {
 				t.Errorf("%d events on %d streams, %d dials after probe %d", events, streams, n.dialled(), round)
@@ -184,14 +184,14 @@ func TestLateAnswersAreIgnored(t *testing.T) {
 		l.want(4, failed)
 		b.answer(0, &peerpb.Answers{Received: 4, Settled: []uint64{1, 2, 3, 4}, Outcomes: make([]peerpb.Outcome, 4)})
 		b.answer(0, &peerpb.Answers{Received: 99, Settled: []uint64{0, 5, 99}, Outcomes: make([]peerpb.Outcome, 3)}) // never sent
-		synctest.Wait()
+		time.Sleep(100 * time.Millisecond)
 		l.want(4, failed)
 		a.push("pod-b", "eb", "b", l.delivery(5))
 		time.Sleep(6 * time.Second)
 		l.want(5, failed)
 		wantBreaker(t, a, breakerOpen, 1) // the late ones did not count as successes in between
 		b.answer(0, &peerpb.Answers{Received: 5, Settled: []uint64{5}, Outcomes: make([]peerpb.Outcome, 1)})
-		synctest.Wait()
+		time.Sleep(100 * time.Millisecond)
 		wantBreaker(t, a, breakerOpen, 1)
 	})
 }
@@ -206,9 +206,9 @@ func TestReceivedStartsAnew(t *testing.T) {
 			}
 			time.Sleep(6 * time.Second)
 			a.push("pod-b", "eb", "b", good.delivery(round))
-			synctest.Wait()
+			time.Sleep(100 * time.Millisecond)
 			b.answer(0, &peerpb.Answers{Received: round * 5, Settled: []uint64{round * 5}, Outcomes: []peerpb.Outcome{peerpb.Outcome_OUTCOME_DROPPED}})
-			synctest.Wait()
+			time.Sleep(100 * time.Millisecond)
 		}
 		lost.want(20, failed)
 		good.want(5, dropped)
@@ -228,7 +228,7 @@ func TestLateDelivery(t *testing.T) {
 			for seq := uint64(1); seq <= 10; seq++ {
 				a.push("pod-b", "eb", "b", l.delivery(seq))
 			}
-			synctest.Wait()
+			time.Sleep(100 * time.Millisecond)
 			b.answer(0, &peerpb.Answers{Received: uint64(10 * round)})
 			time.Sleep(27 * time.Second)
 			if got := l.counts(); len(got) != 0 {
@@ -277,18 +277,16 @@ func TestBreakerByDialFailures(t *testing.T) {
 			for i := range uint64(20) {
 				a.push("pod-b", "eb", "b", l.delivery(round*20+i+1))
 			}
-			synctest.Wait()
+			time.Sleep(100 * time.Millisecond)
 		}
 		l.want(100, failed)
 		wantBreaker(t, a, breakerOpen, 1)
 		time.Sleep(30 * time.Second)
 		a.push("pod-b", "eb", "b", l.delivery(101))
-		synctest.Wait()
 		l.want(101, failed)
 		wantBreaker(t, a, breakerOpen, 2)
-		// A push may come while an opening fails, and then begin the next one.
-		if d := n.dialled(); d%2 != 1 || d > 11 {
-			t.Errorf("%d dials, want at most 5 pairs and one probe", d)
+		if n.dialled() != 11 {
+			t.Errorf("%d dials, want 5 pairs and one probe", n.dialled())
 		}
 	})
 }
@@ -301,7 +299,7 @@ func TestBreakerForgetsAFormerLife(t *testing.T) {
 		l := newPeerLedger(t)
 		for seq := uint64(1); seq <= 5; seq++ {
 			a.push("pod-b", "eb-former", "b", l.delivery(seq))
-			synctest.Wait()
+			time.Sleep(100 * time.Millisecond)
 		}
 		l.want(5, failed)
 		wantBreaker(t, a, breakerOpen, 1)
@@ -346,7 +344,7 @@ func TestSilentAddress(t *testing.T) {
 			t.Errorf("settled %v before the time-out", got)
 		}
 		time.Sleep(1)
-		synctest.Wait()
+		time.Sleep(100 * time.Millisecond)
 		ledger.want(10, failed)
 		if len(accepted) != 1 {
 			t.Errorf("dialled %d times", len(accepted))
@@ -400,7 +398,7 @@ func TestPeerGone(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
 		l := newPeerLedger(t)
 		a.push("pod-b", "eb", "b", l.delivery(1))
-		synctest.Wait()
+		time.Sleep(100 * time.Millisecond)
 		a.keep(map[string]string{"pod-a": "a", "pod-b": "b"})
 		if got := l.counts(); len(got) != 0 {
 			t.Errorf("a peer that lives lost %v", got)
@@ -411,7 +409,7 @@ func TestPeerGone(t *testing.T) {
 		n.refuse = 1000
 		for seq := uint64(2); seq <= 6; seq++ {
 			a.push("pod-b", "eb", "b", l.delivery(seq))
-			synctest.Wait()
+			time.Sleep(100 * time.Millisecond)
 		}
 		wantBreaker(t, a, breakerOpen, 1)
 		a.receivedFrom("pod-b").Inc()
@@ -440,7 +438,7 @@ func TestStopFailsWhatIsInFlight(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
 		l := newPeerLedger(t)
 		a.push("pod-b", "eb", "b", l.delivery(1))
-		synctest.Wait()
+		time.Sleep(100 * time.Millisecond)
 		a.push("pod-c", "ec", "nowhere", l.delivery(2))
 		a.stop(t.Context())
 		a.push("pod-b", "eb", "b", l.delivery(3))
