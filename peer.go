@@ -49,9 +49,9 @@ type peers struct {
 	epoch func() string // of this pod's lease now; any goroutine calls it
 	certs *certificates // nil: no mTLS
 
-	// deliver takes an event from a peer that addressed it to epoch, pushes it to the sockets of this pod and nowhere
-	// else, and settles it, as absent where there is none. It must not block. Set before serve; nil: all is absent.
-	deliver func(d *delivery, epoch string)
+	// deliver takes an event that a peer addressed to this pod's epoch, pushes it to the sockets here and nowhere else,
+	// and settles it, as absent where there is none. It must not block. Set before serve; nil: all is absent.
+	deliver func(d *delivery)
 	// lost is told of a pod that could not be dialled, or whose stream broke: what is believed of its sockets may be
 	// wrong. It must not block. Set before serve; may be nil.
 	lost func(pod string)
@@ -158,9 +158,9 @@ func (p *peers) Identify(context.Context, *peerpb.IdentifyRequest) (*peerpb.Iden
 	return &peerpb.IdentifyResponse{Pod: p.pod, Epoch: p.epoch()}, nil
 }
 
-// inbound is a stream that another pod opened to this one. Its reader (receive) and its handler (Deliver) share it; the
+// intake is a stream that another pod opened to this one. Its reader (receive) and its handler (Deliver) share it; the
 // reader sends until the stream is proven, the handler from then on, so no two send at once.
-type inbound struct {
+type intake struct {
 	ps     *peers
 	stream peerpb.Peer_DeliverServer
 	pod    string       // proven by the reader
@@ -187,7 +187,7 @@ const (
 
 // Deliver takes events from another pod as soon as it has proven that it belongs to this cluster, and answers them.
 func (p *peers) Deliver(stream peerpb.Peer_DeliverServer) error {
-	in := &inbound{ps: p, stream: stream, wake: make(chan struct{}, 1), ended: make(chan error, 1)}
+	in := &intake{ps: p, stream: stream, wake: make(chan struct{}, 1), ended: make(chan error, 1)}
 	p.wg.Go(func() { in.ended <- in.receive() }) // ends with the stream, which ends with this handler
 	deadline := time.NewTimer(proofTimeout)
 	defer deadline.Stop()
@@ -223,7 +223,7 @@ func (p *peers) refuse(ctx context.Context, err error) error {
 }
 
 // receive proves the stream and reads it to its end.
-func (in *inbound) receive() error {
+func (in *intake) receive() error {
 	pod, err := in.ps.admit(in.stream)
 	if err != nil {
 		return in.ps.refuse(in.stream.Context(), err)
@@ -265,7 +265,7 @@ func (p *peers) receivedFrom(pod string) *vm.Counter {
 }
 
 // take says that the events of b were received, before anything is done with them, and hands them on.
-func (in *inbound) take(b *peerpb.Batch) {
+func (in *intake) take(b *peerpb.Batch) {
 	arrived := time.Now()
 	in.mu.Lock()
 	in.received += uint64(len(b.GetEvents()))
@@ -284,15 +284,15 @@ func (in *inbound) take(b *peerpb.Batch) {
 			in.refuseEvent(e, err)
 			continue
 		}
-		d := &inboundDelivery{in: in, number: in.number}
+		d := &incoming{in: in, number: in.number}
 		d.event, d.count, d.arrived, d.src = ev, e.GetCount(), arrived, d
-		in.ps.deliver(&d.delivery, b.GetEpoch())
+		in.ps.deliver(&d.delivery)
 	}
 }
 
 // refuseEvent fails an event that this pod cannot take. It is a fault of one of the two programs, so it is logged once
 // per stream; the sender's retries end by its horizon.
-func (in *inbound) refuseEvent(e *peerpb.Event, err error) {
+func (in *intake) refuseEvent(e *peerpb.Event, err error) {
 	if !in.warned {
 		in.warned = true
 		slog.Error("faulty event from a peer", "pod", in.pod, "seq", e.GetSeq(), "err", err)
@@ -300,18 +300,18 @@ func (in *inbound) refuseEvent(e *peerpb.Event, err error) {
 	in.settle(in.number, failed)
 }
 
-// inboundDelivery is a delivery whose end is told to the peer that sent it.
-type inboundDelivery struct {
+// incoming is a delivery whose end is told to the peer that sent it.
+type incoming struct {
 	delivery
-	in     *inbound
+	in     *intake
 	number uint64
 }
 
 // settled implements source.
-func (d *inboundDelivery) settled(_ *delivery, worst outcome) { d.in.settle(d.number, worst) }
+func (d *incoming) settled(_ *delivery, worst outcome) { d.in.settle(d.number, worst) }
 
 // settle notes the answer; the handler sends it, unless the stream has ended: then the other pod has failed the event.
-func (in *inbound) settle(number uint64, o outcome) {
+func (in *intake) settle(number uint64, o outcome) {
 	in.mu.Lock()
 	in.open--
 	in.settled = append(in.settled, number)
@@ -320,7 +320,7 @@ func (in *inbound) settle(number uint64, o outcome) {
 	in.notify()
 }
 
-func (in *inbound) notify() {
+func (in *intake) notify() {
 	select {
 	case in.wake <- struct{}{}:
 	default: // the handler has yet to look: it will see this too
@@ -328,7 +328,7 @@ func (in *inbound) notify() {
 }
 
 // answer sends what there is to tell, in one message. Only the handler calls it.
-func (in *inbound) answer() error {
+func (in *intake) answer() error {
 	a := &peerpb.Answers{}
 	in.mu.Lock()
 	if in.received > in.told {
@@ -344,7 +344,7 @@ func (in *inbound) answer() error {
 }
 
 // idle says whether everything read has been settled and answered.
-func (in *inbound) idle() bool {
+func (in *intake) idle() bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	return in.open == 0 && len(in.settled) == 0 && in.told == in.received

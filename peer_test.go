@@ -201,7 +201,7 @@ func (l *peerLedger) delivery(seq uint64) *delivery {
 // takeAll is a pod's sockets: they settle everything with o at once and pass it to seen, if that is not nil.
 func takeAll(o outcome, seen chan<- *delivery) func(*peers) {
 	return func(p *peers) {
-		p.deliver = func(d *delivery, epoch string) {
+		p.deliver = func(d *delivery) {
 			if seen != nil {
 				seen <- d
 			}
@@ -214,7 +214,7 @@ func takeAll(o outcome, seen chan<- *delivery) func(*peers) {
 // wantNoDelivery fails the test when the pod delivers anything.
 func wantNoDelivery(t *testing.T) func(*peers) {
 	return func(p *peers) {
-		p.deliver = func(d *delivery, epoch string) {
+		p.deliver = func(d *delivery) {
 			t.Errorf("event %d was delivered", d.seq)
 			d.open.Store(1)
 			d.settle(written)
@@ -242,7 +242,7 @@ func wantNoPeerGoroutines(t *testing.T) {
 			stacks := string(buf[:runtime.Stack(buf, true)])
 			leaked := ""
 			for g := range strings.SplitSeq(stacks, "\n\n") {
-				if (strings.Contains(g, "main.(*link)") || strings.Contains(g, "main.(*inbound)") || strings.Contains(g, "main.(*peers)") || strings.Contains(g, "internal/transport")) && !strings.Contains(g, "wantNoPeerGoroutines") {
+				if (strings.Contains(g, "main.(*link)") || strings.Contains(g, "main.(*intake)") || strings.Contains(g, "main.(*peers)") || strings.Contains(g, "internal/transport")) && !strings.Contains(g, "wantNoPeerGoroutines") {
 					leaked = g
 				}
 			}
@@ -410,7 +410,7 @@ func TestPeerWindowFull(t *testing.T) {
 	held := make(chan *delivery, 16)
 	a, _ := startPeers(t, "pod-a", "ea", cfg)
 	_, addr := startPeers(t, "pod-b", "eb", cfg, func(p *peers) {
-		p.deliver = func(d *delivery, _ string) { d.open.Store(1); held <- d }
+		p.deliver = func(d *delivery) { d.open.Store(1); held <- d }
 	})
 	waiting, over, next := newPeerLedger(t), newPeerLedger(t), newPeerLedger(t)
 	for seq := uint64(1); seq <= 8; seq++ {
@@ -449,7 +449,7 @@ func TestPeerStopAnswersWhatItHas(t *testing.T) {
 	held := make(chan *delivery, 16)
 	a, _ := startPeers(t, "pod-a", "ea", peerConfig())
 	b, addr := startPeers(t, "pod-b", "eb", peerConfig(), func(p *peers) {
-		p.deliver = func(d *delivery, _ string) { d.open.Store(1); held <- d }
+		p.deliver = func(d *delivery) { d.open.Store(1); held <- d }
 	})
 	l := newPeerLedger(t)
 	for seq := uint64(1); seq <= 10; seq++ {
@@ -487,7 +487,7 @@ func TestPeerBrokenStream(t *testing.T) {
 		lost := make(chan string, 10)
 		a := servePeers(t, "pod-a", "ea", peerConfig(), net.listen("a"), net.on, func(p *peers) { p.lost = func(pod string) { lost <- pod } })
 		servePeers(t, "pod-b", "eb", peerConfig(), net.listen("b"), func(p *peers) {
-			p.deliver = func(d *delivery, _ string) {
+			p.deliver = func(d *delivery) {
 				d.open.Store(1)
 				if hold.Load() {
 					late <- d
@@ -528,7 +528,7 @@ func TestPeerRestartsUnderLoad(t *testing.T) {
 		a := servePeers(t, "pod-a", "ea", peerConfig(), net.listen("a"), net.on)
 		b := servePeers(t, "pod-b", "eb", peerConfig(), net.listen("b"), net.on)
 		later := make(chan *delivery, 100000)
-		echo := func(d *delivery, _ string) {
+		echo := func(d *delivery) {
 			d.open.Store(1)
 			if d.seq%3 == 0 {
 				later <- d

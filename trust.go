@@ -8,7 +8,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -80,20 +79,17 @@ func (i *introduction) proof(key []byte, role string) []byte {
 	return mac.Sum(nil)
 }
 
-// peerKeys derives a key for proofs from each token key (hex, comma-separated). The token keys themselves seal tokens
-// only: what is shown to peers must not help to forge one.
-func peerKeys(tokenKeys string) ([][]byte, error) {
-	var keys [][]byte
-	for k := range strings.SplitSeq(tokenKeys, ",") {
-		secret, err := hex.DecodeString(strings.TrimSpace(k))
-		if err != nil || len(secret) != 32 {
-			return nil, errors.New("derive the key for peers: a token key is not 64 hex digits")
+// peerKeys derives a key for proofs from each token key of the setting. The token keys themselves seal tokens only: what is
+// shown to peers must not help to forge one.
+func peerKeys(setting string) ([][]byte, error) {
+	keys, err := parseTokenKeys(setting)
+	if err != nil {
+		return nil, fmt.Errorf("derive the keys for peers: %w", err)
+	}
+	for i, secret := range keys {
+		if keys[i], err = hkdf.Key(sha256.New, secret, nil, "daisi-ws-service peer stream v1", sha256.Size); err != nil {
+			return nil, fmt.Errorf("derive the keys for peers: %w", err)
 		}
-		key, err := hkdf.Key(sha256.New, secret, nil, "daisi-ws-service peer stream v1", sha256.Size)
-		if err != nil {
-			return nil, fmt.Errorf("derive the key for peers: %w", err)
-		}
-		keys = append(keys, key)
 	}
 	return keys, nil
 }
