@@ -12,6 +12,7 @@ let attempt = 0;           // of reconnecting, since the last ready
 let retryTimer = 0;
 let selected = "";
 let twice = 0;
+let readySeq = 0;          // events up to here waited for this socket: their latency says nothing
 
 async function loadChats() {
   const rows = await (await fetch("chats")).json();
@@ -69,7 +70,7 @@ function onEvent(m) {
   }
   seen.add(m.seq);
   const latency = now() - Date.parse(m.payload.event_time);
-  count(m.seq, m.replay ? null : latency);
+  count(m.seq, m.replay || m.seq <= readySeq ? null : latency);
   const row = m.payload.row_data;
   if (m.event_type === "chat") {
     applyChat(m.payload.chat_id, row.push_name, row.last_message.text, row.unread_count, m.seq, Date.parse(m.payload.event_time));
@@ -140,6 +141,7 @@ function onMessage(m) {
   switch (m.type) {
     case "ready":
       attempt = 0;
+      readySeq = m.payload.seq;
       state("on", "connected");
       notice("");
       $("session").textContent = m.payload.session_id;
@@ -167,7 +169,7 @@ function onClose(code, reason) {
   const why = `${code} ${reason}`.trim();
   if (!final.has(code)) return retry(why, Number(/retry-after-ms=(\d+)/.exec(reason)?.[1] ?? NaN));
   state("off", "closed: " + why);
-  notice(code === 4402 ? "Another tab took this session. Connect takes it back." : "");
+  notice(code === 4402 ? "Another tab took this session. Reconnect takes it back." : "");
 }
 
 // retry waits as long as the service asked for, or a random part of a doubling time: all clients of a pod that ended come at once else.
