@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -82,6 +83,7 @@ func parseLock(value string) (holder, heir lockClaim) {
 	return parseLockClaim(first), parseLockClaim(second)
 }
 
+// parseLockClaim takes one claim apart; pod ids and epochs have no '#'.
 func parseLockClaim(text string) lockClaim {
 	f := strings.Split(text, "#")
 	if len(f) != 4 {
@@ -130,6 +132,7 @@ func (l *lockStore) claim(ctx context.Context, key string, c lockClaim, oust str
 	return turn, value, nil
 }
 
+// ttl is the life of a lock in ms; read each time, since SIGHUP may change it.
 func (l *lockStore) ttl() int64 { return l.cfg.Load().SessionTTL.Milliseconds() }
 
 // lockReply is the answer to one of a batch.
@@ -222,6 +225,47 @@ func (l *lockStore) counted(op string, replies []lockReply) []lockReply {
 	return replies
 }
 
+// queueDrop makes work give up whatever the socket has in the lock of key.
+func (s *sessions) queueDrop(key, socket string) {
+	s.mu.Lock()
+	s.drops = append(s.drops, lockDrop{key, socket, time.Now().Add(s.cfg.Load().SessionTTL)})
+	s.mu.Unlock()
+	s.notify()
+}
+
+// notify wakes work; a wake-up that is still pending will do.
+func (s *sessions) notify() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// reclaim has all locks renewed at once: Redis is back, may have lost data, or the epoch is new. It does not block.
+func (s *sessions) reclaim() {
+	s.mu.Lock()
+	s.sweep = true
+	s.mu.Unlock()
+	s.notify()
+}
+
+// confirm renews all locks and closes the sockets that lost theirs before it returns; with an error where Redis
+// did not answer for all, or ctx ended before.
+func (s *sessions) confirm(ctx context.Context) error {
+	answer := make(chan error, 1) // never closed; work answers once, whether or not someone still waits
+	select {
+	case s.confirms <- answer:
+	case <-ctx.Done():
+		return fmt.Errorf("confirm sessions: %w", ctx.Err())
+	}
+	select {
+	case err := <-answer:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("confirm sessions: %w", ctx.Err())
+	}
+}
+
 // work sends every renewal and every release of this pod, one batch after the other: so no renewal overtakes a
 // release, which would set a dead socket's lock again, and releases need not wait for a tick.
 func (s *sessions) work(ctx context.Context) {
@@ -260,6 +304,7 @@ func (s *sessions) work(ctx context.Context) {
 	}
 }
 
+// takeSweep says whether all locks are to be renewed now, and takes the order.
 func (s *sessions) takeSweep() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -297,15 +342,18 @@ func (s *sessions) sendDrops(ctx context.Context) (retry bool) {
 	}
 }
 
-// renewAll renews every lock, with releases in between, up to the first batch that fails.
+// renewAll renews every lock, with releases in between, up to the first batch that gets no answer at all.
 func (s *sessions) renewAll(ctx context.Context) error {
+	var all error
 	for batch := range slices.Chunk(s.all(), sessionBatch) {
 		s.sendDrops(ctx)
-		if err := s.renew(ctx, batch); err != nil {
-			return err
+		err := s.renew(ctx, batch)
+		all = errors.Join(all, err)
+		if errors.Is(err, errUnavailable) {
+			break
 		}
 	}
-	return nil
+	return all
 }
 
 // renew lengthens the locks of those of list that are still to be held, restores those that are missing or bear an
@@ -369,6 +417,9 @@ func (s *sessions) renewed(list []*session, replies []lockReply) error {
 		default:
 			s.m.sessionLockRenewalSuccess.with().Inc()
 		}
+	}
+	if failed == len(list) {
+		err = fmt.Errorf("%w: %w", errUnavailable, err)
 	}
 	switch {
 	case failed == len(list) && !s.away:

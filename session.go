@@ -90,12 +90,14 @@ type killMessage struct {
 	Reason string `json:"reason"`
 }
 
+// newSessions also registers with o, so that the locks follow each new epoch of this pod.
 func newSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, o *owners) *sessions {
 	s := makeSessions(cfg, rdb, m, podLease{o.podID, o.epoch, o.available, o.holds})
 	o.onEpoch(func(_, _ string) { s.reclaim() })
 	return s
 }
 
+// makeSessions is newSessions for any lease.
 func makeSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, lease podLease) *sessions {
 	s := &sessions{
 		lockStore: lockStore{rdb, cfg, m},
@@ -153,6 +155,7 @@ func (s *sessions) acquire(ctx context.Context, key, userType string) (*session,
 	return sess, nil
 }
 
+// failureReason is the label of the metric.
 func failureReason(err error) string {
 	switch {
 	case errors.Is(err, errConflict):
@@ -172,11 +175,12 @@ func (s *sessions) register(key string) *session {
 	sess := &session{key: key, id: rand.Text(), set: s}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.slot(sess.id)[sess.id] = sess
+	s.slotLocked(sess.id)[sess.id] = sess
 	return sess
 }
 
-func (s *sessions) slot(id string) map[string]*session {
+// slot is where the session of that id lives. The caller holds mu.
+func (s *sessions) slotLocked(id string) map[string]*session {
 	return s.live[maphash.String(s.seed, id)%sessionSlots]
 }
 
@@ -241,6 +245,7 @@ func (s *sessions) claim(ctx context.Context, sess *session, oust string) (value
 	}
 }
 
+// claimOf is what sess claims under this pod's epoch of now.
 func (s *sessions) claimOf(sess *session) lockClaim {
 	return lockClaim{pod: s.lease.podID(), epoch: s.lease.epoch(), socket: sess.id, turn: sess.turn}
 }
@@ -336,50 +341,9 @@ func (s *session) release() {
 func (s *session) abandon() {
 	s.set.mu.Lock()
 	s.released = true
-	delete(s.set.slot(s.id), s.id)
+	delete(s.set.slotLocked(s.id), s.id)
 	s.set.mu.Unlock()
 	s.set.queueDrop(s.key, s.id)
-}
-
-// queueDrop makes work give up whatever the socket has in the lock of key.
-func (s *sessions) queueDrop(key, socket string) {
-	s.mu.Lock()
-	s.drops = append(s.drops, lockDrop{key, socket, time.Now().Add(s.cfg.Load().SessionTTL)})
-	s.mu.Unlock()
-	s.notify()
-}
-
-// notify wakes work; a wake-up that is still pending will do.
-func (s *sessions) notify() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
-}
-
-// reclaim has all locks renewed at once: Redis is back, may have lost data, or the epoch is new. It does not block.
-func (s *sessions) reclaim() {
-	s.mu.Lock()
-	s.sweep = true
-	s.mu.Unlock()
-	s.notify()
-}
-
-// confirm renews all locks and closes the sockets that lost theirs before it returns; with an error where Redis
-// did not answer for all, or ctx ended before.
-func (s *sessions) confirm(ctx context.Context) error {
-	answer := make(chan error, 1) // never closed; work answers once, whether or not someone still waits
-	select {
-	case s.confirms <- answer:
-	case <-ctx.Done():
-		return fmt.Errorf("confirm sessions: %w", ctx.Err())
-	}
-	select {
-	case err := <-answer:
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("confirm sessions: %w", ctx.Err())
-	}
 }
 
 // each calls f for every session that is held and not yet released. f may use it freely.
@@ -389,6 +353,7 @@ func (s *sessions) each(f func(*session)) {
 	}
 }
 
+// all lists the held sessions, slot by slot.
 func (s *sessions) all() []*session {
 	var list []*session
 	for i := range sessionSlots {
@@ -397,6 +362,7 @@ func (s *sessions) all() []*session {
 	return list
 }
 
+// inSlot lists the held sessions of one slot. A pending one is not: its turn is not known yet.
 func (s *sessions) inSlot(i int) []*session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -486,7 +452,7 @@ func (s *sessions) heard(key, text string) {
 		return
 	}
 	s.mu.Lock()
-	sess := s.slot(msg.Socket)[msg.Socket]
+	sess := s.slotLocked(msg.Socket)[msg.Socket]
 	s.mu.Unlock()
 	switch {
 	case sess != nil && sess.key == key:
