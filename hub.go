@@ -3,9 +3,11 @@ package main
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -138,6 +140,47 @@ func (h *hub) run(ctx context.Context) {
 	}
 }
 
+// tendSlow looks after the sockets that do not take what waits for them: events behind their rings expire, and those
+// whose time is over are closed.
+func (h *hub) tendSlow(now time.Time) {
+	timeout := h.cfg.Load().WebsocketWriteTimeout
+	for _, c := range h.slowOnes() {
+		h.settle(c.ring.expire(now, nil), "")
+		c.ring.noteStuck(now)
+		if c.ring.overdue(now, timeout) {
+			h.m.slowClientsDisconnectedTotal.with().Inc()
+			c.close(closeSlowClient, "slow-client")
+		}
+	}
+}
+
+func (h *hub) slowOnes() []*conn {
+	h.slowMu.Lock()
+	defer h.slowMu.Unlock()
+	return slices.Collect(maps.Keys(h.slow))
+}
+
+// shedOldest makes the fullest ring of a stuck socket give up its oldest event (drop_oldest: dropped, block: shed).
+// It says false when no stuck socket has one.
+func (h *hub) shedOldest() bool {
+	var fullest *conn
+	most := 0
+	for _, c := range h.slowOnes() {
+		if n := c.ring.sheddable(); n > most {
+			fullest, most = c, n
+		}
+	}
+	if fullest == nil {
+		return false
+	}
+	ends := fullest.ring.shed(nil)
+	h.settle(ends, "shed")
+	return len(ends) > 0
+}
+
+// stuck is the number of events that wait in rings of sockets that do not take them now.
+func (h *hub) stuck() int { return int(h.policy.stuck.Load()) }
+
 // settle ends deliveries at their targets. why says what made a socket give an event up, for the metric.
 func (h *hub) settle(ends []settlement, why string) {
 	for _, e := range ends {
@@ -153,10 +196,7 @@ func (h *hub) settle(ends []settlement, why string) {
 // each calls f for every socket of this pod, outside of the hub's lock.
 func (h *hub) each(f func(*conn)) {
 	h.mu.Lock()
-	all := make([]*conn, 0, len(h.conns))
-	for c := range h.conns {
-		all = append(all, c)
-	}
+	all := slices.Collect(maps.Keys(h.conns))
 	h.mu.Unlock()
 	for _, c := range all {
 		f(c)

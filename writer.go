@@ -3,8 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"maps"
-	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -14,7 +12,7 @@ const (
 	scratchBytes = 32 << 10 // what one write joins at most
 	manyDirty    = 64       // a round with more sockets than this is followed by a rest
 	writerRest   = 5 * time.Millisecond
-	slowTick     = 100 * time.Millisecond
+	slowTick     = 100 * time.Millisecond // how often sockets that write alone are looked after
 )
 
 // somethingLocked says whether a writer would find something to write.
@@ -63,15 +61,20 @@ func (r *ring) take(buf []byte, now time.Time) []byte {
 	return out
 }
 
-// announceLocked turns a noted gap into a message that stands before all events not yet taken.
+// announceLocked turns a noted gap into a message that stands before all events not yet taken, but behind the replies
+// before them: `ready` comes first.
 func (r *ring) announceLocked(now time.Time) {
 	if !r.gapNoted || r.closed {
 		return
 	}
-	if r.flight < r.n {
-		now = r.at(r.flight).at // else it would make the events behind it look young
+	i := r.flight
+	for i < r.n && r.at(i).d == nil {
+		i++
 	}
-	r.insertLocked(r.flight, item{f: newGap(r.gapSince, r.gapReason), at: now})
+	if i < r.n {
+		now = r.at(i).at // else it would make the events behind it look young
+	}
+	r.insertLocked(i, item{f: newGap(r.gapSince, r.gapReason), at: now})
 	r.gapNoted = false
 }
 
@@ -509,44 +512,3 @@ func (c *conn) flowBlocking() error {
 		}
 	}
 }
-
-// tendSlow looks after the sockets that do not take what waits for them: events behind their rings expire, and those
-// whose time is over are closed.
-func (h *hub) tendSlow(now time.Time) {
-	timeout := h.cfg.Load().WebsocketWriteTimeout
-	for _, c := range h.slowOnes() {
-		h.settle(c.ring.expire(now, nil), "")
-		c.ring.noteStuck(now)
-		if c.ring.overdue(now, timeout) {
-			h.m.slowClientsDisconnectedTotal.with().Inc()
-			c.close(closeSlowClient, "slow-client")
-		}
-	}
-}
-
-func (h *hub) slowOnes() []*conn {
-	h.slowMu.Lock()
-	defer h.slowMu.Unlock()
-	return slices.Collect(maps.Keys(h.slow))
-}
-
-// shedOldest makes the fullest ring of a stuck socket give up its oldest event (drop_oldest: dropped, block: shed).
-// It says false when no stuck socket has one.
-func (h *hub) shedOldest() bool {
-	var fullest *conn
-	most := 0
-	for _, c := range h.slowOnes() {
-		if n := c.ring.sheddable(); n > most {
-			fullest, most = c, n
-		}
-	}
-	if fullest == nil {
-		return false
-	}
-	ends := fullest.ring.shed(nil)
-	h.settle(ends, "shed")
-	return len(ends) > 0
-}
-
-// stuck is the number of events that wait in rings of sockets that do not take them now.
-func (h *hub) stuck() int { return int(h.policy.stuck.Load()) }

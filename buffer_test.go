@@ -1,0 +1,488 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func newTestRing(size int, block bool) (*ring, *sendPolicy) {
+	p := &sendPolicy{size: size, block: block, blockTimeout: time.Second, gaps: func(string) {}}
+	r := &ring{policy: p}
+	r.open(time.Now())
+	r.greet(newReply("ready", nil), time.Now())
+	return r, p
+}
+
+// settleAll does what the hub does.
+func settleAll(ends []settlement) {
+	for _, e := range ends {
+		e.d.settle(e.o)
+	}
+}
+
+// ringModel drives one ring through random interleavings and holds what it says against what it wrote.
+type ringModel struct {
+	t      *testing.T
+	r      *ring
+	p      *sendPolicy
+	rnd    *rand.Rand
+	l      ledger
+	pushed []*delivery
+	seq    uint64
+	out    []byte // everything written
+	turn   bool   // the writer has it
+	closed bool
+}
+
+func (m *ringModel) kick(kick bool) {
+	if kick && m.turn {
+		m.t.Fatal("the turn was given twice")
+	}
+	m.turn = m.turn || kick
+}
+
+func (m *ringModel) push() {
+	seq, count := m.seq+1, uint64(1)
+	if m.seq > 0 && m.rnd.IntN(4) == 0 { // a redelivery
+		seq, count = max(1, m.seq-min(m.seq-1, uint64(m.rnd.IntN(8)))), 2
+	} else {
+		m.seq++
+	}
+	k, chat := kindChat, ""
+	if m.rnd.IntN(3) == 0 {
+		k, chat = kindMessage, fmt.Sprint("chat", seq%2) // a redelivery is of the same kind as its event is of no matter here
+	}
+	d := newDelivery(&m.l, k, chat, seq, count, m.rnd.IntN(40))
+	m.pushed = append(m.pushed, d)
+	ends, kick := m.r.push(d, time.Now(), nil)
+	settleAll(ends)
+	m.kick(kick)
+}
+
+// other does something that may happen at any time, between take and wrote too.
+func (m *ringModel) other() {
+	now := time.Now()
+	switch m.rnd.IntN(24) {
+	case 0:
+		m.kick(m.r.reply(newReply("pong", nil), now))
+	case 1:
+		m.kick(m.r.control(opPing, []byte("p"), now))
+	case 2:
+		settleAll(m.r.shed(nil))
+	case 3:
+		m.kick(m.r.gap(m.seq, "owner", now))
+	case 4:
+		settleAll(m.r.expire(now, nil))
+	case 5:
+		time.Sleep(time.Duration(m.rnd.IntN(900)) * time.Millisecond)
+	case 6:
+		m.r.selecting(fmt.Sprint("chat", m.rnd.IntN(2)))
+	case 7:
+		var f *frame
+		if m.rnd.IntN(4) != 0 {
+			f = newReply("chat_selected", nil)
+		}
+		m.r.mu.Lock()
+		chat := m.r.pending
+		m.r.mu.Unlock()
+		ends, _, _, kick := m.r.selected(chat, f, now, nil)
+		settleAll(ends)
+		m.kick(kick)
+	case 8:
+		m.r.mu.Lock()
+		if m.r.state != idle {
+			m.r.state = alone
+			m.r.stuckLocked(m.rnd.IntN(2) == 0)
+		}
+		m.r.mu.Unlock()
+	case 9:
+		if m.rnd.IntN(40) == 0 {
+			m.close()
+		}
+	default:
+		m.push()
+	}
+	m.check()
+}
+
+func (m *ringModel) close() {
+	frame := closeFrame(1001, "bye")
+	if m.rnd.IntN(3) == 0 {
+		frame = nil
+	}
+	ends, _, kick := m.r.close(frame, time.Now(), nil)
+	settleAll(ends)
+	m.kick(kick)
+	m.closed = true
+}
+
+// write is one turn of the writer: a write of any length, sometimes a failing one.
+func (m *ringModel) write() {
+	b := m.r.take(make([]byte, 0, 64), time.Now())
+	for m.rnd.IntN(2) == 0 {
+		m.other()
+	}
+	if len(b) > 0 {
+		n := len(b)
+		if m.rnd.IntN(2) == 0 {
+			n = m.rnd.IntN(len(b) + 1)
+		}
+		m.out = append(m.out, b[:n]...)
+		ends, _ := m.r.wrote(n, time.Now(), nil, func(*frame, *delivery) {})
+		settleAll(ends)
+		if m.closed && m.rnd.IntN(20) == 0 {
+			settleAll(m.r.fail(nil))
+		}
+	}
+	m.turn = !m.r.rest()
+}
+
+// check holds the ring's own counts against its contents.
+func (m *ringModel) check() {
+	r := m.r
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	events := 0
+	for i := range r.n {
+		if r.at(i).d != nil {
+			events++
+		}
+	}
+	limit := m.p.size
+	if m.p.block {
+		limit *= 2
+	}
+	// What a partial write gave back comes on top of what came meanwhile.
+	if w := r.waitingLocked(); events != r.events || w > limit+8 || len(r.held) > m.p.size {
+		m.t.Fatalf("%d events, counted %d, waiting %d, held %d", events, r.events, w, len(r.held))
+	}
+	if want := map[bool]int{true: events}[r.stuck]; int(m.p.stuck.Load()) != want {
+		m.t.Fatalf("stuck %d, want %d", m.p.stuck.Load(), want)
+	}
+}
+
+// frames parses what was written; a cut frame may stand at the end.
+func (m *ringModel) frames() (events []uint64, types []string) {
+	for b := m.out; len(b) >= 2 && len(b) >= 2+int(b[1]); {
+		n := int(b[1])
+		if n > 125 {
+			if len(b) < 4 || len(b) < 4+int(b[2])<<8+int(b[3]) {
+				break
+			}
+			n = int(b[2])<<8 + int(b[3])
+			b = b[2:]
+		}
+		op, p := b[0]&0x0F, b[2:2+n]
+		if n <= 125 {
+			op = b[0] & 0x0F
+		} else {
+			op = opText
+		}
+		b = b[2+n:]
+		switch op {
+		case opPing, opPong:
+			types = append(types, "ping")
+		case opClose:
+			types = append(types, "close")
+			if len(b) > 0 {
+				m.t.Fatalf("%q behind the close frame", b)
+			}
+		case opText:
+			var msg serverMessage
+			if err := json.Unmarshal(p, &msg); err != nil {
+				m.t.Fatalf("frame %q: %v", p, err)
+			}
+			types = append(types, msg.Type)
+			if msg.Type == "event" {
+				events = append(events, msg.Seq)
+			}
+		default:
+			m.t.Fatalf("opcode %x in %q", op, m.out)
+		}
+	}
+	return events, types
+}
+
+func (m *ringModel) finish() {
+	m.close()
+	for m.turn {
+		m.write()
+	}
+	if !m.r.ended {
+		m.t.Fatal("not at its end")
+	}
+	if n := m.p.stuck.Load(); n != 0 {
+		m.t.Fatalf("stuck %d", n)
+	}
+	events, types := m.frames()
+	if len(types) > 0 && types[0] != "ready" && types[0] != "ping" && types[0] != "close" {
+		m.t.Fatalf("%s came first", types[0])
+	}
+	wrote := map[uint64]bool{}
+	for _, seq := range events {
+		wrote[seq] = true
+	}
+	for _, d := range m.pushed {
+		ends := m.l.of(d)
+		if len(ends) != 1 {
+			m.t.Fatalf("delivery %d/%d settled %v", d.seq, d.count, ends)
+		}
+		if ends[0] == written && !wrote[d.seq] {
+			m.t.Fatalf("event %d is settled as written and was not", d.seq)
+		}
+	}
+}
+
+func TestRingModel(t *testing.T) {
+	for _, block := range []bool{false, true} {
+		for seed := range uint64(400) {
+			synctest.Test(t, func(t *testing.T) {
+				m := &ringModel{t: t, rnd: rand.New(rand.NewPCG(seed, 1))}
+				m.r, m.p = newTestRing(4, block)
+				m.turn = true // greet kicked
+				for range 300 {
+					if m.turn && m.rnd.IntN(3) == 0 {
+						m.write()
+					} else {
+						m.other()
+					}
+				}
+				m.finish()
+			})
+			if t.Failed() {
+				t.Fatalf("block %v, seed %d", block, seed)
+			}
+		}
+	}
+}
+
+// The same with goroutines, for the race detector: everything at once, and each delivery still ends once.
+func TestRingConcurrently(t *testing.T) {
+	for _, block := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			r, _ := newTestRing(16, block)
+			var l ledger
+			kicks := make(chan struct{}, 1) // the turn; never closed
+			kicks <- struct{}{}             // that of greet
+			kick := func(yes bool) {
+				if yes {
+					kicks <- struct{}{}
+				}
+			}
+			stop := make(chan struct{})
+			var writer, wg sync.WaitGroup
+			writer.Go(func() {
+				buf := make([]byte, 0, 256)
+				for {
+					select {
+					case <-kicks:
+					case <-stop:
+						return
+					}
+					for {
+						if b := r.take(buf, time.Now()); len(b) > 0 {
+							ends, _ := r.wrote(rand.IntN(len(b)+1), time.Now(), nil, func(*frame, *delivery) {})
+							settleAll(ends)
+						}
+						if r.rest() {
+							break
+						}
+					}
+				}
+			})
+			var all [4][]*delivery
+			for i := range all {
+				wg.Go(func() {
+					for seq := range uint64(500) {
+						d := newDelivery(&l, kindChat, "", seq+1, uint64(i)+1, 10)
+						all[i] = append(all[i], d)
+						ends, k := r.push(d, time.Now(), nil)
+						settleAll(ends)
+						kick(k)
+						if seq%50 == 0 {
+							time.Sleep(time.Millisecond)
+							settleAll(r.shed(nil))
+						}
+					}
+				})
+			}
+			time.Sleep(7 * time.Millisecond)
+			ends, _, k := r.close(closeFrame(1000, ""), time.Now(), nil)
+			settleAll(ends)
+			kick(k)
+			wg.Wait()
+			if !r.waitDone(time.After(time.Hour)) {
+				t.Fatal("not done")
+			}
+			close(stop)
+			writer.Wait()
+			for _, d := range slices.Concat(all[:]...) {
+				if ends := l.of(d); len(ends) != 1 {
+					t.Fatalf("settled %v", ends)
+				}
+			}
+		})
+	}
+}
+
+// pushAll pushes seqs, count 1, and returns their deliveries.
+func pushAll(r *ring, l *ledger, seqs ...uint64) []*delivery {
+	var all []*delivery
+	for _, seq := range seqs {
+		d := newDelivery(l, kindChat, "", seq, 1, 10)
+		ends, _ := r.push(d, time.Now(), nil)
+		settleAll(ends)
+		all = append(all, d)
+	}
+	return all
+}
+
+// writeAll writes what waits.
+func writeAll(r *ring) string {
+	var out bytes.Buffer
+	for {
+		b := r.take(make([]byte, 0, 1024), time.Now())
+		out.Write(b)
+		if len(b) == 0 {
+			r.rest()
+			return out.String()
+		}
+		ends, _ := r.wrote(len(b), time.Now(), nil, func(*frame, *delivery) {})
+		settleAll(ends)
+	}
+}
+
+func wantEnd(t *testing.T, l *ledger, d *delivery, want ...outcome) {
+	t.Helper()
+	if got := l.of(d); !slices.Equal(got, want) {
+		t.Fatalf("delivery of %d settled %v, want %v", d.seq, got, want)
+	}
+}
+
+func TestRedeliveries(t *testing.T) {
+	r, _ := newTestRing(8, false)
+	var l ledger
+	first := pushAll(r, &l, 5)[0]
+	again := newDelivery(&l, kindChat, "", 5, 2, 10)
+	r.push(again, time.Now(), nil)
+	wantEnd(t, &l, again) // it joined the one that waits
+	if out := writeAll(r); bytes.Count([]byte(out), []byte(`"seq":5`)) != 1 {
+		t.Fatalf("wrote %q", out)
+	}
+	wantEnd(t, &l, first, written)
+	wantEnd(t, &l, again, written)
+	third := newDelivery(&l, kindChat, "", 5, 3, 10)
+	ends, _ := r.push(third, time.Now(), nil)
+	settleAll(ends)
+	wantEnd(t, &l, third, duplicate)
+	for seq := range uint64(writtenSeqs) {
+		pushAll(r, &l, 100+seq)
+		writeAll(r)
+	}
+	fourth := newDelivery(&l, kindChat, "", 5, 4, 10)
+	ends, _ = r.push(fourth, time.Now(), nil)
+	settleAll(ends)
+	wantEnd(t, &l, fourth) // long forgotten: it is written again
+}
+
+func TestDropOldest(t *testing.T) {
+	r, _ := newTestRing(2, false)
+	var l ledger
+	all := pushAll(r, &l, 1, 2, 3, 4)
+	wantEnd(t, &l, all[0], dropped)
+	wantEnd(t, &l, all[1], dropped)
+	wantEnd(t, &l, all[2])
+	out := writeAll(r)
+	gap, three := bytes.Index([]byte(out), []byte(`{"since":0,"reason":"buffer"}`)), bytes.Index([]byte(out), []byte(`"seq":3`))
+	if gap < 0 || three < gap {
+		t.Fatalf("wrote %q", out)
+	}
+}
+
+func TestBlock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, _ := newTestRing(2, true)
+		var l ledger
+		all := pushAll(r, &l, 1, 2, 3)
+		time.Sleep(600 * time.Millisecond)
+		all = append(all, pushAll(r, &l, 4, 5)...)
+		wantEnd(t, &l, all[4], failed) // behind the ring is as much room as in it
+		time.Sleep(600 * time.Millisecond)
+		settleAll(r.expire(time.Now(), nil))
+		wantEnd(t, &l, all[2], failed) // waited for room for 1.2 s
+		wantEnd(t, &l, all[3])
+		wantEnd(t, &l, all[0]) // in the ring, where that time does not count
+		writeAll(r)
+		wantEnd(t, &l, all[0], written)
+		wantEnd(t, &l, all[3], written)
+	})
+}
+
+func TestOverdue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, _ := newTestRing(2, false)
+		writeAll(r)
+		time.Sleep(time.Minute)
+		if r.overdue(time.Now(), time.Second) {
+			t.Fatal("overdue with nothing to write")
+		}
+		var l ledger
+		pushAll(r, &l, 1)
+		for seq := range uint64(5) { // each drop makes the oldest younger: no progress still counts
+			time.Sleep(300 * time.Millisecond)
+			pushAll(r, &l, 2+seq, 10+seq)
+		}
+		if !r.overdue(time.Now(), time.Second) {
+			t.Fatal("not overdue")
+		}
+	})
+}
+
+func TestRingAllocations(t *testing.T) {
+	r, _ := newTestRing(128, false)
+	var l noLedger
+	d := newDelivery(nil, kindChat, "", 1, 1, 10)
+	d.src = l
+	buf, ends := make([]byte, 0, scratchBytes), make([]settlement, 0, 64)
+	sent := func(*frame, *delivery) {}
+	now := time.Now()
+	n := testing.AllocsPerRun(2000, func() {
+		var room [4]settlement
+		out, _ := r.push(d, now, room[:0])
+		for _, e := range out {
+			e.d.settle(e.o)
+		}
+		b := r.take(buf, now)
+		ends, _ = r.wrote(len(b), now, ends[:0], sent)
+		r.rest()
+	})
+	if n != 0 {
+		t.Fatalf("%v allocations per push and pop", n)
+	}
+}
+
+// noLedger forgets.
+type noLedger struct{}
+
+func (noLedger) settled(*delivery, outcome) {}
+
+func BenchmarkPushPop(b *testing.B) {
+	r, _ := newTestRing(128, false)
+	d := newDelivery(nil, kindChat, "", 1, 1, 600)
+	d.src = noLedger{}
+	buf, ends := make([]byte, 0, scratchBytes), make([]settlement, 0, 64)
+	sent := func(*frame, *delivery) {}
+	for b.Loop() {
+		r.push(d, time.Now(), nil)
+		w := r.take(buf, time.Now())
+		ends, _ = r.wrote(len(w), time.Now(), ends[:0], sent)
+		r.rest()
+	}
+}

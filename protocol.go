@@ -1,0 +1,203 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"log/slog"
+	"time"
+)
+
+// control handles pings and pongs. Pings count as messages: over the rate they are answered, but not for long.
+func (c *conn) control(op byte, p []byte) error {
+	if op == opPong {
+		c.missed.Store(0)
+		return nil
+	}
+	if !c.allow() && c.closing() {
+		return errClosed
+	}
+	c.kick(c.ring.control(opPong, p, time.Now()))
+	c.ring.waitRoom()
+	return nil
+}
+
+// allow says whether one more message is within the rate. One that is not may be the last: it closes the socket.
+func (c *conn) allow() bool {
+	cfg := c.h.cfg.Load()
+	ok, abuse := c.rate.allow(time.Now(), float64(cfg.WebsocketRateLimit), cfg.WebsocketRateBurst)
+	if abuse {
+		c.close(closeRateLimit, rateLimitExceeded().reason)
+	}
+	return ok
+}
+
+// limiter is a token bucket that also counts what it refused.
+type limiter struct {
+	tokens  float64
+	last    time.Time
+	refused int       // since
+	since   time.Time // at most 10 s ago
+}
+
+// allow takes a token. abuse says that 3 x burst were refused within 10 s.
+func (l *limiter) allow(now time.Time, rate float64, burst int) (ok, abuse bool) {
+	if l.last.IsZero() {
+		l.tokens = float64(burst)
+	} else {
+		l.tokens = min(float64(burst), l.tokens+rate*now.Sub(l.last).Seconds())
+	}
+	l.last = now
+	if l.tokens >= 1 {
+		l.tokens--
+		return true, false
+	}
+	if now.Sub(l.since) > 10*time.Second {
+		l.since, l.refused = now, 0
+	}
+	l.refused++
+	return false, l.refused >= 3*burst
+}
+
+// request is a message from a client (docs/protocol.md).
+type request struct {
+	Type    string  `json:"type"`
+	ChatID  *string `json:"chat_id"`
+	Payload struct {
+		ChatID *string `json:"chat_id"`
+		Since  *uint64 `json:"since"`
+		Token  *string `json:"token"`
+	} `json:"payload"`
+}
+
+// message handles one text message.
+func (c *conn) message(p []byte) {
+	var req request
+	err := json.Unmarshal(p, &req)
+	label := "invalid"
+	switch req.Type {
+	case "ping", "select_chat", "resume", "refresh_token":
+		label = req.Type
+	}
+	c.h.m.messagesReceivedTotal.with(label).Inc()
+	switch {
+	case !c.allow():
+		c.fault(rateLimitExceeded())
+	case err != nil:
+		c.fault(badRequest("", "not a message of json.v1"))
+	case req.Type == "ping":
+		c.reply("pong", nil)
+	case req.Type == "select_chat":
+		c.selectChat(&req)
+	case req.Type == "resume":
+		c.resume(&req)
+	case req.Type == "refresh_token":
+		c.refreshToken(&req)
+	default:
+		c.fault(badRequest("type", "unknown type"))
+	}
+}
+
+// fault answers an error; the socket stays as it is.
+func (c *conn) fault(e *apiError) { c.reply("error", e) }
+
+// selectChat makes the socket a target of a chat's messages, and no longer of those of the chat before. The read loop
+// waits for the claim, so messages of a client take effect in their order.
+func (c *conn) selectChat(req *request) {
+	id := req.Payload.ChatID
+	if id == nil {
+		id = req.ChatID
+	}
+	switch {
+	case c.claims.admin != "":
+		c.fault(badRequest("", "an admin has no chats to select"))
+		return
+	case id == nil:
+		c.fault(badRequest("chat_id", "select_chat without chat_id"))
+		return
+	case *id != "" && !validChatID(*id):
+		c.fault(badRequest("chat_id", "invalid chat_id"))
+		return
+	}
+	chat, now := *id, c.ring.selection()
+	fresh := chat != "" && chat != now
+	if fresh {
+		c.ring.selecting(chat)
+		if err := c.claim(c.chatRoute(chat)); err != nil {
+			c.notSelected("claim the chat", err)
+			return
+		}
+	}
+	seq, err := c.streamSeq()
+	if err != nil {
+		if fresh {
+			c.h.detach(c, c.chatRoute(chat))
+		}
+		c.notSelected("read the stream's sequence", err)
+		return
+	}
+	c.confirmChat(chat, fresh, newReply("chat_selected", struct {
+		ChatID string `json:"chat_id"`
+		replayInfo
+	}{chat, replayInfo{Seq: seq, Gap: req.Payload.Since != nil}}))
+}
+
+func (c *conn) confirmChat(chat string, fresh bool, f *frame) {
+	ends, old, ok, kick := c.ring.selected(chat, f, time.Now(), nil)
+	c.kick(kick)
+	c.h.settle(ends, "buffer")
+	if !ok && fresh {
+		// close came while the claim was under way: it did not know of this route.
+		c.h.detach(c, c.chatRoute(chat))
+	}
+	if old != "" && old != chat {
+		c.h.detach(c, c.chatRoute(old))
+	}
+}
+
+func (c *conn) notSelected(what string, err error) {
+	ends, _, open, _ := c.ring.selected("", nil, time.Now(), nil)
+	c.h.settle(ends, "")
+	if open {
+		slog.Warn("chat not selected: "+what, append(c.logAttrs(), "err", err)...)
+		c.fault(unavailable("the chat can't be selected now; the selection is unchanged"))
+	}
+}
+
+// resume is told that there is a gap: the client reloads.
+func (c *conn) resume(req *request) {
+	if req.Payload.Since == nil {
+		c.fault(badRequest("since", "resume without since"))
+		return
+	}
+	seq, err := c.streamSeq()
+	if err != nil {
+		c.fault(unavailable("the stream can't be read now"))
+		return
+	}
+	c.reply("resumed", replayInfo{Seq: seq, Gap: true})
+}
+
+// refreshToken lets the socket live as long as a newer token of the same identity.
+func (c *conn) refreshToken(req *request) {
+	if req.Payload.Token == nil {
+		c.fault(badRequest("token", "refresh_token without token"))
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), routeTimeout)
+	defer cancel()
+	cl, fault := c.h.openToken(ctx, *req.Payload.Token, c.claims.admin != "")
+	if fault != nil {
+		c.fault(fault)
+		return
+	}
+	same := *cl
+	same.expires = c.claims.expires
+	if same != *c.claims {
+		c.fault(invalidToken("foreign", "the token is another's, or of another scope"))
+		return
+	}
+	c.expires.Store(cl.expires.UnixNano())
+	c.reply("token_refreshed", struct {
+		ExpiresAt time.Time `json:"expires_at"`
+	}{cl.expires.UTC()})
+}
