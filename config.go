@@ -251,7 +251,7 @@ func (l *loader) takeFile(file string) {
 		}
 		e, problem := parseLine(where, line)
 		if problem != "" {
-			l.fault(nil, "%s: %s", where, problem)
+			l.fault(settingOf(e.name), "%s: %s", where, problem)
 			continue
 		}
 		if first, twice := lineOf[e.name]; twice {
@@ -261,15 +261,18 @@ func (l *loader) takeFile(file string) {
 		l.warnAmbiguous(&e)
 		entries = append(entries, e)
 	}
-	l.take(entries, func(e entry) { l.fault(nil, "%s: %s: unknown setting", e.where, e.name) })
+	l.take(entries)
 }
 
 // parseLine splits a line that is neither blank nor a comment; problem says what is wrong with it.
 func parseLine(where, line string) (e entry, problem string) {
 	name, value, ok := strings.Cut(line, "=")
+	e = entry{where, name, value}
 	switch trimmed := strings.Trim(value, " \t"); {
-	case !ok || name == "" || strings.Trim(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") != "":
+	case !ok || !madeOf(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"):
 		return e, "not of the form KEY=VALUE"
+	case settingOf(name) == nil:
+		return e, name + ": unknown setting"
 	case !utf8.ValidString(value):
 		return e, name + ": the value is not valid UTF-8"
 	case trimmed != "" && (trimmed[0] == '"' || trimmed[0] == '\''):
@@ -277,7 +280,7 @@ func parseLine(where, line string) (e entry, problem string) {
 	case strings.HasSuffix(value, `\`):
 		return e, name + ": the value ends in a backslash (systemd would join the next line to it)"
 	}
-	return entry{where, name, value}, ""
+	return e, ""
 }
 
 // warnAmbiguous tells of what systemd and docker read differently but what is likely meant, and trims the value.
@@ -296,11 +299,15 @@ func (l *loader) takeEnviron(environ []string) {
 	var entries []entry
 	for _, nameValue := range environ {
 		name, value, _ := strings.Cut(nameValue, "=")
-		if strings.HasPrefix(name, settingPrefix) && !madeByKubernetes(name) {
+		switch {
+		case !strings.HasPrefix(name, settingPrefix) || madeByKubernetes(name):
+		case settingOf(name) == nil:
+			l.warning("environment: %s: unknown setting, ignored", name)
+		default:
 			entries = append(entries, entry{"environment", name, value})
 		}
 	}
-	l.take(entries, func(e entry) { l.warning("%s: %s: unknown setting, ignored", e.where, e.name) })
+	l.take(entries)
 }
 
 // madeByKubernetes says whether name is one of the service links that Kubernetes puts into the environment of every
@@ -313,24 +320,19 @@ func madeByKubernetes(name string) bool {
 
 // take notes the entries of one place, which win over those of the place before. Of a secret and its _FILE only one
 // may be set in one place: which of them was meant cannot be told.
-func (l *loader) take(entries []entry, unknown func(entry)) {
+func (l *loader) take(entries []entry) {
 	found := map[string]entry{}
 	for _, e := range entries {
-		if !knownSetting(e.name) {
-			unknown(e)
-			continue
-		}
 		found[e.name] = e
 	}
 	for i := range settingTable {
 		s := &settingTable[i]
 		direct, isDirect := found[s.name]
-		file, isFile := found[s.fileName()]
-		isFile = isFile && s.secret()
+		file := found[s.fileName()]
 		switch {
-		case isDirect && isFile && direct.value != "" && file.value != "":
+		case direct.value != "" && file.value != "":
 			l.fault(s, "%s: %s and %s are both set; one is enough", file.where, s.name, s.fileName())
-		case isFile && file.value != "":
+		case file.value != "":
 			l.given[s.name] = file
 		case isDirect:
 			l.given[s.name] = direct
@@ -338,11 +340,15 @@ func (l *loader) take(entries []entry, unknown func(entry)) {
 	}
 }
 
-// knownSetting says whether name is that of a setting, or of the file of a secret.
-func knownSetting(name string) bool {
-	return slices.ContainsFunc(settingTable, func(s setting) bool {
+// settingOf returns the setting that name sets, itself or (of a secret) by a file; nil if there is none.
+func settingOf(name string) *setting {
+	i := slices.IndexFunc(settingTable, func(s setting) bool {
 		return name == s.name || s.secret() && name == s.fileName()
 	})
+	if i < 0 {
+		return nil
+	}
+	return &settingTable[i]
 }
 
 // assign gives s the value that was found, or its default. An empty value means the default: that is what

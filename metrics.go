@@ -1,13 +1,14 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	vm "github.com/VictoriaMetrics/metrics"
 )
@@ -17,12 +18,17 @@ import (
 type family[T any] struct {
 	set    *vm.Set
 	name   string
-	labels []string
+	labels []string // two at the most
 	create func(series string) T
 
-	mu     sync.RWMutex // guards series
-	series map[string]T // key: label values joined by 0x00
+	mu sync.Mutex // serializes changes of series
+	// series is replaced with each new one, never changed: every event looks several up, and a read lock is a write
+	// to memory that all cores share.
+	series atomic.Pointer[map[labelValues]T]
 }
+
+// labelValues are those of one series, in the order in which the labels were declared; unused ones are empty.
+type labelValues [2]string
 
 type (
 	counters   = family[*vm.Counter]
@@ -30,60 +36,68 @@ type (
 	histograms = family[*vm.PrometheusHistogram]
 )
 
-// with returns the series of these label values, in the order in which the labels were declared. Any goroutine may call.
+// with returns the series of these label values, in the order in which the labels were declared, and makes it if it is
+// new. Any goroutine may call; it allocates only for a new series.
 func (f *family[T]) with(values ...string) T {
-	key := ""
-	if len(values) == 1 {
-		key = values[0]
-	} else {
-		key = strings.Join(values, "\x00")
-	}
-	f.mu.RLock()
-	s, ok := f.series[key]
-	f.mu.RUnlock()
-	if ok {
+	var key labelValues
+	copy(key[:], values)
+	if s, ok := (*f.series.Load())[key]; ok {
 		return s
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if s, ok = f.series[key]; !ok {
-		s = f.create(f.seriesName(values))
-		f.series[strings.Clone(key)] = s
-	}
-	return s
+	return f.add(key, len(values))
 }
 
-// forget drops a series: that of a peer which is gone.
+func (f *family[T]) add(key labelValues, n int) T {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	old := *f.series.Load()
+	if s, ok := old[key]; ok {
+		return s
+	}
+	if n != len(f.labels) {
+		panic(fmt.Sprintf("metric %s has %d labels, got %d values", f.name, len(f.labels), n))
+	}
+	// The caller's strings may be parts of a large buffer.
+	for i, v := range key {
+		key[i] = strings.Clone(v)
+	}
+	next := maps.Clone(old)
+	next[key] = f.create(f.seriesName(key))
+	f.series.Store(&next)
+	return next[key]
+}
+
+// forget drops a series: that of a peer which is gone. Who still holds it counts into nothing.
 func (f *family[T]) forget(values ...string) {
+	var key labelValues
+	copy(key[:], values)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	delete(f.series, strings.Join(values, "\x00"))
-	f.set.UnregisterMetric(f.seriesName(values))
+	next := maps.Clone(*f.series.Load())
+	delete(next, key)
+	f.series.Store(&next)
+	f.set.UnregisterMetric(f.seriesName(key))
 }
 
-func (f *family[T]) seriesName(values []string) string {
-	if len(values) != len(f.labels) {
-		panic(fmt.Sprintf("metric %s has %d labels, got %d values", f.name, len(f.labels), len(values)))
-	}
-	if len(values) == 0 {
+// labelEscapes are the only ones that the text format knows: %q would write others.
+var labelEscapes = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
+
+// seriesName is name{label="value",…}, as the library takes it and prints it.
+func (f *family[T]) seriesName(key labelValues) string {
+	if len(f.labels) == 0 {
 		return f.name
 	}
-	var b strings.Builder
-	for i, v := range values {
-		sep := ","
-		if i == 0 {
-			sep = f.name + "{"
-		}
-		fmt.Fprintf(&b, "%s%s=%q", sep, f.labels[i], v)
+	pairs := make([]string, len(f.labels))
+	for i, label := range f.labels {
+		pairs[i] = label + `="` + labelEscapes.Replace(key[i]) + `"`
 	}
-	return b.String() + "}"
+	return f.name + "{" + strings.Join(pairs, ",") + "}"
 }
 
-// Metrics holds every metric, declared once, in newMetrics. The names are those of the fields with the prefix dws_.
+// Metrics holds every metric, declared once, in newMetrics.
 type Metrics struct {
-	set  *vm.Set
-	help map[string]string // by metric name
-	typ  map[string]string
+	set      *vm.Set
+	declared map[string]declaration // by metric name; complete after newMetrics
 
 	activeConnections             *gauges
 	connectionsTotal              *counters
@@ -137,7 +151,7 @@ type Metrics struct {
 }
 
 func newMetrics() *Metrics {
-	m := &Metrics{set: vm.NewSet(), help: map[string]string{}, typ: map[string]string{}}
+	m := &Metrics{set: vm.NewSet(), declared: maps.Clone(runtimeMetrics)}
 	latency := []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
 
 	m.activeConnections = m.gauge("active_connections", "Open sockets of this pod.", "type")
@@ -189,13 +203,75 @@ func newMetrics() *Metrics {
 	m.resumeGapsTotal = m.counter("resume_gaps_total", "Resumes answered by gap.")
 	m.configReloadsTotal = m.counter("config_reloads_total", "Reloads of the settings by SIGHUP.", "result")
 	m.buildInfo = m.gauge("build_info", "1, with the build in its labels.", "version", "go_version")
+
+	// What is rare, or only asked for in a difference, is there at 0 from the start: a rate needs a first sample.
+	for _, who := range []string{"user", "admin"} {
+		m.activeConnections.with(who)
+		m.connectionsTotal.with(who)
+		m.authSuccessTotal.with(who)
+		m.sessionConflictsTotal.with(who)
+	}
+	for _, kind := range kindNames {
+		m.natsMessagesReceivedTotal.with(kind)
+	}
+	for _, result := range []string{"success", "failure"} {
+		m.configReloadsTotal.with(result)
+	}
 	return m
+}
+
+// declaration is what a HELP and a TYPE line say of a metric.
+type declaration struct{ typ, help string }
+
+// runtimeMetrics are those of the library's metrics of the Go runtime and the process that are passed on: all but its
+// two histograms without _sum and _count, and names that break the conventions.
+var runtimeMetrics = map[string]declaration{
+	"go_cpu_count":                        {"gauge", "CPUs usable by the process."},
+	"go_gc_cpu_seconds_total":             {"counter", "CPU time spent in garbage collection."},
+	"go_gc_duration_seconds":              {"summary", "Pauses of the last garbage collections."},
+	"go_gc_mark_assist_cpu_seconds_total": {"counter", "CPU time that goroutines spent helping the garbage collector."},
+	"go_gomaxprocs":                       {"gauge", "Threads that may run Go code at once."},
+	"go_goroutines":                       {"gauge", "Goroutines."},
+	"go_info":                             {"gauge", "1, with the Go version in its label."},
+	"go_memlimit_bytes":                   {"gauge", "Soft limit of memory, GOMEMLIMIT."},
+	"go_memstats_alloc_bytes":             {"gauge", "Bytes of live and not yet swept heap objects."},
+	"go_memstats_alloc_bytes_total":       {"counter", "Bytes allocated for heap objects."},
+	"go_memstats_frees_total":             {"counter", "Heap objects freed."},
+	"go_memstats_heap_idle_bytes":         {"gauge", "Bytes in unused heap spans."},
+	"go_memstats_heap_inuse_bytes":        {"gauge", "Bytes in used heap spans."},
+	"go_memstats_heap_objects":            {"gauge", "Heap objects."},
+	"go_memstats_heap_released_bytes":     {"gauge", "Bytes of the heap given back to the operating system."},
+	"go_memstats_heap_sys_bytes":          {"gauge", "Bytes of the heap obtained from the operating system."},
+	"go_memstats_last_gc_time_seconds":    {"gauge", "When the last garbage collection ended, in Unix time."},
+	"go_memstats_mallocs_total":           {"counter", "Heap objects allocated."},
+	"go_memstats_next_gc_bytes":           {"gauge", "Heap size at which the next garbage collection starts."},
+	"go_memstats_stack_inuse_bytes":       {"gauge", "Bytes in stack spans."},
+	"go_memstats_sys_bytes":               {"gauge", "Bytes obtained from the operating system."},
+	"go_mutex_wait_seconds_total":         {"counter", "Time that goroutines waited for mutexes."},
+	"go_threads":                          {"gauge", "Operating system threads made."},
+	"process_cpu_seconds_system_total":    {"counter", "CPU time spent in the kernel."},
+	"process_cpu_seconds_total":           {"counter", "CPU time spent."},
+	"process_cpu_seconds_user_total":      {"counter", "CPU time spent outside the kernel."},
+	"process_io_read_bytes_total":         {"counter", "Bytes read by system calls."},
+	"process_io_written_bytes_total":      {"counter", "Bytes written by system calls."},
+	"process_io_read_syscalls_total":      {"counter", "System calls that read."},
+	"process_io_write_syscalls_total":     {"counter", "System calls that wrote."},
+	"process_major_pagefaults_total":      {"counter", "Page faults that needed the disk."},
+	"process_max_fds":                     {"gauge", "Limit of open file descriptors."},
+	"process_num_threads":                 {"gauge", "Operating system threads."},
+	"process_open_fds":                    {"gauge", "Open file descriptors."},
+	"process_resident_memory_anon_bytes":  {"gauge", "Resident memory that no file backs."},
+	"process_resident_memory_bytes":       {"gauge", "Resident memory."},
+	"process_resident_memory_peak_bytes":  {"gauge", "Largest resident memory so far."},
+	"process_start_time_seconds":          {"gauge", "When the process started, in Unix time."},
+	"process_virtual_memory_bytes":        {"gauge", "Virtual memory."},
 }
 
 func newFamily[T any](m *Metrics, typ, name, help string, labels []string, create func(string) T) *family[T] {
 	name = "dws_" + name
-	m.help[name], m.typ[name] = help, typ
-	f := &family[T]{set: m.set, name: name, labels: labels, create: create, series: map[string]T{}}
+	m.declared[name] = declaration{typ, help}
+	f := &family[T]{set: m.set, name: name, labels: labels, create: create}
+	f.series.Store(&map[labelValues]T{})
 	if len(labels) == 0 {
 		f.with() // an unlabelled metric shows from the start, at 0
 	}
@@ -217,38 +293,37 @@ func (m *Metrics) histogram(name, help string, bounds []float64) *histograms {
 	})
 }
 
-// write prints everything in Prometheus' text format. HELP and TYPE come from our own table, since the library leaves
-// HELP empty; its own lines are sorted by name, so each family stands together.
+// write prints everything in Prometheus' text format, version 0.0.4. HELP and TYPE come from our own table, since the
+// library leaves HELP empty. A metric of ours without a series yet has these two lines alone, so that it can be found.
 func (m *Metrics) write(w io.Writer) {
-	var buf bytes.Buffer
-	m.set.WritePrometheus(&buf)
-	out := bufio.NewWriter(w)
-	last := ""
-	for line := range bytes.Lines(buf.Bytes()) {
-		name := string(line[:bytes.IndexAny(line, "{ ")])
-		if m.typ[name] == "" {
-			for _, suffix := range []string{"_bucket", "_sum", "_count"} {
-				if base, ok := strings.CutSuffix(name, suffix); ok && m.typ[base] == "histogram" {
-					name = base
-				}
-			}
-		}
-		if name != last {
-			fmt.Fprintf(out, "# HELP %s %s\n# TYPE %s %s\n", name, m.help[name], name, m.typ[name])
-			last = name
-		}
-		out.Write(line)
+	var samples bytes.Buffer
+	m.set.WritePrometheus(&samples)
+	vm.WriteGoMetrics(&samples)
+	vm.WriteProcMetrics(&samples)
+	vm.WriteFDMetrics(&samples)
+	lines := map[string][]byte{} // by family: the format wants a family's lines together
+	for line := range bytes.Lines(samples.Bytes()) {
+		name := m.familyOf(string(line[:bytes.IndexAny(line, "{ ")]))
+		lines[name] = append(lines[name], line...)
 	}
-	out.Flush()
-	vm.WriteProcessMetrics(w)
+	var out bytes.Buffer
+	for _, name := range slices.Sorted(maps.Keys(m.declared)) {
+		if strings.HasPrefix(name, "dws_") || lines[name] != nil {
+			d := m.declared[name]
+			fmt.Fprintf(&out, "# HELP %s %s\n# TYPE %s %s\n", name, d.help, name, d.typ)
+			out.Write(lines[name])
+		}
+	}
+	w.Write(out.Bytes()) // a scraper that went away comes again
 }
 
-// names lists every metric, for the test that holds the documentation against the code.
-func (m *Metrics) names() []string {
-	var all []string
-	for n := range m.help {
-		all = append(all, n)
+// familyOf is the metric that a sample of this name belongs to: those of histograms and summaries have endings of their own.
+func (m *Metrics) familyOf(sample string) string {
+	for _, ending := range []string{"_bucket", "_sum", "_count"} {
+		base, ok := strings.CutSuffix(sample, ending)
+		if typ := m.declared[base].typ; ok && (typ == "histogram" || typ == "summary") {
+			return base
+		}
 	}
-	slices.Sort(all)
-	return all
+	return sample
 }
