@@ -250,9 +250,9 @@ func adminTokenCommand(in *invocation) int {
 		return code
 	}
 	if field := t.badField(); field != "" {
-		flags := map[string]string{"admin_id": "admin", "subscribed_company_id": "company",
-			"subscribed_agent_id": "agent", "company_id_restriction": "restrict"}
-		return in.badUsage("-%s must be %s", flags[field], idRule)
+		rule := map[string]string{"admin_id": "-admin must be " + idRule, "subscribed_company_id": "-company must be " + idRule + ", or * for any",
+			"subscribed_agent_id": "-agent must be " + idRule + ", or * for any", "company_id_restriction": "-restrict must be " + idRule + ", or * for none"}
+		return in.badUsage("%s", rule[field])
 	}
 	if _, _, err := t.scope(); err != nil {
 		return in.badUsage("-company %s contradicts -restrict %s: the admin would see nothing", t.SubscribedCompanyID, t.CompanyIDRestriction)

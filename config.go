@@ -430,7 +430,7 @@ func (s *settings) reload(file string, environ []string) (changed, restart []str
 		return nil, nil, fmt.Errorf("with the settings that need a restart: %w", mixed.err())
 	}
 	for _, w := range l.warnings {
-		slog.Warn("settings: " + w)
+		slog.Warn(w)
 	}
 	s.Store(&next)
 	return changed, restart, nil

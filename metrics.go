@@ -150,10 +150,33 @@ type Metrics struct {
 	buildInfo                     *gauges
 }
 
+// latencyBuckets are the buckets of what should take milliseconds and may take until the ack wait.
+var latencyBuckets = []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
+
+// newMetrics declares every metric and makes those series that are to be seen before they count: a rate needs a first
+// sample. To be called once per process; a test may make its own.
 func newMetrics() *Metrics {
 	m := &Metrics{set: vm.NewSet(), declared: maps.Clone(runtimeMetrics)}
-	latency := []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
+	m.declareSockets()
+	m.declareEvents()
+	m.declarePeers()
+	for _, who := range []string{"user", "admin"} {
+		m.activeConnections.with(who)
+		m.connectionsTotal.with(who)
+		m.authSuccessTotal.with(who)
+		m.sessionConflictsTotal.with(who)
+	}
+	for _, kind := range kindNames {
+		m.natsMessagesReceivedTotal.with(kind)
+	}
+	for _, result := range []string{"success", "failure"} {
+		m.configReloadsTotal.with(result)
+	}
+	return m
+}
 
+// declareSockets declares what is about sockets, their sessions and the process as a whole.
+func (m *Metrics) declareSockets() {
 	m.activeConnections = m.gauge("active_connections", "Open sockets of this pod.", "type")
 	m.connectionsTotal = m.counter("connections_total", "Sockets opened.", "type")
 	m.connectionDurationSeconds = m.histogram("connection_duration_seconds", "Life of closed sockets.", []float64{1, 10, 60, 300, 1800, 3600, 14400, 86400})
@@ -169,10 +192,16 @@ func newMetrics() *Metrics {
 	m.sessionLockRenewalAttempts = m.counter("session_lock_renewal_attempts_total", "Renewals of session locks tried.")
 	m.sessionLockRenewalSuccess = m.counter("session_lock_renewal_success_total", "Renewals of session locks done.")
 	m.sessionLockRenewalFailure = m.counter("session_lock_renewal_failure_total", "Renewals of session locks failed.", "reason")
+	m.configReloadsTotal = m.counter("config_reloads_total", "Reloads of the settings by SIGHUP.", "result")
+	m.buildInfo = m.gauge("build_info", "1, with the build in its labels.", "version", "go_version")
+}
+
+// declareEvents declares what is about events on their way from JetStream to the sockets.
+func (m *Metrics) declareEvents() {
 	m.natsMessagesReceivedTotal = m.counter("nats_messages_received_total", "Deliveries received from JetStream.", "kind")
 	m.eventsTotal = m.counter("events_total", "Deliveries ended, by the worst outcome of their targets; with dws_events_in_hand they add up to dws_nats_messages_received_total.", "kind", "outcome")
 	m.eventsInHand = m.gauge("events_in_hand", "Deliveries from JetStream not yet ended.")
-	m.eventDeliverySeconds = m.histogram("event_delivery_seconds", "From JetStream's store time to the socket write.", latency)
+	m.eventDeliverySeconds = m.histogram("event_delivery_seconds", "From JetStream's store time to the socket write.", latencyBuckets)
 	m.redeliveredTotal = m.counter("redelivered_total", "Deliveries that were not the first of their event.")
 	m.parkedEvents = m.gauge("parked_events", "NAKed events that wait for their redelivery.")
 	m.ackPending = m.gauge("ack_pending", "Unacked events of the consumer, all pods.")
@@ -180,17 +209,6 @@ func newMetrics() *Metrics {
 	m.consumerHeartbeatAge = m.gauge("consumer_heartbeat_age_seconds", "Since the consumer last showed life.")
 	m.ownerCacheHitsTotal = m.counter("owner_cache_hits_total", "Owner look-ups answered from memory.")
 	m.ownerCacheMissesTotal = m.counter("owner_cache_misses_total", "Owner look-ups that asked Redis.")
-	m.grpcMessagesSentTotal = m.counter("grpc_messages_sent_total", "Events sent to a peer.", "target_pod_id")
-	m.grpcMessagesReceivedTotal = m.counter("grpc_messages_received_total", "Events received from a peer.", "source_pod_id")
-	m.grpcForwardRetryAttempts = m.counter("grpc_forward_retry_attempts_total", "Streams to peers opened a second time after Unavailable.")
-	m.grpcForwardRetrySuccess = m.counter("grpc_forward_retry_success_total", "Such retries that worked.")
-	m.grpcForwardRetryFailure = m.counter("grpc_forward_retry_failure_total", "Such retries that failed.")
-	m.grpcForwardSeconds = m.histogram("grpc_forward_seconds", "From the send to a peer until it said received.", latency)
-	m.grpcPoolSize = m.gauge("grpc_pool_size", "Connections to peers.")
-	m.grpcPoolConnectionsCreated = m.counter("grpc_pool_connections_created_total", "Connections to peers made.")
-	m.grpcPoolConnectionsClosed = m.counter("grpc_pool_connections_closed_total", "Connections to peers closed.", "reason")
-	m.grpcCircuitbreakerTripped = m.counter("grpc_circuitbreaker_tripped_total", "Times that a peer's breaker opened.")
-	m.grpcCircuitbreakerOpen = m.gauge("grpc_circuitbreaker_open", "Peers whose breaker is open or half-open.")
 	m.targetsTotal = m.counter("targets_total", "Events for single sockets: pushed = written + dropped + duplicate + failed + waiting (dws_websocket_buffer_used).", "outcome")
 	m.websocketMessagesDroppedTotal = m.counter("websocket_messages_dropped_total", "Events that a socket gave up.", "reason")
 	m.websocketBufferUsed = m.gauge("websocket_buffer_used", "Events waiting in the send rings of all sockets.")
@@ -201,23 +219,21 @@ func newMetrics() *Metrics {
 	m.resumeRequestsTotal = m.counter("resume_requests_total", "Resumes asked for.")
 	m.resumeEventsTotal = m.counter("resume_events_total", "Events replayed.")
 	m.resumeGapsTotal = m.counter("resume_gaps_total", "Resumes answered by gap.")
-	m.configReloadsTotal = m.counter("config_reloads_total", "Reloads of the settings by SIGHUP.", "result")
-	m.buildInfo = m.gauge("build_info", "1, with the build in its labels.", "version", "go_version")
+}
 
-	// What is rare, or only asked for in a difference, is there at 0 from the start: a rate needs a first sample.
-	for _, who := range []string{"user", "admin"} {
-		m.activeConnections.with(who)
-		m.connectionsTotal.with(who)
-		m.authSuccessTotal.with(who)
-		m.sessionConflictsTotal.with(who)
-	}
-	for _, kind := range kindNames {
-		m.natsMessagesReceivedTotal.with(kind)
-	}
-	for _, result := range []string{"success", "failure"} {
-		m.configReloadsTotal.with(result)
-	}
-	return m
+// declarePeers declares what is about the talk among pods.
+func (m *Metrics) declarePeers() {
+	m.grpcMessagesSentTotal = m.counter("grpc_messages_sent_total", "Events sent to a peer.", "target_pod_id")
+	m.grpcMessagesReceivedTotal = m.counter("grpc_messages_received_total", "Events received from a peer.", "source_pod_id")
+	m.grpcForwardRetryAttempts = m.counter("grpc_forward_retry_attempts_total", "Streams to peers opened a second time after Unavailable.")
+	m.grpcForwardRetrySuccess = m.counter("grpc_forward_retry_success_total", "Such retries that worked.")
+	m.grpcForwardRetryFailure = m.counter("grpc_forward_retry_failure_total", "Such retries that failed.")
+	m.grpcForwardSeconds = m.histogram("grpc_forward_seconds", "From the send to a peer until it said received.", latencyBuckets)
+	m.grpcPoolSize = m.gauge("grpc_pool_size", "Connections to peers.")
+	m.grpcPoolConnectionsCreated = m.counter("grpc_pool_connections_created_total", "Connections to peers made.")
+	m.grpcPoolConnectionsClosed = m.counter("grpc_pool_connections_closed_total", "Connections to peers closed.", "reason")
+	m.grpcCircuitbreakerTripped = m.counter("grpc_circuitbreaker_tripped_total", "Times that a peer's breaker opened.")
+	m.grpcCircuitbreakerOpen = m.gauge("grpc_circuitbreaker_open", "Peers whose breaker is open or half-open.")
 }
 
 // declaration is what a HELP and a TYPE line say of a metric.
