@@ -120,7 +120,7 @@ func TestKeygenMakesWhatCheckAccepts(t *testing.T) {
 	if code != 0 || stderr != "" || first == second {
 		t.Errorf("keygen: %d %q, twice the same: %v", code, stderr, first == second)
 	}
-	cfg, warnings, err := loadConfig(writeFile(t, "keys.conf", second), nil)
+	cfg, warnings, err := loadConfig(writeFile(t, "keys.conf", second), []string{"DAISI_WS_SERVER_BIND_ADDRESS=127.0.0.1"})
 	if err != nil || warnings != nil {
 		t.Fatalf("what keygen printed: %v, %v", warnings, err)
 	}

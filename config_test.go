@@ -20,7 +20,7 @@ const (
 func env(lines ...string) []string {
 	all := []string{"HOME=/", "DAISI_WS_AUTH_SECRET_TOKEN=general-secret", "DAISI_WS_AUTH_TOKEN_AES_KEY=" + zeros,
 		"DAISI_WS_AUTH_ADMIN_SECRET_TOKEN=admin-secret", "DAISI_WS_AUTH_ADMIN_TOKEN_AES_KEY=" + ones,
-		"DAISI_WS_AUTH_PUBLIC_KEY=public-key", "DAISI_WS_SERVER_POD_ID=pod-1"}
+		"DAISI_WS_AUTH_PUBLIC_KEY=public-key", "DAISI_WS_SERVER_POD_ID=pod-1", "DAISI_WS_SERVER_BIND_ADDRESS=127.0.0.1"}
 	for _, line := range lines {
 		all = append(all, "DAISI_WS_"+line)
 	}
@@ -150,8 +150,7 @@ func TestFaultsOfValues(t *testing.T) {
 		{"AUTH_TOKEN_AES_KEY=" + zeros + "," + zeros[1:] + "x", `part 2 of 2: a key has 64 hex digits; this one has 64 characters`},
 		{"AUTH_SECRET_TOKEN=hush hush", `an API key holds visible ASCII characters only`},
 		{"AUTH_PUBLIC_KEY_FILE=/nonexistent/key", `open /nonexistent/key: no such file or directory`},
-		{"PEER_WINDOW=1025", `"1025": this version has no event streams between pods yet; only "1024" is possible`},
-		{"PEER_TLS_SERVER_NAME=x", `"x": this version has no event streams between pods yet; only nothing is possible`},
+		{"RESUME_CONCURRENCY=33", `"33": this version has no resume yet; only "32" is possible`},
 		{"WEBSOCKET_COMPRESSION=no_context_takeover", `"no_context_takeover": this version has no compression yet; only "disabled" is possible`},
 		{"RESUME_MAX_AGE=2h", `"2h": this version has no resume yet; only "1h" is possible`},
 	} {
@@ -169,7 +168,7 @@ func TestFaultsOfValues(t *testing.T) {
 }
 
 func TestLaterSettingsTakeTheirDefaultInAnySpelling(t *testing.T) {
-	if _, _, err := loadConfig("", env("RESUME_MAX_AGE=60m", "WEBSOCKET_COMPRESSION=Disabled", "PEER_IDLE_TIMEOUT=300s")); err != nil {
+	if _, _, err := loadConfig("", env("RESUME_MAX_AGE=60m", "WEBSOCKET_COMPRESSION=Disabled")); err != nil {
 		t.Error(err)
 	}
 }
@@ -253,7 +252,7 @@ func TestMissingSecrets(t *testing.T) {
 func TestWarnings(t *testing.T) {
 	file := writeFile(t, "x.conf", "DAISI_WS_LOG_LEVEL=info \nDAISI_WS_LOG_LEVEL=warn\nDAISI_WS_REDIS_PASSWORD=a\\b\n")
 	_, warnings, err := loadConfig(file, append(env("AUTH_PUBLIC_KEY=", "WEBSOCKET_INSECURE_SKIP_VERIFY=true", "SERVER_ENABLE_REFLECTION=1",
-		"AUTH_ADMIN_SECRET_TOKEN=general-secret,b", "NO_SUCH=1", "SERVICE_HOST=10.0.0.1", "SERVICE_PORT=80", "SERVICE_SERVICE_HOST=x",
+		"AUTH_ADMIN_SECRET_TOKEN=general-secret,b", "SERVER_BIND_ADDRESS=::", "NO_SUCH=1", "SERVICE_HOST=10.0.0.1", "SERVICE_PORT=80", "SERVICE_SERVICE_HOST=x",
 		"PORT=tcp://10.0.0.1:80", "PORT_80_TCP_ADDR=10.0.0.1"), "DAISI_OTHER=1"))
 	if err != nil {
 		t.Fatal(err)
@@ -266,6 +265,7 @@ func TestWarnings(t *testing.T) {
 		"DAISI_WS_AUTH_PUBLIC_KEY IS NOT SET: user sockets need the general API key, so every browser gets to see it and can mint tokens for anyone",
 		"DAISI_WS_WEBSOCKET_INSECURE_SKIP_VERIFY IS ON: any web page may open sockets; for development only",
 		"DAISI_WS_SERVER_ENABLE_REFLECTION is on: the gRPC port describes itself to anyone; for development only",
+		"DAISI_WS_PEER_TLS_CERT_FILE is not set: events pass between pods unencrypted, so everyone on that network must be trusted not to listen",
 		"DAISI_WS_AUTH_SECRET_TOKEN and DAISI_WS_AUTH_ADMIN_SECRET_TOKEN have a key in common: who mints user tokens is an admin too")
 }
 

@@ -17,10 +17,10 @@ import (
 var rooms = map[string][]string{
 	"github.com/nats-io/nats.go":         {"consumer.go", "router.go"},
 	"github.com/redis/go-redis/v9":       {"auth.go", "lease.go", "lock.go", "main.go", "owner.go", "session.go"},
-	"google.golang.org/grpc":             {"peer.go"},
+	"google.golang.org/grpc":             {"link.go", "peer.go", "pool.go", "trust.go"},
 	"golang.org/x/net/websocket":         {"frame.go", "upgrade.go"},
-	"github.com/VictoriaMetrics/metrics": {"metrics.go", "hub.go"},
-	"daisi-ws-service/proto":             {"peer.go"},
+	"github.com/VictoriaMetrics/metrics": {"hub.go", "metrics.go", "peer.go", "pool.go"},
+	"daisi-ws-service/proto":             {"link.go", "peer.go", "pool.go", "trust.go"},
 }
 
 // requirements are the modules that go.mod may require directly, each with what it is there for. A new one is a decision,

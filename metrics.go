@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -169,6 +170,7 @@ func newMetrics() *Metrics {
 	for _, kind := range kindNames {
 		m.natsMessagesReceivedTotal.with(kind)
 	}
+	m.buildInfo.with(buildVersion(), runtime.Version()).Set(1)
 	for _, result := range []string{"success", "failure"} {
 		m.configReloadsTotal.with(result)
 	}
@@ -342,4 +344,16 @@ func (m *Metrics) familyOf(sample string) string {
 		}
 	}
 	return sample
+}
+
+// names lists our metrics, without those of the runtime, for whoever holds documentation against the code.
+func (m *Metrics) names() []string {
+	var ours []string
+	for name := range m.declared {
+		if runtimeMetrics[name].typ == "" {
+			ours = append(ours, name)
+		}
+	}
+	slices.Sort(ours)
+	return ours
 }

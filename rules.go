@@ -132,7 +132,7 @@ func (s *setting) set(v reflect.Value, text string) error {
 	}
 	switch {
 	case s.tag.Get("later") != "" && !v.Equal(bound("default")):
-		return fmt.Errorf("%q: this version has no %s yet; only %s is possible", text, s.tag.Get("later"), orNothing(s.def))
+		return fmt.Errorf("%q: this version has no %s yet; only %q is possible", text, s.tag.Get("later"), s.def)
 	case s.tag.Get("min") != "" && lessValue(v, bound("min")):
 		return fmt.Errorf("%s is below the least possible, %s", text, s.tag.Get("min"))
 	case s.tag.Get("max") != "" && lessValue(bound("max"), v):
@@ -177,13 +177,6 @@ func lessValue(a, b reflect.Value) bool {
 		return a.Int() < b.Int()
 	}
 	return a.Float() < b.Float()
-}
-
-func orNothing(s string) string {
-	if s == "" {
-		return "nothing"
-	}
-	return strconv.Quote(s)
 }
 
 // splitList splits a setting that is a list; an empty one has no parts.
@@ -352,6 +345,8 @@ var relations = []struct {
 		"$REDIS_DB must be 0 with $REDIS_MODE: a cluster has no other"},
 	{func(c *Config) bool { return c.RedisMode != "sentinel" || c.RedisSentinelMaster != "" },
 		"$REDIS_SENTINEL_MASTER is required with $REDIS_MODE"},
+	{func(c *Config) bool { return (c.PeerTLSCertFile == "") == (c.PeerTLSCAFile == "") },
+		"$PEER_TLS_CERT_FILE and $PEER_TLS_CA_FILE go together: a pod shows its certificate and checks that of the other"},
 	{func(c *Config) bool { return disjoint(c.AuthPublicKey, c.AuthSecretToken) },
 		"$AUTH_PUBLIC_KEY and $AUTH_SECRET_TOKEN must have no key in common: every browser could mint tokens"},
 	{func(c *Config) bool { return disjoint(c.AuthPublicKey, c.AuthAdminSecretToken) },
@@ -463,6 +458,9 @@ func (l *loader) warn(c *Config) {
 	}
 	if c.ServerEnableReflection {
 		l.warning("DAISI_WS_SERVER_ENABLE_REFLECTION is on: the gRPC port describes itself to anyone; for development only")
+	}
+	if ip, err := netip.ParseAddr(c.ServerBindAddress); c.PeerTLSCertFile == "" && (err != nil || !ip.IsLoopback()) && c.ServerBindAddress != "localhost" {
+		l.warning("DAISI_WS_PEER_TLS_CERT_FILE is not set: events pass between pods unencrypted, so everyone on that network must be trusted not to listen")
 	}
 	if !disjoint(c.AuthSecretToken, c.AuthAdminSecretToken) {
 		l.warning("DAISI_WS_AUTH_SECRET_TOKEN and DAISI_WS_AUTH_ADMIN_SECRET_TOKEN have a key in common: who mints user tokens is an admin too")
