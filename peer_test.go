@@ -74,6 +74,8 @@ type peerPipes struct {
 	conns  []net.Conn
 	dials  int
 	refuse int // so many dials from now on fail
+
+	mute atomic.Bool // everything sent is swallowed, both ways
 }
 
 func newPeerPipes() *peerPipes { return &peerPipes{hosts: map[string]*bufconn.Listener{}} }
@@ -102,12 +104,32 @@ func (n *peerPipes) dial(ctx context.Context, addr string) (net.Conn, error) {
 		return nil, errors.New("connection refused")
 	}
 	c, err := l.DialContext(ctx)
-	if err == nil {
-		n.mu.Lock()
-		n.conns = append(n.conns, c)
-		n.mu.Unlock()
+	if err != nil {
+		return nil, err
 	}
-	return c, err
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.conns = append(n.conns, c)
+	return &muteConn{c, &n.mute}, nil
+}
+
+// muteConn is a connection into a black hole while mute says so.
+type muteConn struct {
+	net.Conn
+	mute *atomic.Bool
+}
+
+func (c *muteConn) Read(b []byte) (n int, err error) {
+	for n, err = c.Conn.Read(b); err == nil && c.mute.Load(); n, err = c.Conn.Read(b) {
+	}
+	return n, err
+}
+
+func (c *muteConn) Write(b []byte) (int, error) {
+	if c.mute.Load() {
+		return len(b), nil
+	}
+	return c.Conn.Write(b)
 }
 
 // cut breaks all connections made so far.

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"fmt"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -343,7 +345,7 @@ func TestSilentAddress(t *testing.T) {
 		if got := ledger.counts(); len(got) != 0 {
 			t.Errorf("settled %v before the time-out", got)
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		time.Sleep(100 * time.Millisecond)
 		ledger.want(10, failed)
 		if len(accepted) != 1 {
@@ -372,6 +374,34 @@ func TestIdleConnection(t *testing.T) {
 		l.want(4, written)
 		wantPeerMetric(t, "pool size", a.m.grpcPoolSize.with().Get(), 1)
 		wantBreaker(t, a, breakerClosed, 0)
+	})
+}
+
+// TestBlackHole: a peer that vanished without a word is noticed, by both sides, also when nothing is sent; what is sent
+// meanwhile fails within its time.
+func TestBlackHole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newPeerPipes()
+		a := servePeers(t, "pod-a", "ea", peerConfig(), n.listen("a"), n.on)
+		b := servePeers(t, "pod-b", "eb", peerConfig(), n.listen("b"), takeAll(written, nil))
+		l := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", l.delivery(1))
+		l.want(1, written)
+		n.mute.Store(true)
+		lost := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", lost.delivery(1))
+		time.Sleep(6 * time.Second)
+		lost.want(1, failed)
+		time.Sleep(keepaliveTime + keepaliveTimeout)
+		wantPeerMetric(t, "pool size", a.m.grpcPoolSize.with().Get(), 0)
+		time.Sleep(keepaliveTime + keepaliveTimeout)
+		done := make(chan struct{})
+		go func() { b.server.GracefulStop(); close(done) }() // waits for the handlers: there is none left
+		select {
+		case <-done:
+		case <-time.After(time.Second):
+			t.Error("the other side still has the stream")
+		}
 	})
 }
 
@@ -444,4 +474,45 @@ func TestStopFailsWhatIsInFlight(t *testing.T) {
 		a.push("pod-b", "eb", "b", l.delivery(3))
 		l.want(3, failed)
 	})
+}
+
+// benchTokens is a source that gives the place of a settled delivery back.
+type benchTokens chan struct{}
+
+func (b benchTokens) settled(*delivery, outcome) { b <- struct{}{} }
+
+// BenchmarkPeerForward is one event's way to another pod over loopback and back, with a full window: both pods share the
+// processors of this process.
+func BenchmarkPeerForward(b *testing.B) {
+	set := &settings{}
+	set.Store(peerConfig())
+	var pods [2]*peers
+	var addrs [2]string
+	for i, name := range []string{"pod-a", "pod-b"} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			b.Fatal(err)
+		}
+		p := newPeers(set, newMetrics(), name, func() string { return "e" })
+		takeAll(written, nil)(p)
+		go p.serve(l)
+		defer p.stop(b.Context())
+		pods[i], addrs[i] = p, l.Addr().String()
+	}
+	places := make(benchTokens, 1024)
+	for range cap(places) {
+		places <- struct{}{}
+	}
+	ev := &event{seq: 1, kind: kindChat, company: "company", agent: "agent-17", stored: time.Now(), requestID: "0123456789abcdef",
+		payload: fmt.Appendf(nil, `{"event_id":"%s"}`, strings.Repeat("x", 580))}
+	b.ReportAllocs()
+	for b.Loop() {
+		<-places
+		d := &delivery{event: ev, count: 1, arrived: time.Now(), src: places}
+		d.open.Store(1)
+		pods[0].push("pod-b", "e", addrs[1], d)
+	}
+	for range cap(places) {
+		<-places
+	}
 }
