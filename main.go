@@ -141,6 +141,7 @@ func newService(cfg *Config) (*service, error) {
 	}
 	s.router = newRouter(s.cfg, s.m, s.owners, s.hub, s.peers)
 	s.consumer.accept, s.consumer.anew = s.router.accept, s.router.forgetSeq
+	s.peers.deliver = s.router.fromPeer
 	s.owners.identify, s.owners.noteSeq = s.peers.identify, s.router.lastSeen.Load
 	s.owners.onConfirm(s.sessions.confirm)
 	s.owners.onReturn(s.sessions.reclaim)
@@ -266,7 +267,7 @@ func advertised(cfg *Config, bound *net.TCPAddr) (string, error) {
 func (s *service) reload(file string, environ []string, level *slog.LevelVar) {
 	changed, restart, err := s.cfg.reload(file, environ)
 	if err == nil {
-		err = s.server.reloadTLS()
+		err = errors.Join(s.server.reloadTLS(), s.peers.reloadTLS())
 	}
 	if err != nil {
 		s.m.configReloadsTotal.with("failure").Inc()
