@@ -100,6 +100,7 @@ func (in *invocation) parseAll() (code int, done bool) {
 	return 0, false
 }
 
+// badUsage tells what is wrong with the command line, in one line, and returns the exit status.
 func (in *invocation) badUsage(format string, args ...any) int {
 	fmt.Fprintf(in.stderr, "%s: %s (-help shows the usage)\n", in.flags.Name(), fmt.Sprintf(format, args...))
 	return 2

@@ -152,10 +152,12 @@ var settingTable = func() (all []setting) {
 	return all
 }()
 
+// in is the field of c that holds the value of s.
+func (s *setting) in(c *Config) reflect.Value { return reflect.ValueOf(c).Elem().Field(s.field) }
+
 func (s *setting) secret() bool               { return s.tag.Get("secret") != "" }
 func (s *setting) live() bool                 { return s.tag.Get("live") != "" }
 func (s *setting) fileName() string           { return s.name + "_FILE" }
-func (s *setting) in(c *Config) reflect.Value { return reflect.ValueOf(c).Elem().Field(s.field) }
 
 // fault is one reason not to start. setting is whose it is, nil for a fault of the file as a whole.
 type fault struct {
@@ -218,10 +220,12 @@ func (l *loader) err(names ...string) error {
 	return errors.Join(errs...)
 }
 
+// fault notes one line, which may not hold a secret; s is nil where it is no single setting's.
 func (l *loader) fault(s *setting, format string, args ...any) {
 	l.faults = append(l.faults, fault{s, fmt.Sprintf(format, args...)})
 }
 
+// warning notes one line for the log; what it says does not keep the service from starting.
 func (l *loader) warning(format string, args ...any) {
 	l.warnings = append(l.warnings, fmt.Sprintf(format, args...))
 }
@@ -388,6 +392,7 @@ func readSecret(file string) (string, error) {
 	return text, nil
 }
 
+// podIDFromHost makes the host name the pod id: in a container platform it is unique among the living, and told in every log.
 func (l *loader) podIDFromHost() {
 	host, err := os.Hostname()
 	if err == nil {

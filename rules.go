@@ -30,6 +30,7 @@ var byteUnits = []struct {
 	size int64
 }{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"B", 1}}
 
+// parseByteSize takes whole numbers only: 1.5GiB is not worth the doubt about rounding.
 func parseByteSize(s string) (byteSize, error) {
 	digits, unit := s, int64(1)
 	for _, u := range byteUnits {
@@ -54,6 +55,7 @@ func (b byteSize) String() string {
 	return strconv.FormatInt(int64(b), 10)
 }
 
+// parseRate takes fractions: 0.5/s is one message every two seconds.
 func parseRate(s string) (ratePerSecond, error) {
 	digits, ok := strings.CutSuffix(s, "/s")
 	// ParseFloat reads more than anyone would write here: NaN, infinities, hexadecimal.
@@ -172,6 +174,7 @@ func (s *setting) setList(v reflect.Value, text string, check func(string) error
 	return nil
 }
 
+// lessValue compares two values of one numeric type.
 func lessValue(a, b reflect.Value) bool {
 	if a.CanInt() {
 		return a.Int() < b.Int()
@@ -233,6 +236,7 @@ func madeOf(s, bytes string) bool {
 	return s != ""
 }
 
+// checkHostPort accepts host:port with a port to dial, never 0; the host may be left out.
 func checkHostPort(s string) error {
 	host, port, err := net.SplitHostPort(s)
 	if n, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil || n == 0 || host != "" && checkHost(host) != nil {
@@ -286,6 +290,7 @@ func visibleASCII(s string) bool {
 	return true
 }
 
+// checkSubjectPrefix: with .> behind it, it is the filter of the consumer; $JS and the like are the server's own.
 func checkSubjectPrefix(s string) error {
 	if strings.ContainsAny(s, "*>") || !visibleASCII(s) || slices.Contains(strings.Split(s, "."), "") || s[0] == '$' {
 		return fmt.Errorf("%q is not a subject prefix (tokens joined by dots, without blanks, * and >, not beginning with $)", s)
@@ -301,6 +306,7 @@ func checkAPIKey(s string) error {
 	return nil
 }
 
+// checkAESKey: AES-256, as hex so that no shell or template changes it.
 func checkAESKey(s string) error {
 	if len(s) != 64 || !madeOf(s, "0123456789abcdefABCDEF") {
 		return fmt.Errorf("a key has 64 hex digits; this one has %d characters", len(s))
@@ -419,6 +425,7 @@ func (l *loader) checkFiles(c *Config) {
 	}
 }
 
+// checkKeyPair wants both files or none, and that they belong together.
 func (l *loader) checkKeyPair(cert, key *setting) {
 	certFile, keyFile := cert.in(l.cfg).String(), key.in(l.cfg).String()
 	switch {
@@ -434,6 +441,7 @@ func (l *loader) checkKeyPair(cert, key *setting) {
 	}
 }
 
+// checkCA wants a certificate in the file: an empty pool would trust nobody, seen only as failing connections.
 func (l *loader) checkCA(s *setting) {
 	file := s.in(l.cfg).String()
 	if file == "" || l.faulty(s) {
