@@ -155,9 +155,9 @@ var settingTable = func() (all []setting) {
 // in is the field of c that holds the value of s.
 func (s *setting) in(c *Config) reflect.Value { return reflect.ValueOf(c).Elem().Field(s.field) }
 
-func (s *setting) secret() bool               { return s.tag.Get("secret") != "" }
-func (s *setting) live() bool                 { return s.tag.Get("live") != "" }
-func (s *setting) fileName() string           { return s.name + "_FILE" }
+func (s *setting) secret() bool     { return s.tag.Get("secret") != "" }
+func (s *setting) live() bool       { return s.tag.Get("live") != "" }
+func (s *setting) fileName() string { return s.name + "_FILE" }
 
 // fault is one reason not to start. setting is whose it is, nil for a fault of the file as a whole.
 type fault struct {
