@@ -22,6 +22,7 @@ type consumer struct {
 	owners *owners
 	accept func(jetstream.Msg) // the router's; called by the library, one message at a time
 	anew   func()              // the stream was made anew: its sequences start again
+	limit  func(bytes int)     // told the largest payload that the server allows
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	closed chan struct{} // closed by the library when the connection is given up for good
@@ -151,6 +152,7 @@ func (c *consumer) consume(ctx context.Context) error {
 	if !c.nc.IsConnected() {
 		return errors.New("NATS is not connected")
 	}
+	c.limit(int(c.nc.MaxPayload()))
 	stream, err := c.ensureStream(ctx)
 	if err != nil {
 		return err

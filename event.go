@@ -137,6 +137,9 @@ var outcomeNames = [...]string{"written", "duplicate", "replayed", "dropped", "s
 
 func (o outcome) String() string { return outcomeNames[o] }
 
+// lateSlack is how long before ACK_WAIT a delivery is too old to be answered: JetStream may have given it out again.
+const lateSlack = 2 * time.Second
+
 // source is where a delivery came from and where its end is told: JetStream (router) or a peer.
 type source interface {
 	// settled is called exactly once per delivery, by whichever goroutine settled its last target.
@@ -148,7 +151,7 @@ type source interface {
 // Every target that accepted it calls settle exactly once.
 type delivery struct {
 	*event
-	count   uint64    // JetStream's delivery count, 1 for the first
+	count   uint64    // JetStream's delivery count, or one more: above 1, a target may have had the event before
 	arrived time.Time // off the network (monotonic); lateness counts from here
 	src     source
 

@@ -317,21 +317,35 @@ func (o *owners) readPods(ctx context.Context, names []string) error {
 			slog.Debug("dead pod not removed", "pod", id, "err", err)
 		}
 	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	changed := !maps.Equal(live, o.pods)
-	o.pods = live
-	if changed {
-		for r, a := range o.cache {
-			for _, m := range a.peers {
-				if live[m.pod].epoch != m.epoch {
-					delete(o.cache, r)
-					break
-				}
-			}
+	if o.replacePods(live) {
+		addrs := make(map[string]string, len(live))
+		for id, l := range live {
+			addrs[id] = l.addr
+		}
+		for _, f := range o.watchers {
+			f(addrs)
 		}
 	}
 	return nil
+}
+
+// replacePods says whether the live pods have changed since the last renewal.
+func (o *owners) replacePods(live map[string]lease) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if maps.Equal(live, o.pods) {
+		return false
+	}
+	o.pods = live
+	for r, a := range o.cache {
+		for _, m := range a.peers {
+			if live[m.pod].epoch != m.epoch {
+				delete(o.cache, r)
+				break
+			}
+		}
+	}
+	return true
 }
 
 // readLog reads the log's entries since the last read and does what they say. o.readMu must be held. The last entry

@@ -140,9 +140,10 @@ func newService(cfg *Config) (*service, error) {
 		return auth.openUser(ctx, token)
 	}
 	s.router = newRouter(s.cfg, s.m, s.owners, s.hub, s.peers)
-	s.consumer.accept, s.consumer.anew = s.router.accept, s.router.forgetSeq
-	s.peers.deliver = s.router.fromPeer
+	s.consumer.accept, s.consumer.anew, s.consumer.limit = s.router.accept, s.router.forgetSeq, s.peers.setMaxPayload
 	s.owners.identify, s.owners.noteSeq = s.peers.identify, s.router.lastSeen.Load
+	s.peers.deliver, s.peers.lost = s.router.fromPeer, s.owners.forgetPod
+	s.owners.onPods(s.peers.keep)
 	s.owners.onConfirm(s.sessions.confirm)
 	s.owners.onReturn(s.sessions.reclaim)
 	s.server = newServer(s.cfg, s.m, auth, s.sessions, s.owners, s.hub, s.ready)

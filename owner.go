@@ -95,7 +95,8 @@ type owners struct {
 	noteSeq  func() uint64                                                         // newest stream sequence known; set before start
 	epochs   []func(old, new string)
 	confirms []func(context.Context) error
-	returns  []func() // Redis is back: claim everything again
+	returns  []func()                  // Redis is back: claim everything again
+	watchers []func(map[string]string) // told the addresses of the live pods when they changed
 
 	address   string       // that peers dial; set before start
 	heldAt    atomic.Int64 // when the last successful renewal was sent, since base; 0 = no lease
@@ -168,6 +169,9 @@ func (o *owners) onEpoch(f func(old, new string)) { o.epochs = append(o.epochs, 
 
 // onConfirm registers f to be called when a suspended pod confirms what it holds; before start.
 func (o *owners) onConfirm(f func(context.Context) error) { o.confirms = append(o.confirms, f) }
+
+// onPods registers f to be called with the addresses of the live pods, by id, whenever they have changed; before start.
+func (o *owners) onPods(f func(map[string]string)) { o.watchers = append(o.watchers, f) }
 
 // onReturn registers f to be called when Redis answers again; before start.
 func (o *owners) onReturn(f func()) { o.returns = append(o.returns, f) }
@@ -584,6 +588,17 @@ func (o *owners) forget(r route) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	delete(o.cache, r)
+}
+
+// forgetPod drops every answer that names pod, after a dial to it failed or a stream from it broke.
+func (o *owners) forgetPod(pod string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for r, a := range o.cache {
+		if slices.ContainsFunc(a.peers, func(m member) bool { return m.pod == pod }) {
+			delete(o.cache, r)
+		}
+	}
 }
 
 // again queues the release of a route that a peer believes to be ours, though we have no socket on it.

@@ -17,9 +17,6 @@ import (
 	peerpb "daisi-ws-service/proto"
 )
 
-// lateBefore is how long before ACK_WAIT a delivery is too old to be answered: JetStream may have given it out again.
-const lateBefore = 2 * time.Second
-
 // peerKey names a peer: a pod that comes back at another address is another peer, with a breaker that knows nothing.
 type peerKey struct{ pod, addr string }
 
@@ -227,7 +224,7 @@ func (q *peer) look(now time.Time) {
 		return
 	}
 	lost := l.missedLocked(now.Add(-c.PeerTimeout))
-	lost = append(lost, l.lateLocked(now.Add(lateBefore-c.NATSAckWait))...)
+	lost = append(lost, l.lateLocked(now.Add(lateSlack-c.NATSAckWait))...)
 	tripped := q.breaker.state == breakerOpen
 	switch {
 	case tripped:

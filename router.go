@@ -28,72 +28,87 @@ type router struct {
 	bytes    atomic.Int64  // their payloads
 	waiting  atomic.Bool   // accept waits for room
 	logged   atomic.Int64  // when a malformed event was last logged, Unix seconds
+	more     chan struct{} // room for 1: the queue is not empty; never closed
+	room     chan struct{} // room for 1: less may be in hand; never closed
+	stopping chan struct{} // closed by stop
 
-	mu       sync.Mutex // guards queue, stopping, floor and floorLeft; room and more hang on it
-	more     *sync.Cond // queue got its first entry, or stopping
-	room     *sync.Cond // inHand may have fallen
-	queue    []arrival
-	stopping bool
-	// While accept waited, messages may have come off the network behind its back: as many as PREFETCH at the most.
-	// They count as arrived when the wait began.
+	// Owned by accept. While it waited, messages may have come off the network behind its back: as many as PREFETCH at
+	// the most. They count as arrived when the wait began.
 	floor     time.Time
 	floorLeft int
+
+	mu    sync.Mutex // guards queue
+	queue []arrival
 }
 
-// arrival is a message as it came off the network.
+// arrival is a message as it came off the network, or a delivery whose owners are looked up a second time.
 type arrival struct {
 	msg jetstream.Msg
 	at  time.Time
+	p   *pulled
 }
 
 // pulled is a delivery that came from JetStream.
 type pulled struct {
 	delivery
-	r      *router
-	msg    jetstream.Msg
-	routes [4]route // that lead to owners of the event
-	owned  [4]bool  // a live owner was found by that route
+	r          *router
+	msg        jetstream.Msg
+	deliveries uint64   // JetStream's count
+	routes     [4]route // that lead to owners of the event
+	owned      [4]bool  // a live owner was found by that route
+	second     bool     // its owners are looked up a second time, since a peer had no socket for it
 }
-
-// A delivery this much younger than ACK_WAIT is late: JetStream may have given the event out again before an answer
-// arrives, and would take it for the redelivery's.
-const lateSlack = 2 * time.Second
 
 func newRouter(cfg *settings, m *Metrics, o *owners, h *hub, p *peers) *router {
 	r := &router{cfg: cfg, m: m, owners: o, hub: h, peers: p}
 	r.parked = newParked(cfg.Load(), m)
-	r.more, r.room = sync.NewCond(&r.mu), sync.NewCond(&r.mu)
+	r.more, r.room, r.stopping = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{})
 	return r
 }
 
-// accept is the consumer's callback. It only appends, so that no socket ever holds the flow up; it waits when half of
-// this pod's share is in hand without being stuck in a slow socket's ring, which is when router and writers are behind.
+// accept is the consumer's callback: the library calls it for one message at a time. It only appends, so that no socket
+// ever holds the flow up; it waits when half of this pod's share is in hand without being stuck in a slow socket's
+// ring, which is when router and writers are behind.
 func (r *router) accept(msg jetstream.Msg) {
-	now := time.Now()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if began := now; r.full() {
-		for r.full() && !r.stopping {
-			r.waiting.Store(true)
-			r.room.Wait()
-		}
-		r.waiting.Store(false)
-		now = time.Now()
-		r.floor, r.floorLeft = began, r.cfg.Load().NATSPrefetch
+	at := time.Now()
+	if r.full() {
+		r.floor, r.floorLeft = at, r.cfg.Load().NATSPrefetch
+		r.waitRoom()
 	}
-	at := now
 	if r.floorLeft > 0 {
 		r.floorLeft--
 		at = r.floor
 	}
-	r.queue = append(r.queue, arrival{msg, at})
 	r.inHand.Add(1)
 	r.bytes.Add(int64(len(msg.Data())))
-	if len(r.queue) == 1 {
-		r.more.Signal()
+	r.enqueue(arrival{msg: msg, at: at})
+}
+
+func (r *router) enqueue(a arrival) {
+	r.mu.Lock()
+	r.queue = append(r.queue, a)
+	first := len(r.queue) == 1
+	r.mu.Unlock()
+	if first {
+		poke(r.more)
 	}
 }
 
+// waitRoom returns when there is room, or the router stops.
+func (r *router) waitRoom() {
+	r.waiting.Store(true) // before the look that follows: what ends after it pokes
+	defer r.waiting.Store(false)
+	for r.full() {
+		select {
+		case <-r.room:
+		case <-r.stopping:
+			return
+		}
+	}
+}
+
+// full says whether accept must wait. Memory counts too: above four prefetches of bytes, stuck sockets give up their
+// oldest events first.
 func (r *router) full() bool {
 	if r.inHand.Load()-int64(r.hub.stuck()) >= r.parked.share()/2 {
 		return true
@@ -110,19 +125,23 @@ func (r *router) full() bool {
 // was done, so the owner log is read once for many events when many come, and at once when one comes.
 func (r *router) run(ctx context.Context) {
 	var batch []arrival
-	for {
+	for stopped := false; ; {
 		r.mu.Lock()
-		for len(r.queue) == 0 && !r.stopping {
-			r.more.Wait()
-		}
-		if len(r.queue) == 0 {
-			r.mu.Unlock()
-			return
-		}
 		batch, r.queue = r.queue, batch[:0]
 		r.mu.Unlock()
-		r.route(ctx, batch)
-		clear(batch)
+		switch {
+		case len(batch) > 0:
+			r.route(ctx, batch)
+			clear(batch)
+		case stopped:
+			return
+		default:
+			select {
+			case <-r.more:
+			case <-r.stopping:
+				stopped = true
+			}
+		}
 	}
 }
 
@@ -143,9 +162,7 @@ func (r *router) tick(ctx context.Context) {
 
 func (r *router) wake() {
 	if r.waiting.Load() {
-		r.mu.Lock()
-		r.room.Broadcast()
-		r.mu.Unlock()
+		poke(r.room)
 	}
 }
 
@@ -154,9 +171,11 @@ func (r *router) route(ctx context.Context, batch []arrival) {
 	events := make([]*pulled, 0, len(batch))
 	routes := make([]route, 0, 2*len(batch))
 	for _, a := range batch {
-		p := r.decode(a)
+		p := a.p
 		if p == nil {
-			continue
+			if p = r.decode(a); p == nil {
+				continue
+			}
 		}
 		events = append(events, p)
 		routes = p.wanted(routes)
@@ -178,11 +197,12 @@ func (r *router) decode(a arrival) *pulled {
 		ev.kind = kindUnknown
 	}
 	if mdErr == nil {
-		ev.seq, ev.stored, p.count = md.Sequence.Stream, md.Timestamp, md.NumDelivered
+		ev.seq, ev.stored, p.deliveries = md.Sequence.Stream, md.Timestamp, md.NumDelivered
 		r.lastSeen.Store(max(r.lastSeen.Load(), ev.seq))
 		r.newest.Store(max(r.newest.Load(), md.Timestamp.UnixNano()))
 	}
-	if p.count > 1 {
+	p.count = p.deliveries
+	if p.deliveries > 1 {
 		r.m.redeliveredTotal.with().Inc()
 	}
 	r.m.natsMessagesReceivedTotal.with(ev.kind.String()).Inc()
@@ -261,7 +281,7 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 		p.settle(failed) // there may be owners elsewhere; those here join or skip the redelivery
 	case targets > 0:
 		p.settle(written)
-	case !believed:
+	case !believed || p.second: // a socket that was there a moment ago is on its way to somewhere
 		p.settle(failed)
 	case p.kind == kindAgent:
 		p.end(ack, "unselected")
@@ -311,11 +331,11 @@ func (r *router) unselected(p *pulled, now time.Time) {
 // after the delays of 1, 2, 4, 8 and 16 s, but only if this pod has itself believed "nobody" for as long.
 func (r *router) noOwner(p *pulled, since time.Duration) {
 	switch {
-	case p.count > nakLevels && since >= (1<<nakLevels-1)*r.cfg.Load().NATSNakDelay:
+	case p.deliveries > nakLevels && since >= (1<<nakLevels-1)*r.cfg.Load().NATSNakDelay:
 		p.end(term, "no_owner")
 	case r.horizonPassed(p):
 		p.end(term, "expired")
-	case !r.parked.park(time.Now(), p.count, route{routeGeneral, p.company, p.agent, ""}, r.inHand.Load()):
+	case !r.parked.park(time.Now(), p.deliveries, route{routeGeneral, p.company, p.agent, ""}, r.inHand.Load()):
 		p.end(term, "shed")
 	default:
 		p.end(nak, "nak_no_owner")
@@ -334,9 +354,27 @@ func (p *pulled) settled(_ *delivery, worst outcome) {
 	case shed:
 		p.announce("shed")
 		p.end(term, "shed")
-	default: // absent: the next delivery looks the owners up anew
+	case absent:
+		if p.second {
+			p.fail()
+			return
+		}
+		p.lookAgain()
+	default:
 		p.fail()
 	}
+}
+
+// lookAgain drops what was believed of the event's owners and has them looked up once more, in Redis itself. Targets
+// that have been served know the event by its count above 1.
+func (p *pulled) lookAgain() {
+	for _, r := range p.routes {
+		p.r.owners.forget(r)
+	}
+	p.second = true
+	p.count++
+	p.worst.Store(uint32(written))
+	p.r.enqueue(arrival{p: p})
 }
 
 // fail has the event come again to all its targets, or gives it up when it is too old, or this pod holds too many.
@@ -345,7 +383,7 @@ func (p *pulled) fail() {
 	case p.r.horizonPassed(p):
 		p.announce("expired")
 		p.end(term, "expired")
-	case !p.r.parked.park(time.Now(), p.count, route{}, p.r.inHand.Load()):
+	case !p.r.parked.park(time.Now(), p.deliveries, route{}, p.r.inHand.Load()):
 		p.announce("shed")
 		p.end(term, "shed")
 	default:
@@ -367,7 +405,7 @@ func (p *pulled) announce(reason string) {
 func (r *router) horizonPassed(p *pulled) bool {
 	cfg := r.cfg.Load()
 	var waited time.Duration
-	for n := uint64(1); n < p.count && waited <= cfg.NATSRetryHorizon; n++ {
+	for n := uint64(1); n < p.deliveries && waited <= cfg.NATSRetryHorizon; n++ {
 		waited += r.parked.nakDelay(n)
 	}
 	age := time.Duration(r.newest.Load() - p.stored.UnixNano())
@@ -388,7 +426,7 @@ func (p *pulled) tell(v verdict) error {
 	case ack:
 		return p.msg.Ack()
 	case nak:
-		return p.msg.NakWithDelay(p.r.parked.nakDelay(p.count))
+		return p.msg.NakWithDelay(p.r.parked.nakDelay(p.deliveries))
 	default:
 		return p.msg.Term()
 	}
@@ -426,14 +464,18 @@ func (r *router) fromPeer(d *delivery) {
 	found := false
 	for i := range n {
 		conns := r.owners.local(p.routes[i])
-		found = found || len(conns) > 0
+		if len(conns) > 0 {
+			found = true
+		}
 		d.open.Add(int32(len(conns)))
 		for _, c := range conns {
 			c.push(d)
 		}
 	}
 	if !found {
-		r.owners.again(p.routes[0])
+		for i := range n {
+			r.owners.again(p.routes[i])
+		}
 		d.settle(absent)
 		return
 	}
@@ -441,13 +483,7 @@ func (r *router) fromPeer(d *delivery) {
 }
 
 // stop makes run end once everything accepted has been routed; accept must not be called any more.
-func (r *router) stop() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.stopping = true
-	r.more.Broadcast()
-	r.room.Broadcast()
-}
+func (r *router) stop() { close(r.stopping) }
 
 // forgetSeq lets the sequences start again: the stream was made anew.
 func (r *router) forgetSeq() { r.lastSeen.Store(0) }
