@@ -166,3 +166,22 @@ func TestDocsLinks(t *testing.T) {
 		}
 	}
 }
+
+// TestDocsAudit: the README's table for auditors names every file of the program.
+func TestDocsAudit(t *testing.T) {
+	page := readPage(t, "README.md")
+	sources, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, src := range sources {
+		if !strings.HasSuffix(src, "_test.go") && !strings.Contains(page, "| `"+src+"` | ") {
+			t.Errorf("README.md, \"Auditing this code\": no row for %s", src)
+		}
+	}
+	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z]+\\.go)` \\|").FindAllStringSubmatch(page, -1) {
+		if _, err := os.Stat(row[1]); err != nil {
+			t.Errorf("README.md, \"Auditing this code\": %v", err)
+		}
+	}
+}
