@@ -10,7 +10,7 @@ build: ## bin/daisi-ws-service: static, the same bytes from the same commit
 	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/daisi-ws-service .
 
 dev: ## the service with servers, publisher and a page of its own; ^C ends it
-	@echo "# building (the first time takes a minute or two)"
+	@echo "# building (the first time takes a few minutes)"
 	@dir=$$(mktemp -d) || exit 1; trap 'rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
 	CGO_ENABLED=0 go -C dev build -buildvcs=false -o "$$dir/cluster" ./cluster && \
 	export DWS_DEV_MAKE_PID=$$PPID && exec "$$dir/cluster" -dir "$$dir"
