@@ -104,6 +104,9 @@ func wantClosed(t *testing.T, r *http.Response, br *bufio.Reader, code int) {
 	if r.StatusCode != http.StatusSwitchingProtocols {
 		t.Fatalf("status %d, want 101", r.StatusCode)
 	}
+	if !saneRequestID(r.Header.Get("X-Request-ID")) {
+		t.Errorf("X-Request-ID %q", r.Header.Get("X-Request-ID"))
+	}
 	head := make([]byte, 4)
 	if _, err := io.ReadFull(br, head); err != nil {
 		t.Fatal(err)

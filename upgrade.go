@@ -134,11 +134,13 @@ type upgrade struct {
 	early []byte // sent right behind the request; net/http had read it already
 	key   string
 	named bool // the client offered our sub-protocol
+
+	requestID string // told in the answer, as in every other
 }
 
 // takeOver hijacks a request that checkUpgrade has found well.
 func takeOver(w http.ResponseWriter, r *http.Request) (*upgrade, error) {
-	u := &upgrade{key: strings.Clone(r.Header.Get("Sec-Websocket-Key"))}
+	u := &upgrade{key: strings.Clone(r.Header.Get("Sec-Websocket-Key")), requestID: strings.Clone(requestID(w))}
 	for _, o := range headerTokens(r.Header, "Sec-Websocket-Protocol") {
 		u.named = u.named || o == subprotocol
 	}
@@ -201,7 +203,13 @@ func (u *upgrade) shake(timeout time.Duration) (*websocket.Conn, *bufio.Reader, 
 	rw := bufio.NewReadWriter(bufio.NewReaderSize(wire, readBuffer), bufio.NewWriterSize(wire, 512))
 	u.nc.SetWriteDeadline(time.Now().Add(timeout))
 	var ws *websocket.Conn
-	server := websocket.Server{Handler: func(c *websocket.Conn) { ws = c }}
+	server := websocket.Server{
+		Handshake: func(c *websocket.Config, _ *http.Request) error {
+			c.Header = http.Header{"X-Request-Id": {u.requestID}}
+			return nil
+		},
+		Handler: func(c *websocket.Conn) { ws = c },
+	}
 	server.ServeHTTP(&hijacked{wire: wire, rw: rw}, r)
 	if ws == nil {
 		return nil, nil, errors.New("write the handshake's answer")
@@ -209,7 +217,7 @@ func (u *upgrade) shake(timeout time.Duration) (*websocket.Conn, *bufio.Reader, 
 	u.nc.SetWriteDeadline(time.Time{})
 	// The Conn holds on to these as long as the socket lives; no one will look at them again.
 	*rw.Writer = bufio.Writer{}
-	r.Header, ws.Config().Location = nil, nil
+	r.Header, ws.Config().Location, ws.Config().Header = nil, nil, nil
 	return ws, rw.Reader, nil
 }
 
