@@ -119,9 +119,6 @@ func (p *peers) serve(l net.Listener) error {
 		l.Close()
 		return err
 	}
-	if addr, ok := l.Addr().(*net.TCPAddr); p.certs == nil && !(ok && addr.IP.IsLoopback()) {
-		slog.Warn("PODS TALK WITHOUT ENCRYPTION: who can listen on this network reads all events; set PEER_TLS_*", "address", l.Addr().String())
-	}
 	p.up.Store(true)
 	defer p.up.Store(false)
 	if err := p.server.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {

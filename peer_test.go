@@ -74,6 +74,7 @@ type peerPipes struct {
 	conns  []net.Conn
 	dials  int
 	refuse int // so many dials from now on fail
+	delay  time.Duration
 
 	mute atomic.Bool // everything sent is swallowed, both ways
 }
@@ -89,6 +90,7 @@ func (n *peerPipes) listen(addr string) net.Listener {
 func (n *peerPipes) dial(ctx context.Context, addr string) (net.Conn, error) {
 	n.mu.Lock()
 	n.dials++
+	delay := max(n.delay, time.Millisecond) // the way there, by the bubble's clock
 	l := n.hosts[addr]
 	if n.refuse > 0 {
 		n.refuse--
@@ -96,7 +98,7 @@ func (n *peerPipes) dial(ctx context.Context, addr string) (net.Conn, error) {
 	}
 	n.mu.Unlock()
 	select {
-	case <-time.After(time.Millisecond): // the way there, by the bubble's clock
+	case <-time.After(delay):
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}

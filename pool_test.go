@@ -355,6 +355,40 @@ func TestSilentAddress(t *testing.T) {
 	})
 }
 
+// TestSlowDial: the time to answer begins when there is someone to answer.
+func TestSlowDial(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		n.delay = 3 * time.Second
+		l := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", l.delivery(1))
+		time.Sleep(7 * time.Second)
+		b.answer(0, &peerpb.Answers{Received: 1, Settled: []uint64{1}, Outcomes: []peerpb.Outcome{peerpb.Outcome_OUTCOME_WRITTEN}})
+		l.want(1, written)
+	})
+}
+
+// TestStreamsThatBreakUnused hurt nobody: the breaker does not count them.
+func TestStreamsThatBreakUnused(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		b.answers = true
+		for round := range uint64(6) {
+			l := newPeerLedger(t)
+			a.push("pod-b", "eb", "b", l.delivery(round+1))
+			l.want(1, written)
+			n.cut()
+			time.Sleep(100 * time.Millisecond)
+		}
+		// Each round began with a success, so count what came after the last one.
+		q := a.get(peerKey{"pod-b", "b"})
+		q.mu.Lock()
+		failures := q.breaker.failures
+		q.mu.Unlock()
+		if failures != 0 || n.dialled() != 6 {
+			t.Errorf("%d failures counted, %d dials", failures, n.dialled())
+		}
+	})
+}
+
 // TestIdleConnection: unused for its time it is closed, and used it is not; the next event makes a new one.
 func TestIdleConnection(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {

@@ -109,6 +109,44 @@ func TestPodWithoutKey(t *testing.T) {
 	wantPeerMetric(t, "connections", counterValue(a.m.grpcPoolConnectionsCreated.with()), 0)
 }
 
+// impostor is a server that goes through all the motions of a pod without knowing a key.
+type impostor struct {
+	peerpb.UnimplementedPeerServer
+	t *testing.T
+}
+
+// Deliver welcomes anyone and reads whatever comes.
+func (i impostor) Deliver(stream peerpb.Peer_DeliverServer) error {
+	stream.Recv()
+	stream.Send(&peerpb.Response{Body: &peerpb.Response_Challenge{Challenge: &peerpb.Challenge{Pod: "pod-b", Epoch: "eb", Nonce: newNonce(), Proofs: [][]byte{newNonce()}}}})
+	stream.Send(&peerpb.Response{Body: &peerpb.Response_Welcome{Welcome: &peerpb.Welcome{}}})
+	for {
+		req, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		i.t.Errorf("the impostor got %v", req)
+	}
+}
+
+// TestImpostorReadsNothing: who took over a pod's address gets neither an event nor a proof of ours.
+func TestImpostorReadsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newPeerPipes()
+		server := grpc.NewServer()
+		peerpb.RegisterPeerServer(server, impostor{t: t})
+		l := n.listen("b")
+		served := make(chan error, 1)
+		go func() { served <- server.Serve(l) }()
+		a := servePeers(t, "pod-a", "ea", peerConfig(), n.listen("a"), n.on)
+		ledger := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", ledger.delivery(1))
+		ledger.want(1, failed)
+		server.Stop()
+		<-served
+	})
+}
+
 // strangerStream opens a stream as someone who knows the protocol, but no key.
 func strangerStream(t *testing.T, n *peerPipes, addr string) peerpb.Peer_DeliverClient {
 	t.Helper()
