@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // payload is a published JSON object of about size bytes that names its number and when it was published.
@@ -49,7 +51,7 @@ func throughput(ctx context.Context, b *bench, p plan) error {
 	}
 	for i := range p.events {
 		agent := agentID(i % p.agents)
-		if _, err := b.js.PublishAsync("wa.acme."+agent+".chats", payload(agent, i, p.size)); err != nil {
+		if _, err := b.js.PublishAsync("wa.acme."+agent+".chats", payload(agent, i, p.size), jetstream.WithStallWait(time.Minute)); err != nil {
 			return fmt.Errorf("publish event %d: %w", i, err)
 		}
 	}
@@ -117,7 +119,7 @@ func latency(ctx context.Context, b *bench, p plan) error {
 		<-tick.C
 		for due := int(time.Since(began).Seconds() * float64(p.rate)); i < min(due, total); i++ {
 			agent := agentID(i % p.agents)
-			if _, err := b.js.PublishAsync("wa.acme."+agent+".chats", payload(agent, i, p.size)); err != nil {
+			if _, err := b.js.PublishAsync("wa.acme."+agent+".chats", payload(agent, i, p.size), jetstream.WithStallWait(time.Minute)); err != nil {
 				return fmt.Errorf("publish event %d: %w", i, err)
 			}
 		}
