@@ -180,6 +180,21 @@ func (c *consumer) consume(ctx context.Context) error {
 	return c.watch(ctx, flow, cons, missed)
 }
 
+// tellAge keeps the age of the last sign of life in the metrics until ctx ends.
+func (c *consumer) tellAge(ctx context.Context) {
+	c.seen() // counts from the start
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			c.m.consumerHeartbeatAge.with().Set(time.Since(time.Unix(0, c.alive.Load())).Seconds())
+		}
+	}
+}
+
 func (c *consumer) seen() { c.alive.Store(time.Now().UnixNano()) }
 
 func (c *consumer) take(msg jetstream.Msg) {
@@ -194,7 +209,11 @@ func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, con
 	ended := flow.Closed()
 	defer func() {
 		flow.Drain()
-		<-ended
+		select {
+		case <-ended:
+		case <-time.After(apiTimeout): // the library cannot drain while it is disconnected; the server takes the rest back
+			flow.Stop()
+		}
 	}()
 	poll := time.NewTicker(pollEvery)
 	defer poll.Stop()

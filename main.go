@@ -228,6 +228,7 @@ func (s *service) work() {
 	s.loop(func() { s.owners.leaseLoop(s.background) })
 	s.loop(func() { s.hub.run(s.background) })
 	s.loop(func() { s.router.tick(s.background) })
+	s.loop(func() { s.consumer.tellAge(s.background) })
 	s.loop(func() {
 		defer close(s.routing)
 		s.router.run(s.background)
@@ -293,55 +294,44 @@ func (s *service) drain(signals <-chan os.Signal) error {
 	}()
 	cfg := s.cfg.Load()
 	began := time.Now()
-	var errs []error
 	step := func(name string, limit time.Duration, f func(context.Context) error) {
 		left := cfg.ServerShutdownTimeout - time.Since(began)
 		ctx, cancel := context.WithTimeout(context.Background(), max(min(limit, left), 100*time.Millisecond))
 		defer cancel()
-		if err := f(ctx); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		if err := f(ctx); err != nil { // with a dependency away; whatever is not acked comes again elsewhere
+			slog.Warn("drain goes on without", "step", name, "err", err)
 		}
 	}
 	s.server.startDrain()
 	s.giveUp()
-	step("stop pulling", 5*time.Second, s.stopPulling)
+	step("stop pulling", 5*time.Second, s.consumer.drain)
+	s.router.stop()
+	step("route the last batch", 2*time.Second, until(s.routing))
 	s.hub.stopAccepting()
-	step("settle", 3*time.Second, func(ctx context.Context) error { s.router.settleAll(ctx); return nil }) // the rest is NAKed as its sockets close
+	step("settle what is in hand", 3*time.Second, s.router.settleAll) // the rest is NAKed as its sockets close
 	step("close sockets", cfg.ServerDrainSpread+6*time.Second, s.hub.drain)
-	step("settle the rest", 3*time.Second, s.router.settleAll)
-	step("release sessions", 3*time.Second, s.releaseSessions)
+	step("settle the rest", 2*time.Second, s.router.settleAll)
+	s.endLocks()
+	step("release sessions", 3*time.Second, until(s.locks))
 	step("release routes", 2*time.Second, s.owners.releaseAll)
-	step("lease", time.Second, s.owners.close)
-	step("gRPC", 2*time.Second, func(ctx context.Context) error { s.peers.stop(ctx); return nil })
-	step("HTTP", 2*time.Second, s.server.shutdown)
-	step("NATS", 2*time.Second, s.consumer.close)
+	step("give up the lease", time.Second, s.owners.close)
+	step("stop gRPC", 2*time.Second, s.peers.stop)
+	step("stop HTTP", 2*time.Second, s.server.shutdown)
+	step("leave NATS", 2*time.Second, s.consumer.close)
 	s.cancel()
 	s.loops.Wait()
-	errs = append(errs, s.rdb.Close())
-	err := errors.Join(errs...)
-	slog.Info("drained", "seconds", time.Since(began).Seconds(), "err", err)
-	return err
+	slog.Info("drained", "seconds", time.Since(began).Seconds(), "in_hand", s.router.inHand.Load())
+	return s.rdb.Close()
 }
 
-func (s *service) stopPulling(ctx context.Context) error {
-	if err := s.consumer.drain(ctx); err != nil {
-		return err
-	}
-	s.router.stop()
-	select {
-	case <-s.routing:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("route the last batch: %w", ctx.Err())
-	}
-}
-
-func (s *service) releaseSessions(ctx context.Context) error {
-	s.endLocks()
-	select {
-	case <-s.locks:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
+// until waits for done to be closed.
+func until(done <-chan struct{}) func(context.Context) error {
+	return func(ctx context.Context) error {
+		select {
+		case <-done:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 }

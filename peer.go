@@ -132,7 +132,7 @@ func (p *peers) serving() bool { return p.up.Load() }
 
 // stop fails what is in flight to peers, lets what peers sent be settled and answered, but no longer than ctx, and
 // returns when every goroutine has ended.
-func (p *peers) stop(ctx context.Context) {
+func (p *peers) stop(ctx context.Context) error {
 	p.up.Store(false)
 	p.health.Shutdown()
 	p.stopOnce.Do(func() { close(p.stopping) })
@@ -148,6 +148,7 @@ func (p *peers) stop(ctx context.Context) {
 	p.server.GracefulStop()
 	release()
 	p.wg.Wait()
+	return nil
 }
 
 // Identify names this pod and its epoch to anyone who asks.

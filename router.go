@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -207,7 +208,7 @@ func (r *router) decode(a arrival) *pulled {
 	}
 	r.m.natsMessagesReceivedTotal.with(ev.kind.String()).Inc()
 	r.m.eventsInHand.with().Inc()
-	ev.payload, ev.requestID = a.msg.Data(), requestIDOf(a.msg)
+	ev.payload, ev.requestID = a.msg.Data(), requestIDOf(a.msg, ev.seq)
 	p.event = &ev
 	if err != nil {
 		r.refuse(p, err)
@@ -217,11 +218,12 @@ func (r *router) decode(a arrival) *pulled {
 	return p
 }
 
-func requestIDOf(msg jetstream.Msg) string {
-	if id := msg.Headers().Get("X-Request-ID"); id != "" && len(id) <= 128 {
+// requestIDOf is the publisher's X-Request-ID, or one made of the sequence, which any pod makes alike.
+func requestIDOf(msg jetstream.Msg, seq uint64) string {
+	if id := msg.Headers().Get("X-Request-ID"); saneRequestID(id) {
 		return id
 	}
-	return ""
+	return "seq-" + strconv.FormatUint(seq, 10)
 }
 
 // refuse terminates a malformed event, which no redelivery would mend.
@@ -440,6 +442,10 @@ func (p *pulled) end(v verdict, outcome string) {
 	} else if err := p.tell(v); err != nil {
 		slog.Debug("answer to JetStream not sent: the event comes again", "seq", p.seq, "outcome", outcome, "err", err)
 		outcome = "late"
+	}
+	if slog.Default().Enabled(context.Background(), slog.LevelDebug) {
+		slog.Debug("event ended", "request_id", p.requestID, "company", p.company, "agent", p.agent, "kind", p.kind.String(),
+			"seq", p.seq, "deliveries", p.deliveries, "outcome", outcome)
 	}
 	r.m.eventsTotal.with(p.kind.String(), outcome).Inc()
 	r.m.eventsInHand.with().Dec()
