@@ -215,6 +215,9 @@ func (v *lockServer) lease(pod string) string {
 	return v.leases[pod]
 }
 
+// oneRound is the REFRESH_INTERVAL of the tests and a little: every lock was renewed once.
+const oneRound = 10*time.Second + time.Millisecond
+
 type testPod struct {
 	*sessions
 	deaf bool // its subscription is broken
