@@ -277,18 +277,8 @@ func (o *owners) claimLoop(ctx context.Context) {
 
 // claimBatch writes up to 200 queued routes in two round trips and says whether more are waiting.
 func (o *owners) claimBatch(ctx context.Context) (more bool) {
-	o.mu.Lock()
-	n := min(len(o.dirty), 200)
-	batch := slices.Clone(o.dirty[:n])
-	o.dirty = slices.Delete(o.dirty, 0, n)
-	epoch := o.epochNow
-	claim := make([]bool, n) // a release whose count is above zero at its turn becomes a claim, and the reverse
-	for i, lr := range batch {
-		lr.queued = false
-		claim[i] = len(lr.conns) > 0
-	}
-	o.mu.Unlock()
-	if n == 0 {
+	batch, claim, epoch := o.takeBatch()
+	if len(batch) == 0 {
 		return false
 	}
 	var err error
@@ -300,6 +290,26 @@ func (o *owners) claimBatch(ctx context.Context) (more bool) {
 		cancel()
 	}
 	return o.claimed(batch, claim, epoch, err)
+}
+
+// takeBatch takes the next routes out of the queue: claim says of each whether it is to be claimed or released. A release
+// whose count is above zero at its turn becomes a claim, and the reverse.
+func (o *owners) takeBatch() (batch []*localRoute, claim []bool, epoch string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := min(len(o.dirty), 200)
+	batch = slices.Clone(o.dirty[:n])
+	o.dirty = slices.Delete(o.dirty, 0, n)
+	claim = make([]bool, n)
+	for i, lr := range batch {
+		lr.queued = false
+		if claim[i] = len(lr.conns) > 0; !claim[i] {
+			// 1. The release is sent. 2. A socket attaches and finds the route claimed. 3. The release arrives, and
+			// that socket has no claim. So the claim is gone from here on.
+			lr.claimed = ""
+		}
+	}
+	return batch, claim, o.epochNow
 }
 
 // writeClaims writes the sets first and the log entry only after they were answered: a reader that reads the

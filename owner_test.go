@@ -94,14 +94,7 @@ func TestClaimAndReleaseCross(t *testing.T) {
 		return done
 	}
 	take := func() ([]*localRoute, []bool) {
-		o.mu.Lock()
-		defer o.mu.Unlock()
-		batch := o.dirty
-		o.dirty = nil
-		claim := make([]bool, len(batch))
-		for i, lr := range batch {
-			lr.queued, claim[i] = false, len(lr.conns) > 0
-		}
+		batch, claim, _ := o.takeBatch()
 		return batch, claim
 	}
 
@@ -120,6 +113,9 @@ func TestClaimAndReleaseCross(t *testing.T) {
 	batch, claim = take()
 	if len(batch) != 1 || claim[0] {
 		t.Fatalf("want one release, got %d writes, claim %v", len(batch), claim)
+	}
+	if got := o.routes[r].claimed; got != "" {
+		t.Fatalf("while its release is under way the route counts as claimed under %q: a newcomer would not wait", got)
 	}
 	second := attach(b) // while the release is under way
 	o.claimed(batch, claim, "e1", nil)
