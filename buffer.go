@@ -281,7 +281,16 @@ func (r *ring) siftLocked(gone func(*delivery) bool, o outcome, out []settlement
 	return out
 }
 
-// shrinkLocked lets the memory of an empty ring go.
+// trim lets the memory of an empty ring go that is kept for the next burst.
+func (r *ring) trim() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.n == 0 {
+		r.items, r.head = nil, 0
+	}
+}
+
+// shrinkLocked lets the memory of an empty ring go, but not so much that every burst allocates.
 func (r *ring) shrinkLocked() {
 	if r.n == 0 && len(r.items) > ringKept {
 		r.items, r.head = nil, 0

@@ -161,17 +161,17 @@ func (c *conn) serve(u *upgrade, since bool) {
 		}
 	}()
 	cfg := c.h.cfg.Load()
-	ws, br, err := u.shake(cfg.WebsocketWriteTimeout)
-	if err != nil {
+	if err := u.shake(cfg.WebsocketWriteTimeout); err != nil {
 		c.lost() // the ring was never opened: no writer has its turn
 		return
 	}
-	*u = upgrade{}
 	c.begin()
 	if !c.setUp(since) {
 		return
 	}
-	in := &inbound{ws: ws, br: br, max: int(cfg.WebsocketMaxMessage), control: c.control}
+	in := &inbound{nc: c.nc, early: u.early, max: int(cfg.WebsocketMaxMessage), control: c.control}
+	*u = upgrade{}
+	defer in.idle()
 	c.read(in)
 }
 
@@ -320,6 +320,7 @@ func (c *conn) tend(now time.Time) {
 	if now.Before(c.nextPing) {
 		return
 	}
+	c.ring.trim()
 	cfg := c.h.cfg.Load()
 	c.nextPing = now.Add(cfg.WebsocketPingInterval)
 	if int(c.missed.Load()) >= cfg.WebsocketMaxMissedPongs {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"strconv"
 	"sync"
@@ -160,16 +161,78 @@ func parseClose(p []byte) (int, error) {
 	return code, nil
 }
 
-// inbound assembles messages from a client's frames. The frames' headers are parsed and their payloads unmasked by
-// x/net/websocket; the rules are ours, since that package's message layer hands out fragments as messages and checks
-// neither UTF-8 nor RSV bits nor reserved opcodes nor the length of control frames. Used by one goroutine.
+// frameReader parses frames: x/net/websocket reads their headers and unmasks their payloads.
+type frameReader struct {
+	br *bufio.Reader
+	ws *websocket.Conn // reads from br
+}
+
+// frameReaders serves the sockets that have something to read. One that is idle holds none: with a reader of its own,
+// each would cost 1 KB more.
+var frameReaders = sync.Pool{New: func() any {
+	br := bufio.NewReaderSize(nil, 1<<10)
+	ws, err := shake(nowhere{}, br, "AAAAAAAAAAAAAAAAAAAAAA==", false, nil)
+	if err != nil {
+		panic("handshake with nobody: " + err.Error())
+	}
+	return &frameReader{br, ws}
+}}
+
+// nowhere is the connection of a handshake that only serves to get the package's Conn.
+type nowhere struct{ net.Conn }
+
+func (nowhere) Write(p []byte) (int, error) { return len(p), nil }
+
+// inbound assembles messages from a client's frames. The rules are ours, since x/net/websocket's message layer hands out
+// fragments as messages and checks neither UTF-8 nor RSV bits nor reserved opcodes nor the length of control frames.
+// Used by one goroutine.
 type inbound struct {
-	ws     *websocket.Conn
-	br     *bufio.Reader // the one that ws reads from
-	max    int           // bytes of a message
-	binary bool          // binary messages are taken
+	nc     net.Conn
+	early  []byte       // comes before what nc has
+	one    [1]byte      // where an idle socket waits for the next byte
+	fr     *frameReader // nil while idle
+	max    int          // bytes of a message
+	binary bool         // binary messages are taken
 	// control is given each ping and pong as it comes, between the fragments of a message too. p is its own.
 	control func(op byte, p []byte) error
+}
+
+// Read gives the frameReader's buffer the connection's bytes.
+func (in *inbound) Read(p []byte) (int, error) {
+	if len(in.early) > 0 {
+		n := copy(p, in.early)
+		if in.early = in.early[n:]; len(in.early) == 0 {
+			in.early = nil
+		}
+		return n, nil
+	}
+	return in.nc.Read(p)
+}
+
+// await returns once there is something to read, with a frameReader at hand. It waits without one.
+func (in *inbound) await() error {
+	if in.fr != nil && in.fr.br.Buffered() > 0 {
+		return nil
+	}
+	in.idle()
+	if len(in.early) == 0 {
+		if _, err := io.ReadFull(in.nc, in.one[:]); err != nil {
+			return err
+		}
+		in.early = in.one[:]
+	}
+	in.fr = frameReaders.Get().(*frameReader)
+	in.fr.br.Reset(in)
+	return nil
+}
+
+// idle gives the frameReader back, with what it may have buffered.
+func (in *inbound) idle() {
+	if in.fr != nil {
+		in.fr.br.Reset(nil)
+		frameReaders.Put(in.fr)
+		in.fr = nil
+	}
 }
 
 // messages holds buffers for inbound messages, so that a socket between two messages holds none.
@@ -187,6 +250,11 @@ func recycle(buf *[]byte) {
 func (in *inbound) next() (op byte, buf *[]byte, err error) {
 	checked := 0 // bytes of a text known to be whole runes
 	for {
+		if buf == nil {
+			if err := in.await(); err != nil {
+				return 0, nil, err
+			}
+		}
 		h, err := in.header()
 		if err != nil {
 			return 0, buf, err
@@ -235,7 +303,7 @@ type header struct {
 // header looks at the next frame's header before the package parses it, because that one hides faults: it clears the
 // top bit of a 64-bit length. Everything that is wrong with a frame by itself is found here.
 func (in *inbound) header() (header, error) {
-	p, err := in.br.Peek(2)
+	p, err := in.fr.br.Peek(2)
 	if err != nil {
 		return header{}, err
 	}
@@ -254,12 +322,12 @@ func (in *inbound) header() (header, error) {
 	}
 	switch h.n {
 	case 126:
-		if p, err = in.br.Peek(4); err != nil {
+		if p, err = in.fr.br.Peek(4); err != nil {
 			return h, err
 		}
 		h.n = uint64(binary.BigEndian.Uint16(p[2:]))
 	case 127:
-		if p, err = in.br.Peek(10); err != nil {
+		if p, err = in.fr.br.Peek(10); err != nil {
 			return h, err
 		}
 		h.n = binary.BigEndian.Uint64(p[2:])
@@ -291,7 +359,11 @@ func (in *inbound) begin(op byte, h header, have int) (byte, error) {
 
 // readControl reads a whole control frame.
 func (in *inbound) readControl(h header) ([]byte, error) {
-	fr, err := in.ws.NewFrameReader()
+	if h.n == 0 { // most pongs: nothing to unmask behind two bytes and the mask
+		_, err := in.fr.br.Discard(6)
+		return nil, err
+	}
+	fr, err := in.fr.ws.NewFrameReader()
 	if err != nil {
 		return nil, err
 	}
@@ -304,7 +376,7 @@ func (in *inbound) readControl(h header) ([]byte, error) {
 // without waiting for the rest; checked counts the bytes of whole runes. The buffer grows with what arrives, not with
 // what the header promises.
 func (in *inbound) readData(op byte, h header, buf *[]byte, checked int) (int, error) {
-	fr, err := in.ws.NewFrameReader()
+	fr, err := in.fr.ws.NewFrameReader()
 	if err != nil {
 		return 0, err
 	}

@@ -196,7 +196,7 @@ func (h *hub) settle(ends []settlement, why string) {
 // each calls f for every socket of this pod, outside of the hub's lock.
 func (h *hub) each(f func(*conn)) {
 	h.mu.Lock()
-	all := slices.Collect(maps.Keys(h.conns))
+	all := slices.AppendSeq(make([]*conn, 0, len(h.conns)), maps.Keys(h.conns))
 	h.mu.Unlock()
 	for _, c := range all {
 		f(c)

@@ -18,7 +18,6 @@ import (
 )
 
 const (
-	readBuffer  = 256             // of a socket: a select_chat fits; larger reads go around it
 	lingerTime  = 2 * time.Second // from a close until the connection is cut
 	maxRejects  = 256             // sockets upgraded only to be closed, at once
 	subprotocol = "json.v1"
@@ -157,68 +156,56 @@ func takeOver(w http.ResponseWriter, r *http.Request) (*upgrade, error) {
 	return u, nil
 }
 
-// wire is the connection as the WebSocket package gets it: it begins with the early bytes, and closing it is left to us.
-type wire struct {
-	net.Conn
-	early []byte
-}
-
-func (w *wire) Read(p []byte) (int, error) {
-	if len(w.early) > 0 {
-		n := copy(p, w.early)
-		if w.early = w.early[n:]; len(w.early) == 0 {
-			w.early = nil
-		}
-		return n, nil
-	}
-	return w.Conn.Read(p)
-}
-
-func (w *wire) Close() error { return nil }
-
 // hijacked stands in for the ResponseWriter of a request that was hijacked before.
 type hijacked struct {
 	http.ResponseWriter // nil: the package calls nothing but Hijack
-	wire                *wire
+	nc                  net.Conn
 	rw                  *bufio.ReadWriter
 }
 
-func (h *hijacked) Hijack() (net.Conn, *bufio.ReadWriter, error) { return h.wire, h.rw, nil }
+func (h *hijacked) Hijack() (net.Conn, *bufio.ReadWriter, error) { return keptOpen{h.nc}, h.rw, nil }
+
+// keptOpen withstands the package, which closes what it hijacked when its handler returns, here at once.
+type keptOpen struct{ net.Conn }
+
+func (keptOpen) Close() error { return nil }
 
 var handshakeURL = &url.URL{Path: "/"}
 
-// shake answers the handshake by x/net/websocket, on a request made up of what it looks at. The Server is new for each:
-// the package writes into it. The Conn that comes back is good for NewFrameReader, on the returned reader, and nothing else.
-func (u *upgrade) shake(timeout time.Duration) (*websocket.Conn, *bufio.Reader, error) {
+// shake has x/net/websocket answer a handshake, on a request made up of what it looks at. The Server is new for each,
+// since the package writes into it; header goes into the answer. The Conn that comes back reads frames from br and is used for nothing else.
+func shake(nc net.Conn, br *bufio.Reader, key string, named bool, header http.Header) (*websocket.Conn, error) {
 	r := &http.Request{Method: http.MethodGet, URL: handshakeURL, Host: "x", Header: http.Header{
 		"Upgrade":               {"websocket"},
 		"Connection":            {"Upgrade"},
-		"Sec-Websocket-Key":     {u.key},
+		"Sec-Websocket-Key":     {key},
 		"Sec-Websocket-Version": {"13"},
 	}}
-	if u.named {
+	if named {
 		r.Header["Sec-Websocket-Protocol"] = []string{subprotocol}
 	}
-	wire := &wire{u.nc, u.early}
-	rw := bufio.NewReadWriter(bufio.NewReaderSize(wire, readBuffer), bufio.NewWriterSize(wire, 512))
-	u.nc.SetWriteDeadline(time.Now().Add(timeout))
 	var ws *websocket.Conn
 	server := websocket.Server{
 		Handshake: func(c *websocket.Config, _ *http.Request) error {
-			c.Header = http.Header{"X-Request-Id": {u.requestID}}
+			c.Header = header
 			return nil
 		},
 		Handler: func(c *websocket.Conn) { ws = c },
 	}
-	server.ServeHTTP(&hijacked{wire: wire, rw: rw}, r)
+	rw := bufio.NewReadWriter(br, bufio.NewWriterSize(nc, 512)) // one segment
+	server.ServeHTTP(&hijacked{nc: nc, rw: rw}, r)
 	if ws == nil {
-		return nil, nil, errors.New("write the handshake's answer")
+		return nil, errors.New("write the handshake's answer")
 	}
-	u.nc.SetWriteDeadline(time.Time{})
-	// The Conn holds on to these as long as the socket lives; no one will look at them again.
-	*rw.Writer = bufio.Writer{}
-	r.Header, ws.Config().Location, ws.Config().Header = nil, nil, nil
-	return ws, rw.Reader, nil
+	return ws, nil
+}
+
+// shake answers the handshake of u.
+func (u *upgrade) shake(timeout time.Duration) error {
+	u.nc.SetWriteDeadline(time.Now().Add(timeout))
+	defer u.nc.SetWriteDeadline(time.Time{})
+	_, err := shake(u.nc, nil, u.key, u.named, http.Header{"X-Request-Id": {u.requestID}})
+	return err
 }
 
 // reject upgrades r only to close it at once with e's close code and reason (errors=close). Above a bounded number of
@@ -236,7 +223,7 @@ func (h *hub) reject(w http.ResponseWriter, r *http.Request, e *apiError) {
 	go func() { // counted by startReject
 		defer h.endReject()
 		defer u.nc.Close()
-		if _, _, err := u.shake(lingerTime); err != nil {
+		if err := u.shake(lingerTime); err != nil {
 			return
 		}
 		h.m.closesTotal.with(fmt.Sprint(e.close)).Inc()
