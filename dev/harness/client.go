@@ -231,11 +231,16 @@ func (c *Client) WantReady() Reply {
 
 func (c *Client) reply(m Message) Reply {
 	c.t().Helper()
-	var r Reply
-	if err := json.Unmarshal(m.Payload, &r); err != nil {
+	r, err := m.reply()
+	if err != nil {
 		c.t().Fatalf("%s: payload of %s: %v", c.who(), m.Raw, err)
 	}
 	return r
+}
+
+func (m Message) reply() (r Reply, err error) {
+	err = json.Unmarshal(m.Payload, &r)
+	return r, err
 }
 
 // WantEvent expects the event seq as the very next message: had any other event come before it, the test fails. So it

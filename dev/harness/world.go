@@ -241,7 +241,9 @@ func (p *Pod) WantExit(status int, within time.Duration) {
 	p.W.T.Helper()
 	got, err := p.Wait(Within(p.W.T, within))
 	if err != nil {
-		p.W.T.Fatal(err)
+		p.Signal(syscall.SIGQUIT) // its log then tells where it hangs
+		<-p.Done()
+		p.W.T.Fatalf("%v (stacks of its goroutines: %s)", err, p.Log.Path)
 	}
 	if got != status {
 		p.W.T.Fatalf("%s ended with status %d, want %d (log: %s)", p.Name, got, status, p.Log.Path)

@@ -1,0 +1,138 @@
+package harness
+
+import (
+	"context"
+	"maps"
+	"regexp"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// Follower is a user who stays: whenever the socket ends it opens another, on the pod that is named next, after the
+// delay that the service asked for. It keeps every sequence that it got, over all its sockets.
+type Follower struct {
+	dial Dial
+	pods []*Pod // the first for the first socket; the last for all further ones
+
+	mu     sync.Mutex // guards all below
+	got    map[uint64]int
+	gaps   []Reply
+	ends   []Ended
+	client *Client // open and ready, or nil
+}
+
+// Ended is how one socket of a Follower ended, and when.
+type Ended struct {
+	Close
+	At time.Time
+}
+
+var retryAfter = regexp.MustCompile(`^drain retry-after-ms=(\d+)$`)
+
+// RetryAfter is the delay that a close for a drain asks for; false where the reason is another.
+func (c Close) RetryAfter() (time.Duration, bool) {
+	m := retryAfter.FindStringSubmatch(c.Reason)
+	if m == nil {
+		return 0, false
+	}
+	ms, err := strconv.Atoi(m[1])
+	return time.Duration(ms) * time.Millisecond, err == nil
+}
+
+// Follow connects, waits for ready, and then follows until the test ends.
+func (w *World) Follow(d Dial, pods ...*Pod) *Follower {
+	w.T.Helper()
+	f := &Follower{dial: d, pods: pods, got: map[uint64]int{}}
+	ctx, cancel := context.WithCancel(w.T.Context())
+	done := make(chan struct{})
+	go func() { f.run(ctx); close(done) }()
+	w.T.Cleanup(func() { cancel(); <-done })
+	Eventually(w.T, Patience, d.User+" to be ready", func() bool { return f.Client() != nil })
+	return f
+}
+
+// Client is the socket that is open and ready now, or nil.
+func (f *Follower) Client() *Client {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.client
+}
+
+// Got says how often each sequence has come, as of now.
+func (f *Follower) Got() map[uint64]int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return maps.Clone(f.got)
+}
+
+// Gaps are all gaps that were announced so far.
+func (f *Follower) Gaps() []Reply {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return append([]Reply(nil), f.gaps...)
+}
+
+// Ends are all ends of its sockets so far.
+func (f *Follower) Ends() []Ended {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return append([]Ended(nil), f.ends...)
+}
+
+func (f *Follower) run(ctx context.Context) {
+	for n := 0; ctx.Err() == nil; n++ {
+		pod := f.pods[min(n, len(f.pods)-1)]
+		wait := f.attend(ctx, pod)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+// attend is the life of one socket; it returns how long to wait before the next.
+func (f *Follower) attend(ctx context.Context, pod *Pod) time.Duration {
+	const again = 50 * time.Millisecond
+	dctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	c, _, err := pod.TryDial(dctx, f.dial)
+	if err != nil {
+		return again
+	}
+	defer c.Abort()
+	for {
+		m, err := c.TryTake(ctx, func(Message) bool { return true })
+		if err != nil {
+			break
+		}
+		f.note(c, m)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.client = nil
+	end := c.Ended()
+	if end == nil { // the test is over
+		return 0
+	}
+	f.ends = append(f.ends, Ended{*end, time.Now()})
+	if wait, ok := end.RetryAfter(); ok {
+		return wait
+	}
+	return again
+}
+
+func (f *Follower) note(c *Client, m Message) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch m.Type {
+	case "ready":
+		f.client = c
+	case "event":
+		f.got[m.Seq]++
+	case "gap":
+		if r, err := m.reply(); err == nil {
+			f.gaps = append(f.gaps, r)
+		}
+	}
+}
