@@ -46,6 +46,7 @@ const (
 	heartbeat  = time.Second
 	pullExpiry = 10 * time.Second
 	pollEvery  = 5 * time.Second
+	pollAgain  = 500 * time.Millisecond // while it is not active: all pods are unready for as long
 	apiTimeout = 3 * time.Second
 	seqMaxAge  = 500 * time.Millisecond // ready promises a sequence at most 1 s old
 )
@@ -140,11 +141,14 @@ func (c *consumer) setState(s string) {
 func (c *consumer) status() (nats, consumer string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	nats = "disconnected"
-	if c.nc.IsConnected() {
-		nats = "connected"
+	switch {
+	case c.nc.IsConnected():
+		return "connected", c.state
+	case c.state == "active": // at the last poll
+		return "disconnected", "NATS is not connected"
+	default:
+		return "disconnected", c.state
 	}
-	return nats, c.state
 }
 
 // consume runs one life of the flow, from finding the stream to the flow's end, and says why it ended.
@@ -208,15 +212,18 @@ func (c *consumer) take(msg jetstream.Msg) {
 func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, cons jetstream.Consumer, missed <-chan error) (err error) {
 	ended := flow.Closed()
 	defer func() {
+		if !c.nc.IsConnected() {
+			flow.Stop() // a drain would wait for the server, and what it hands on could not be answered
+		}
 		flow.Drain()
 		select {
 		case <-ended:
-		case <-time.After(apiTimeout): // the library cannot drain while it is disconnected; the server takes the rest back
-			flow.Stop()
+		case <-time.After(apiTimeout): // the connection broke meanwhile; the server takes the rest back
 		}
 	}()
-	poll := time.NewTicker(pollEvery)
+	poll := time.NewTicker(pollAgain)
 	defer poll.Stop()
+	polled := time.Now()
 	stalled := uint64(0) // received at the last poll that looked like a stall
 	if err := c.poll(ctx, cons, &stalled); err != nil {
 		return err
@@ -237,10 +244,14 @@ func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, con
 			if err := c.poll(ctx, cons, &stalled); err != nil {
 				return err
 			}
-		case <-poll.C:
+		case now := <-poll.C:
+			if _, state := c.status(); state == "active" && now.Sub(polled) < pollEvery {
+				continue
+			}
 			if err := c.poll(ctx, cons, &stalled); err != nil {
 				return err
 			}
+			polled = time.Now()
 		}
 	}
 }
