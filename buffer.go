@@ -171,6 +171,13 @@ func (r *ring) waitingLocked() int {
 	return w
 }
 
+// forgetWritten is called when the stream was made anew: its sequences start again and name other events.
+func (r *ring) forgetWritten() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.written = seqSet{}
+}
+
 // holdsLocked says whether the event waits or is being written here.
 func (r *ring) holdsLocked(seq uint64) bool {
 	for i := range r.n {

@@ -491,8 +491,12 @@ func (r *router) fromPeer(d *delivery) {
 // stop makes run end once everything accepted has been routed; accept must not be called any more.
 func (r *router) stop() { close(r.stopping) }
 
-// forgetSeq lets the sequences start again: the stream was made anew.
-func (r *router) forgetSeq() { r.lastSeen.Store(0) }
+// forgetSeq lets the sequences start again: the stream was made anew. A socket that has had number 7 of the old one
+// must not take a redelivery of the new number 7 for a duplicate.
+func (r *router) forgetSeq() {
+	r.lastSeen.Store(0)
+	r.hub.each(func(c *conn) { c.ring.forgetWritten() })
+}
 
 // settleAll waits until nothing is in hand, or ctx ends.
 func (r *router) settleAll(ctx context.Context) error {
