@@ -165,6 +165,9 @@ func (o *owners) leaseLoop(ctx context.Context) {
 func (o *owners) renew(ctx context.Context) error {
 	o.leaseMu.Lock()
 	defer o.leaseMu.Unlock()
+	if o.givenUp {
+		return nil
+	}
 	err := o.renewLocked(ctx)
 	if err != nil {
 		o.goneAway(err)
@@ -584,8 +587,12 @@ func (o *owners) confirm() {
 	slog.Warn("pod was suspended: lease and sessions confirmed before the next write", "pod", o.pod, "err", err)
 }
 
-// close gives up the lease, at the end of a drain.
+// close gives up the lease for good, at the end of a drain. A renewal after it would take the lease anew, and the next
+// process of this id would wait for it to run out.
 func (o *owners) close(ctx context.Context) error {
+	o.leaseMu.Lock()
+	defer o.leaseMu.Unlock()
+	o.givenUp = true
 	own := lease{o.epoch(), o.address}
 	if own.epoch == "" {
 		return nil

@@ -105,7 +105,9 @@ type owners struct {
 	wakeClaim chan struct{}
 	wakeLease chan struct{}
 	confirmMu sync.Mutex // held by the one that confirms the lease of a suspended pod
-	leaseMu   sync.Mutex // serialises renewals
+
+	leaseMu sync.Mutex // serialises renewals; guards givenUp
+	givenUp bool
 
 	// readMu serialises reads of the log and the look-ups that follow one. So no look-up is under way while an entry is
 	// read, and the trap of the cache cannot spring: (1) a look-up reads the set, (2) claim and log entry are written,
