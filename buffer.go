@@ -477,6 +477,13 @@ func (r *ring) selection() string {
 	return r.chat
 }
 
+// look tells an operator the selected chat and how many events wait.
+func (r *ring) look() (chat string, events int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.chat, r.events
+}
+
 // close ends the ring: what waits is failed, what is in flight is settled by its writer, replies and then the close
 // frame are still written. Only the first call does anything; it returns the chat that was selected.
 func (r *ring) close(frame []byte, now time.Time, out []settlement) (_ []settlement, chat string, kick bool) {

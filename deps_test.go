@@ -20,7 +20,7 @@ var rooms = map[string][]string{
 	"google.golang.org/grpc":             {"link.go", "peer.go", "pool.go", "trust.go"},
 	"golang.org/x/net/websocket":         {"frame.go", "upgrade.go"},
 	"github.com/VictoriaMetrics/metrics": {"hub.go", "metrics.go", "peer.go", "pool.go"},
-	"daisi-ws-service/proto":             {"link.go", "peer.go", "pool.go", "trust.go"},
+	"daisi-ws-service/proto":             {"link.go", "peer.go", "pool.go", "roster.go", "trust.go"},
 }
 
 // requirements are the modules that go.mod may require directly, each with what it is there for. A new one is a decision,

@@ -10,7 +10,7 @@
 //	frame.go     the outbound frame, encoded once; buffer.go the send ring and the shared writers
 //	conn.go      one socket: read loop, json.v1, heartbeat, closing
 //	session.go   exclusive sessions in Redis; auth.go keys and tokens; server.go HTTP
-//	peer.go      the talk among pods
+//	peer.go      the talk among pods; roster.go their sessions, for operators
 //	config.go    settings; commands.go the command line; metrics.go every metric
 package main
 
@@ -147,6 +147,8 @@ func newService(cfg *Config) (*service, error) {
 	s.owners.onConfirm(s.sessions.confirm)
 	s.owners.onReturn(s.sessions.reclaim)
 	s.server = newServer(s.cfg, s.m, auth, s.sessions, s.owners, s.hub, s.ready)
+	s.server.roster = &roster{cfg.ServerPodID, s.hub, s.peers, s.owners, s.sessions}
+	s.peers.sessions = s.server.roster.here
 	return s, nil
 }
 

@@ -575,6 +575,19 @@ func (o *owners) peer(m member) (addr string, ok bool) {
 	return l.addr, l.epoch == m.epoch
 }
 
+// otherPods returns the addresses of the other live pods, by id.
+func (o *owners) otherPods() map[string]string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	addrs := map[string]string{}
+	for id, l := range o.pods {
+		if id != o.pod {
+			addrs[id] = l.addr
+		}
+	}
+	return addrs
+}
+
 // livePods is the number of pods with a lease, at least 1.
 func (o *owners) livePods() int {
 	o.mu.Lock()

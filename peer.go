@@ -52,6 +52,8 @@ type peers struct {
 	// deliver takes an event that a peer addressed to this pod's epoch, pushes it to the sockets here and nowhere else,
 	// and settles it, as absent where there is none. It must not block. Set before serve; nil: all is absent.
 	deliver func(d *delivery)
+	// sessions lists this pod's sockets for another pod. Set before serve; nil: there are none.
+	sessions func(*peerpb.List) *peerpb.Sessions
 	// lost is told of a pod that could not be dialled, or whose stream broke: what is believed of its sockets may be
 	// wrong. It must not block. Set before serve; may be nil.
 	lost func(pod string)
@@ -175,6 +177,7 @@ type intake struct {
 	open     int        // events not yet settled
 	settled  []uint64   // settled, not yet answered
 	outcomes []peerpb.Outcome
+	list     *peerpb.List // asked for, not yet answered
 }
 
 const (
@@ -240,12 +243,20 @@ func (in *intake) receive() error {
 		if req, err = in.stream.Recv(); err != nil {
 			break
 		}
-		if req.GetBatch() == nil {
-			err = status.Error(codes.InvalidArgument, "a message that is no batch of events")
-			break
+		switch body := req.GetBody().(type) {
+		case *peerpb.Request_Batch:
+			count.Add(len(body.Batch.GetEvents()))
+			in.take(body.Batch)
+			continue
+		case *peerpb.Request_List:
+			in.mu.Lock()
+			in.list = body.List
+			in.mu.Unlock()
+			in.notify()
+			continue
 		}
-		count.Add(len(req.GetBatch().GetEvents()))
-		in.take(req.GetBatch())
+		err = status.Error(codes.InvalidArgument, "a message that is neither events nor a question")
+		break
 	}
 	slog.Info("peer's stream ended", "pod", pod, "err", err)
 	if err == io.EOF {
@@ -334,7 +345,14 @@ func (in *intake) answer() error {
 	}
 	a.Settled, a.Outcomes = in.settled, in.outcomes
 	in.settled, in.outcomes = nil, nil
+	list := in.list
+	in.list = nil
 	in.mu.Unlock()
+	if list != nil && in.ps.sessions != nil {
+		if err := in.stream.Send(&peerpb.Response{Body: &peerpb.Response_Sessions{Sessions: in.ps.sessions(list)}}); err != nil {
+			return err
+		}
+	}
 	if a.Received == 0 && len(a.Settled) == 0 {
 		return nil
 	}
@@ -345,7 +363,7 @@ func (in *intake) answer() error {
 func (in *intake) idle() bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	return in.open == 0 && len(in.settled) == 0 && in.told == in.received
+	return in.open == 0 && len(in.settled) == 0 && in.told == in.received && in.list == nil
 }
 
 var (

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -278,6 +279,32 @@ func (p *peers) identify(ctx context.Context, addr string) (pod, epoch string, e
 		return "", "", fmt.Errorf("identify the pod at %s: %w", addr, err)
 	}
 	return who.GetPod(), who.GetEpoch(), nil
+}
+
+// list asks pod for its sockets, over a connection of its own: an operator asks rarely, and events wait for nothing.
+func (p *peers) list(ctx context.Context, pod, addr string, ask *peerpb.List) (*peerpb.Sessions, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	conn, err := p.dial(addr)
+	if err != nil {
+		return nil, fmt.Errorf("list the sessions of pod %s: %w", pod, err)
+	}
+	defer conn.Close()
+	stream, err := peerpb.NewPeerClient(conn).Deliver(ctx)
+	if err == nil {
+		err = p.introduce(stream, pod)
+	}
+	var answer *peerpb.Response
+	if err == nil {
+		answer, err = exchange(stream, &peerpb.Request{Body: &peerpb.Request_List{List: ask}})
+	}
+	if err == nil && answer.GetSessions() == nil {
+		err = errors.New("it answered something else")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list the sessions of pod %s at %s: %w", pod, addr, err)
+	}
+	return answer.GetSessions(), nil
 }
 
 // remoteAddr is the address at the other end of a call, for the log.

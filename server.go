@@ -37,6 +37,7 @@ type server struct {
 	ready     func() (map[string]string, bool)
 	available func() bool                                                       // that of owners
 	acquire   func(ctx context.Context, key, userType string) (*session, error) // that of sessions
+	roster    *roster                                                           // set before serve
 	http      *http.Server
 	tls       bool // decided at the start; the files may change
 
@@ -81,6 +82,8 @@ func (s *server) handler() http.Handler {
 	handle("GET", "/ws/{company}/{agent}", s.userSocket)
 	handle("POST", "/generate-token", s.generateToken)
 	handle("POST", "/admin/generate-token", s.generateAdminToken)
+	handle("GET", "/admin/sessions", s.listSessions)
+	handle("DELETE", "/admin/sessions/{company}/{agent}/{user}", s.revokeSession)
 	handle("GET, HEAD", "/health", s.health)
 	handle("GET, HEAD", "/ready", s.readyState)
 	handle("GET, HEAD", "/metrics", s.metrics)

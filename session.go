@@ -275,6 +275,39 @@ func (s *sessions) sendKill(ctx context.Context, key string, msg killMessage) {
 	}
 }
 
+// revoke has the live session of key closed with 4403, wherever it lives, and returns when its lock is free or another's.
+// found is false where there is no such session; the error is errUnavailable where Redis or the holder stays silent.
+func (s *sessions) revoke(ctx context.Context, key string) (found bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, sessionFight)
+	defer cancel()
+	var first lockClaim
+	for pause := 2 * time.Millisecond; ; pause = min(2*pause, sessionLongestPause) {
+		value, err := s.rdb.Get(ctx, lockKey(key)).Result()
+		if errors.Is(err, redis.Nil) {
+			return found, nil
+		}
+		if err != nil {
+			return found, fmt.Errorf("%w: read the lock of %s: %w", errUnavailable, key, err)
+		}
+		holder, _ := parseLock(value)
+		switch {
+		case !found:
+			found, first = true, holder
+			s.sendKill(ctx, key, killMessage{holder.pod, holder.socket, 4403, "revoked"})
+		case holder.socket != first.socket:
+			return true, nil
+		}
+		if s.orphaned(ctx, holder) {
+			s.drop(ctx, []lockDrop{{key: key, socket: holder.socket}})
+		}
+		select {
+		case <-ctx.Done():
+			return true, fmt.Errorf("%w: pod %s, which has the session %s, does not answer", errUnavailable, first.pod, key)
+		case <-time.After(pause):
+		}
+	}
+}
+
 // replacedBy says whether a later newcomer than s holds the lock or waits for it, or s was killed while it waited.
 func (s *session) replacedBy(claims ...lockClaim) bool {
 	for _, c := range claims {

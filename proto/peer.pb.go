@@ -236,6 +236,7 @@ type Request struct {
 	//	*Request_Hello
 	//	*Request_Proof
 	//	*Request_Batch
+	//	*Request_List
 	Body          isRequest_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -305,6 +306,15 @@ func (x *Request) GetBatch() *Batch {
 	return nil
 }
 
+func (x *Request) GetList() *List {
+	if x != nil {
+		if x, ok := x.Body.(*Request_List); ok {
+			return x.List
+		}
+	}
+	return nil
+}
+
 type isRequest_Body interface {
 	isRequest_Body()
 }
@@ -321,11 +331,17 @@ type Request_Batch struct {
 	Batch *Batch `protobuf:"bytes,3,opt,name=batch,proto3,oneof"`
 }
 
+type Request_List struct {
+	List *List `protobuf:"bytes,4,opt,name=list,proto3,oneof"`
+}
+
 func (*Request_Hello) isRequest_Body() {}
 
 func (*Request_Proof) isRequest_Body() {}
 
 func (*Request_Batch) isRequest_Body() {}
+
+func (*Request_List) isRequest_Body() {}
 
 type Response struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -334,6 +350,7 @@ type Response struct {
 	//	*Response_Challenge
 	//	*Response_Welcome
 	//	*Response_Answers
+	//	*Response_Sessions
 	Body          isResponse_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -403,6 +420,15 @@ func (x *Response) GetAnswers() *Answers {
 	return nil
 }
 
+func (x *Response) GetSessions() *Sessions {
+	if x != nil {
+		if x, ok := x.Body.(*Response_Sessions); ok {
+			return x.Sessions
+		}
+	}
+	return nil
+}
+
 type isResponse_Body interface {
 	isResponse_Body()
 }
@@ -419,11 +445,17 @@ type Response_Answers struct {
 	Answers *Answers `protobuf:"bytes,3,opt,name=answers,proto3,oneof"`
 }
 
+type Response_Sessions struct {
+	Sessions *Sessions `protobuf:"bytes,4,opt,name=sessions,proto3,oneof"`
+}
+
 func (*Response_Challenge) isResponse_Body() {}
 
 func (*Response_Welcome) isResponse_Body() {}
 
 func (*Response_Answers) isResponse_Body() {}
+
+func (*Response_Sessions) isResponse_Body() {}
 
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -688,6 +720,204 @@ func (x *Batch) GetEvents() []*Event {
 	return nil
 }
 
+// List asks for the sockets of this pod, in the order of their session keys. It is answered by one Sessions.
+type List struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Company       string                 `protobuf:"bytes,1,opt,name=company,proto3" json:"company,omitempty"` // "" = any
+	Agent         string                 `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`     // "" = any
+	After         string                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`     // only keys above it
+	Limit         uint32                 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *List) Reset() {
+	*x = List{}
+	mi := &file_peer_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *List) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*List) ProtoMessage() {}
+
+func (x *List) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use List.ProtoReflect.Descriptor instead.
+func (*List) Descriptor() ([]byte, []int) {
+	return file_peer_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *List) GetCompany() string {
+	if x != nil {
+		return x.Company
+	}
+	return ""
+}
+
+func (x *List) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *List) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *List) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type Sessions struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sessions      []*Session             `protobuf:"bytes,1,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Sessions) Reset() {
+	*x = Sessions{}
+	mi := &file_peer_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Sessions) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Sessions) ProtoMessage() {}
+
+func (x *Sessions) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Sessions.ProtoReflect.Descriptor instead.
+func (*Sessions) Descriptor() ([]byte, []int) {
+	return file_peer_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Sessions) GetSessions() []*Session {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
+// Session is one live socket.
+type Session struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"` // "<company>:<agent>:<user>" or "admin:<id>"
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Since         int64                  `protobuf:"varint,3,opt,name=since,proto3" json:"since,omitempty"` // Unix milliseconds
+	RemoteAddress string                 `protobuf:"bytes,4,opt,name=remote_address,json=remoteAddress,proto3" json:"remote_address,omitempty"`
+	SelectedChat  string                 `protobuf:"bytes,5,opt,name=selected_chat,json=selectedChat,proto3" json:"selected_chat,omitempty"`
+	QueueLength   uint32                 `protobuf:"varint,6,opt,name=queue_length,json=queueLength,proto3" json:"queue_length,omitempty"` // events that wait to be written
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Session) Reset() {
+	*x = Session{}
+	mi := &file_peer_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Session) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Session) ProtoMessage() {}
+
+func (x *Session) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Session.ProtoReflect.Descriptor instead.
+func (*Session) Descriptor() ([]byte, []int) {
+	return file_peer_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Session) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *Session) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Session) GetSince() int64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
+func (x *Session) GetRemoteAddress() string {
+	if x != nil {
+		return x.RemoteAddress
+	}
+	return ""
+}
+
+func (x *Session) GetSelectedChat() string {
+	if x != nil {
+		return x.SelectedChat
+	}
+	return ""
+}
+
+func (x *Session) GetQueueLength() uint32 {
+	if x != nil {
+		return x.QueueLength
+	}
+	return 0
+}
+
 type Event struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Seq           uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"` // in the stream of JetStream
@@ -705,7 +935,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_peer_proto_msgTypes[9]
+	mi := &file_peer_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -717,7 +947,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[9]
+	mi := &file_peer_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -730,7 +960,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{9}
+	return file_peer_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -808,7 +1038,7 @@ type Answers struct {
 
 func (x *Answers) Reset() {
 	*x = Answers{}
-	mi := &file_peer_proto_msgTypes[10]
+	mi := &file_peer_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -820,7 +1050,7 @@ func (x *Answers) String() string {
 func (*Answers) ProtoMessage() {}
 
 func (x *Answers) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[10]
+	mi := &file_peer_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -833,7 +1063,7 @@ func (x *Answers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answers.ProtoReflect.Descriptor instead.
 func (*Answers) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{10}
+	return file_peer_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Answers) GetReceived() uint64 {
@@ -866,16 +1096,18 @@ const file_peer_proto_rawDesc = "" +
 	"\x0fIdentifyRequest\":\n" +
 	"\x10IdentifyResponse\x12\x10\n" +
 	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x14\n" +
-	"\x05epoch\x18\x02 \x01(\tR\x05epoch\"\xa4\x01\n" +
+	"\x05epoch\x18\x02 \x01(\tR\x05epoch\"\xd2\x01\n" +
 	"\aRequest\x12/\n" +
 	"\x05hello\x18\x01 \x01(\v2\x17.daisi.ws.peer.v1.HelloH\x00R\x05hello\x12/\n" +
 	"\x05proof\x18\x02 \x01(\v2\x17.daisi.ws.peer.v1.ProofH\x00R\x05proof\x12/\n" +
-	"\x05batch\x18\x03 \x01(\v2\x17.daisi.ws.peer.v1.BatchH\x00R\x05batchB\x06\n" +
-	"\x04body\"\xbd\x01\n" +
+	"\x05batch\x18\x03 \x01(\v2\x17.daisi.ws.peer.v1.BatchH\x00R\x05batch\x12,\n" +
+	"\x04list\x18\x04 \x01(\v2\x16.daisi.ws.peer.v1.ListH\x00R\x04listB\x06\n" +
+	"\x04body\"\xf7\x01\n" +
 	"\bResponse\x12;\n" +
 	"\tchallenge\x18\x01 \x01(\v2\x1b.daisi.ws.peer.v1.ChallengeH\x00R\tchallenge\x125\n" +
 	"\awelcome\x18\x02 \x01(\v2\x19.daisi.ws.peer.v1.WelcomeH\x00R\awelcome\x125\n" +
-	"\aanswers\x18\x03 \x01(\v2\x19.daisi.ws.peer.v1.AnswersH\x00R\aanswersB\x06\n" +
+	"\aanswers\x18\x03 \x01(\v2\x19.daisi.ws.peer.v1.AnswersH\x00R\aanswers\x128\n" +
+	"\bsessions\x18\x04 \x01(\v2\x1a.daisi.ws.peer.v1.SessionsH\x00R\bsessionsB\x06\n" +
 	"\x04body\"E\n" +
 	"\x05Hello\x12\x10\n" +
 	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x14\n" +
@@ -891,7 +1123,21 @@ const file_peer_proto_rawDesc = "" +
 	"\aWelcome\"N\n" +
 	"\x05Batch\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12/\n" +
-	"\x06events\x18\x02 \x03(\v2\x17.daisi.ws.peer.v1.EventR\x06events\"\xf0\x01\n" +
+	"\x06events\x18\x02 \x03(\v2\x17.daisi.ws.peer.v1.EventR\x06events\"b\n" +
+	"\x04List\x12\x18\n" +
+	"\acompany\x18\x01 \x01(\tR\acompany\x12\x14\n" +
+	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\tR\x05after\x12\x14\n" +
+	"\x05limit\x18\x04 \x01(\rR\x05limit\"A\n" +
+	"\bSessions\x125\n" +
+	"\bsessions\x18\x01 \x03(\v2\x19.daisi.ws.peer.v1.SessionR\bsessions\"\xb0\x01\n" +
+	"\aSession\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x14\n" +
+	"\x05since\x18\x03 \x01(\x03R\x05since\x12%\n" +
+	"\x0eremote_address\x18\x04 \x01(\tR\rremoteAddress\x12#\n" +
+	"\rselected_chat\x18\x05 \x01(\tR\fselectedChat\x12!\n" +
+	"\fqueue_length\x18\x06 \x01(\rR\vqueueLength\"\xf0\x01\n" +
 	"\x05Event\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12*\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x16.daisi.ws.peer.v1.KindR\x04kind\x12\x18\n" +
@@ -940,7 +1186,7 @@ func file_peer_proto_rawDescGZIP() []byte {
 }
 
 var file_peer_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_peer_proto_goTypes = []any{
 	(Kind)(0),                // 0: daisi.ws.peer.v1.Kind
 	(Outcome)(0),             // 1: daisi.ws.peer.v1.Outcome
@@ -953,28 +1199,34 @@ var file_peer_proto_goTypes = []any{
 	(*Proof)(nil),            // 8: daisi.ws.peer.v1.Proof
 	(*Welcome)(nil),          // 9: daisi.ws.peer.v1.Welcome
 	(*Batch)(nil),            // 10: daisi.ws.peer.v1.Batch
-	(*Event)(nil),            // 11: daisi.ws.peer.v1.Event
-	(*Answers)(nil),          // 12: daisi.ws.peer.v1.Answers
+	(*List)(nil),             // 11: daisi.ws.peer.v1.List
+	(*Sessions)(nil),         // 12: daisi.ws.peer.v1.Sessions
+	(*Session)(nil),          // 13: daisi.ws.peer.v1.Session
+	(*Event)(nil),            // 14: daisi.ws.peer.v1.Event
+	(*Answers)(nil),          // 15: daisi.ws.peer.v1.Answers
 }
 var file_peer_proto_depIdxs = []int32{
 	6,  // 0: daisi.ws.peer.v1.Request.hello:type_name -> daisi.ws.peer.v1.Hello
 	8,  // 1: daisi.ws.peer.v1.Request.proof:type_name -> daisi.ws.peer.v1.Proof
 	10, // 2: daisi.ws.peer.v1.Request.batch:type_name -> daisi.ws.peer.v1.Batch
-	7,  // 3: daisi.ws.peer.v1.Response.challenge:type_name -> daisi.ws.peer.v1.Challenge
-	9,  // 4: daisi.ws.peer.v1.Response.welcome:type_name -> daisi.ws.peer.v1.Welcome
-	12, // 5: daisi.ws.peer.v1.Response.answers:type_name -> daisi.ws.peer.v1.Answers
-	11, // 6: daisi.ws.peer.v1.Batch.events:type_name -> daisi.ws.peer.v1.Event
-	0,  // 7: daisi.ws.peer.v1.Event.kind:type_name -> daisi.ws.peer.v1.Kind
-	1,  // 8: daisi.ws.peer.v1.Answers.outcomes:type_name -> daisi.ws.peer.v1.Outcome
-	2,  // 9: daisi.ws.peer.v1.Peer.Identify:input_type -> daisi.ws.peer.v1.IdentifyRequest
-	4,  // 10: daisi.ws.peer.v1.Peer.Deliver:input_type -> daisi.ws.peer.v1.Request
-	3,  // 11: daisi.ws.peer.v1.Peer.Identify:output_type -> daisi.ws.peer.v1.IdentifyResponse
-	5,  // 12: daisi.ws.peer.v1.Peer.Deliver:output_type -> daisi.ws.peer.v1.Response
-	11, // [11:13] is the sub-list for method output_type
-	9,  // [9:11] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	11, // 3: daisi.ws.peer.v1.Request.list:type_name -> daisi.ws.peer.v1.List
+	7,  // 4: daisi.ws.peer.v1.Response.challenge:type_name -> daisi.ws.peer.v1.Challenge
+	9,  // 5: daisi.ws.peer.v1.Response.welcome:type_name -> daisi.ws.peer.v1.Welcome
+	15, // 6: daisi.ws.peer.v1.Response.answers:type_name -> daisi.ws.peer.v1.Answers
+	12, // 7: daisi.ws.peer.v1.Response.sessions:type_name -> daisi.ws.peer.v1.Sessions
+	14, // 8: daisi.ws.peer.v1.Batch.events:type_name -> daisi.ws.peer.v1.Event
+	13, // 9: daisi.ws.peer.v1.Sessions.sessions:type_name -> daisi.ws.peer.v1.Session
+	0,  // 10: daisi.ws.peer.v1.Event.kind:type_name -> daisi.ws.peer.v1.Kind
+	1,  // 11: daisi.ws.peer.v1.Answers.outcomes:type_name -> daisi.ws.peer.v1.Outcome
+	2,  // 12: daisi.ws.peer.v1.Peer.Identify:input_type -> daisi.ws.peer.v1.IdentifyRequest
+	4,  // 13: daisi.ws.peer.v1.Peer.Deliver:input_type -> daisi.ws.peer.v1.Request
+	3,  // 14: daisi.ws.peer.v1.Peer.Identify:output_type -> daisi.ws.peer.v1.IdentifyResponse
+	5,  // 15: daisi.ws.peer.v1.Peer.Deliver:output_type -> daisi.ws.peer.v1.Response
+	14, // [14:16] is the sub-list for method output_type
+	12, // [12:14] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_peer_proto_init() }
@@ -986,11 +1238,13 @@ func file_peer_proto_init() {
 		(*Request_Hello)(nil),
 		(*Request_Proof)(nil),
 		(*Request_Batch)(nil),
+		(*Request_List)(nil),
 	}
 	file_peer_proto_msgTypes[3].OneofWrappers = []any{
 		(*Response_Challenge)(nil),
 		(*Response_Welcome)(nil),
 		(*Response_Answers)(nil),
+		(*Response_Sessions)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -998,7 +1252,7 @@ func file_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_peer_proto_rawDesc), len(file_peer_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   11,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
