@@ -109,7 +109,7 @@ func (o *owners) start(ctx context.Context) error {
 		}
 		if err.Error() != said {
 			said = err.Error()
-			slog.Warn("waiting for Redis and the pod's lease", "pod", o.pod, "err", err)
+			slog.Warn("waiting for Redis and the pod's lease", "err", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -155,7 +155,7 @@ func (o *owners) leaseLoop(ctx context.Context) {
 		}
 		t.Stop()
 		if err := o.renew(ctx); err != nil && ctx.Err() == nil {
-			slog.Debug("lease not renewed", "pod", o.pod, "err", err)
+			slog.Debug("lease not renewed", "err", err)
 		}
 	}
 }
@@ -259,7 +259,7 @@ func (o *owners) instancesChanged(ctx context.Context) bool {
 	o.instances = ids
 	for id := range ids {
 		if old != nil && !old[id] {
-			slog.Warn("Redis was restarted or failed over", "pod", o.pod)
+			slog.Warn("Redis was restarted or failed over")
 			return true
 		}
 	}
@@ -293,7 +293,7 @@ func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error
 	o.claimAgainLocked()
 	o.mu.Unlock()
 	poke(o.wakeClaim)
-	slog.Info("lease taken", "pod", o.pod, "epoch", next.epoch, "before", own.epoch, "address", o.address)
+	slog.Info("lease taken", "epoch", next.epoch, "before", own.epoch, "address", o.address)
 	for _, f := range o.epochs {
 		f(own.epoch, next.epoch)
 	}
@@ -317,7 +317,7 @@ func (o *owners) readPods(ctx context.Context, names []string) error {
 		if l, ok := parseLease(cmds[i].Val()); ok {
 			live[id] = l
 		} else if err := o.rdb.SRem(ctx, podsKey, id).Err(); err != nil {
-			slog.Debug("dead pod not removed", "pod", id, "err", err)
+			slog.Debug("dead pod not removed", "peer", id, "err", err)
 		}
 	}
 	if o.replacePods(live) {
@@ -399,7 +399,7 @@ func (o *owners) takePlace(ctx context.Context) error {
 // losePlace starts anew after entries were missed: nothing that was believed holds, sockets here may have been
 // overlooked by others (gap), and the next renewal takes a new epoch, since Redis may have lost this pod's claims too.
 func (o *owners) losePlace(ctx context.Context) error {
-	slog.Warn("place in the owner log lost: every socket gets a gap", "pod", o.pod, "place", o.place.ID)
+	slog.Warn("place in the owner log lost: every socket gets a gap", "place", o.place.ID)
 	o.place = redis.XMessage{}
 	if err := o.takePlace(ctx); err != nil {
 		return err
@@ -527,7 +527,7 @@ func (o *owners) flushMarks(ctx context.Context) {
 // goneAway notes that Redis does not answer: events go on to the owners last known, no new sockets are taken.
 func (o *owners) goneAway(err error) {
 	if o.away.CompareAndSwap(false, true) {
-		slog.Warn("Redis is away: events go on to the owners last known, no new sockets", "pod", o.pod, "err", err)
+		slog.Warn("Redis is away: events go on to the owners last known, no new sockets", "err", err)
 		poke(o.wakeLease)
 	}
 }
@@ -539,7 +539,7 @@ func (o *owners) cameBack() {
 	o.claimAgainLocked()
 	o.mu.Unlock()
 	o.away.Store(false)
-	slog.Info("Redis is back: everything is claimed again", "pod", o.pod)
+	slog.Info("Redis is back: everything is claimed again")
 	for _, f := range o.returns {
 		f()
 	}
@@ -584,7 +584,7 @@ func (o *owners) confirm() {
 		return
 	}
 	err := o.renew(context.Background())
-	slog.Warn("pod was suspended: lease and sessions confirmed before the next write", "pod", o.pod, "err", err)
+	slog.Warn("pod was suspended: lease and sessions confirmed before the next write", "err", err)
 }
 
 // close gives up the lease for good, at the end of a drain. A renewal after it would take the lease anew, and the next

@@ -138,7 +138,7 @@ func (l *link) established(conn *grpc.ClientConn) bool {
 	}
 	q.ps.m.grpcPoolSize.with().Inc()
 	q.ps.m.grpcPoolConnectionsCreated.with().Inc()
-	slog.Info("connected to a peer", "pod", q.key.pod, "address", q.key.addr)
+	slog.Info("connected to a peer", "peer", q.key.pod, "address", q.key.addr)
 	return true
 }
 
@@ -255,7 +255,7 @@ func (l *link) endLocked(why ending, err error) []flight {
 	if why == endIdle || why == endGone || why == endStopped {
 		level = slog.LevelInfo
 	}
-	slog.Log(l.ctx, level, "connection to a peer ended", "pod", q.key.pod, "reason", string(why), "in_flight", len(lost), "err", err)
+	slog.Log(l.ctx, level, "connection to a peer ended", "peer", q.key.pod, "reason", string(why), "in_flight", len(lost), "err", err)
 	if len(lost) > 0 && (why == endUnopened || why == endBroken) {
 		q.reportLocked(l.generation, false)
 	}

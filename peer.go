@@ -237,7 +237,7 @@ func (in *intake) receive() error {
 	}
 	in.pod = pod
 	count := in.ps.receivedFrom(pod)
-	slog.Info("peer opened a stream", "pod", pod)
+	slog.Info("peer opened a stream", "peer", pod)
 	for {
 		var req *peerpb.Request
 		if req, err = in.stream.Recv(); err != nil {
@@ -258,7 +258,7 @@ func (in *intake) receive() error {
 		err = status.Error(codes.InvalidArgument, "a message that is neither events nor a question")
 		break
 	}
-	slog.Info("peer's stream ended", "pod", pod, "err", err)
+	slog.Info("peer's stream ended", "peer", pod, "err", err)
 	if err == io.EOF {
 		return nil
 	}
@@ -304,7 +304,7 @@ func (in *intake) take(b *peerpb.Batch) {
 func (in *intake) refuseEvent(e *peerpb.Event, err error) {
 	if !in.warned {
 		in.warned = true
-		slog.Error("faulty event from a peer", "pod", in.pod, "seq", e.GetSeq(), "err", err)
+		slog.Error("faulty event from a peer", "peer", in.pod, "seq", e.GetSeq(), "err", err)
 	}
 	in.settle(in.number, failed)
 }

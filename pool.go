@@ -175,7 +175,7 @@ func (q *peer) noteLocked(before breakerState) {
 	} else if now == breakerClosed {
 		m.grpcCircuitbreakerOpen.with().Dec()
 	}
-	slog.Warn("circuit breaker of a peer", "pod", q.key.pod, "state", now.String(), "was", before.String())
+	slog.Warn("circuit breaker of a peer", "peer", q.key.pod, "state", now.String(), "was", before.String())
 }
 
 // reportLocked gives the breaker a result.

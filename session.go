@@ -218,7 +218,7 @@ func (s *sessions) take(ctx context.Context, sess *session, userType string) err
 			oust = rival
 		}
 		if oust != "" {
-			slog.Info("session taken over", "session", sess.key, "pod", holder.pod)
+			slog.Info("session taken over", "session", sess.key, "peer", holder.pod)
 			s.m.sessionLockAttemptsTotal.with(userType, "takeover").Inc()
 			continue
 		}
