@@ -28,7 +28,7 @@ type router struct {
 	inHand   atomic.Int64  // deliveries accepted and not yet ended
 	bytes    atomic.Int64  // their payloads
 	waiting  atomic.Bool   // accept waits for room
-	logged   atomic.Int64  // when a malformed event was last logged, Unix seconds
+	logged   time.Time     // when a malformed event was last logged; owned by run
 	more     chan struct{} // room for 1: the queue is not empty; never closed
 	room     chan struct{} // room for 1: less may be in hand; never closed
 	stopping chan struct{} // closed by stop
@@ -228,7 +228,8 @@ func requestIDOf(msg jetstream.Msg, seq uint64) string {
 
 // refuse terminates a malformed event, which no redelivery would mend.
 func (r *router) refuse(p *pulled, err error) {
-	if now := time.Now().Unix(); r.logged.Swap(now) != now {
+	if now := time.Now(); now.Sub(r.logged) >= time.Second {
+		r.logged = now
 		slog.Warn("malformed event terminated", "subject", fmt.Sprintf("%.200q", p.msg.Subject()), "seq", p.seq, "err", err)
 	}
 	p.end(term, "malformed")
