@@ -218,7 +218,11 @@ func (c *Client) TakeType(typ string) Message {
 // WantReady expects ready as the next message.
 func (c *Client) WantReady() Reply {
 	c.t().Helper()
-	m := c.Next()
+	return c.greeted(c.Next())
+}
+
+func (c *Client) greeted(m Message) Reply {
+	c.t().Helper()
 	if m.Type != "ready" {
 		c.t().Fatalf("%s: want ready first, got %s", c.who(), m.Raw)
 	}

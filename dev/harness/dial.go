@@ -138,22 +138,40 @@ func (p *Pod) Dial(d Dial) *Client {
 	return p.DialAt(p.HTTP, d)
 }
 
-// DialAt is Dial through another address: a proxy's.
+// DialAt is Dial through another address: a proxy's. A 503 means "come again", and so it does, for a while: on a loaded
+// machine Redis may be away for a moment by the service's measure.
 func (p *Pod) DialAt(address string, d Dial) *Client {
 	p.W.T.Helper()
-	c, _, err := p.tryDial(Within(p.W.T, Patience), d.complete(p.W), address)
+	d = d.complete(p.W)
+	var c *Client
+	var err error
+	Eventually(p.W.T, Patience, "an answer other than 503", func() bool {
+		var a Answer
+		c, a, err = p.tryDial(Within(p.W.T, Patience), d, address)
+		return a.Response == nil || a.StatusCode != http.StatusServiceUnavailable
+	})
 	if err != nil {
 		p.W.T.Fatalf("dial %s: %v", p.ID, err)
 	}
 	return c
 }
 
-// Connect opens a socket and returns once it has got its ready: what is published from then on reaches it.
+// Connect opens a socket and returns once it has got its ready: what is published from then on reaches it. It comes again
+// after a close with 1013 as Dial does after a 503.
 func (p *Pod) Connect(d Dial) *Client {
 	p.W.T.Helper()
-	c := p.Dial(d)
-	c.WantReady()
-	return c
+	for began := time.Now(); ; {
+		c := p.Dial(d)
+		m, err := c.TryTake(Within(p.W.T, Patience), func(Message) bool { return true })
+		if end := c.Ended(); err != nil && end != nil && end.Code == 1013 && time.Since(began) < Patience {
+			continue
+		}
+		if err != nil {
+			p.W.T.Fatalf("%s on %s waits for ready: %v", c.who(), p.ID, err)
+		}
+		c.greeted(m)
+		return c
+	}
 }
 
 // WantRefused dials and expects an HTTP error with this status and code of the error table.
