@@ -166,6 +166,13 @@ func (r *Raw) WantFrame(op byte, payload string) {
 // Code 1005 is a close frame without a code.
 func (r *Raw) WantClose(code int, reason string) {
 	r.Pod.W.T.Helper()
+	if err := r.ReadClose(code, reason); err != nil {
+		r.Pod.W.T.Fatal(err)
+	}
+}
+
+// ReadClose is WantClose for tests that know better what to say.
+func (r *Raw) ReadClose(code int, reason string) error {
 	op, p, err := r.Read()
 	for err == nil && op == Ping {
 		op, p, err = r.Read()
@@ -175,11 +182,12 @@ func (r *Raw) WantClose(code int, reason string) {
 		got, why = int(binary.BigEndian.Uint16(p)), string(p[2:])
 	}
 	if err != nil || op != CloseFrame || got != code || why != reason {
-		r.Pod.W.T.Fatalf("want close %d %q, got frame %d: %d %.300q, %v", code, reason, op, got, why, err)
+		return fmt.Errorf("want close %d %q, got frame %d: %d %.300q, %v", code, reason, op, got, why, err)
 	}
 	if op, p, err := r.Read(); !errors.Is(err, io.EOF) {
-		r.Pod.W.T.Fatalf("behind the close frame came frame %d %.300q, %v", op, p, err)
+		return fmt.Errorf("behind the close frame came frame %d %.300q, %v", op, p, err)
 	}
+	return nil
 }
 
 // Abort closes the TCP connection.
