@@ -119,7 +119,7 @@ func TestPayloadIsUntouched(t *testing.T) {
 		for i, p := range payloads {
 			subject := []string{"chats", "contacts", "messages.c.1"}[i%3]
 			seq := w.PublishRaw(w.Prefix+".acme.desk1."+subject, []byte(p))
-			if m := c.WantEvent(seq); !strings.HasSuffix(m.Raw, `"payload":`+p+"}") {
+			if m := c.WaitEvent(seq); !strings.HasSuffix(m.Raw, `"payload":`+p+"}") {
 				t.Errorf("published %.200q, got %.300q", p, m.Raw)
 			}
 		}
