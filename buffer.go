@@ -137,16 +137,6 @@ func (r *ring) push(d *delivery, now time.Time, out []settlement) (_ []settlemen
 	return out, r.kickLocked(now)
 }
 
-// holdLocked keeps a message of a chat whose confirmation is not queued yet. Attaching takes milliseconds, so a full
-// hold means trouble: the event fails and comes again when the selection is through.
-func (r *ring) holdLocked(it item, out []settlement) []settlement {
-	if len(r.held) >= r.policy.size {
-		return append(out, settlement{it.d, failed})
-	}
-	r.held = append(r.held, it)
-	return out
-}
-
 // acceptLocked appends an event, making room as the policy says.
 func (r *ring) acceptLocked(it item, now time.Time, out []settlement) []settlement {
 	if r.waitingLocked() >= r.policy.size {
@@ -436,45 +426,6 @@ func (r *ring) greet(f *frame, now time.Time) (kick bool) {
 	r.insertLocked(0, item{f: f, at: now})
 	r.ready = true
 	return r.kickLocked(now)
-}
-
-// selecting begins the selection of a chat: its messages are held until it is confirmed.
-func (r *ring) selecting(chat string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.pending = chat
-}
-
-// selected ends a selection in one step: messages of the chat before that still wait are not for this socket any more,
-// then comes the confirmation, then what was held. f is nil if the selection failed: all stays as it was. ok is false
-// if the ring was closed meanwhile; nothing is selected then.
-func (r *ring) selected(chat string, f *frame, now time.Time, out []settlement) (_ []settlement, old string, ok, kick bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	held := r.held
-	r.held, r.pending = nil, ""
-	if r.closed || f == nil {
-		for _, it := range held {
-			out = r.settleLocked(it.d, duplicate, out)
-		}
-		return out, "", !r.closed, false
-	}
-	old, r.chat = r.chat, chat
-	if old != "" && old != chat {
-		out = r.siftLocked(func(d *delivery) bool { return d.kind == kindMessage && d.chat == old }, duplicate, out)
-	}
-	r.insertLocked(r.n, item{f: f, at: now})
-	for _, it := range held {
-		out = r.acceptLocked(it, now, out)
-	}
-	return out, old, true, r.kickLocked(now)
-}
-
-// selection is the chat whose messages this socket gets now, "" for none.
-func (r *ring) selection() string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.chat
 }
 
 // look tells an operator the selected chat and how many events wait.

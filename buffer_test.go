@@ -242,7 +242,7 @@ func (m *ringModel) finish() {
 
 func TestRingModel(t *testing.T) {
 	for _, block := range []bool{false, true} {
-		for seed := range uint64(400) {
+		for seed := range uint64(150) {
 			synctest.Test(t, func(t *testing.T) {
 				m := &ringModel{t: t, rnd: rand.New(rand.NewPCG(seed, 1))}
 				m.r, m.p = newTestRing(4, block)
@@ -422,7 +422,70 @@ func TestBlock(t *testing.T) {
 		writeAll(r)
 		wantEnd(t, &l, all[0], written)
 		wantEnd(t, &l, all[3], written)
+		late := pushAll(r, &l, 6, 7, 8, 9)
+		time.Sleep(time.Second)
+		settleAll(r.expire(time.Now(), nil))
+		wantEnd(t, &l, late[1])
+		wantEnd(t, &l, late[2], failed)
+		wantEnd(t, &l, late[3], failed)
 	})
+}
+
+func TestStuckEvents(t *testing.T) {
+	r, p := newTestRing(8, true)
+	var l ledger
+	writeAll(r)
+	wantStuck := func(n int64) {
+		t.Helper()
+		if got := p.stuck.Load(); got != n {
+			t.Fatalf("%d events are stuck, want %d", got, n)
+		}
+	}
+	all := pushAll(r, &l, 1, 2)
+	wantStuck(0)
+	r.goAlone(true)
+	wantStuck(2)
+	pushAll(r, &l, 3)
+	wantStuck(3)
+	settleAll(r.shed(nil))
+	wantEnd(t, &l, all[0], shed)
+	wantStuck(2)
+	writeAll(r)
+	pushAll(r, &l, 4)
+	wantStuck(0)
+}
+
+// From a confirmation on, nothing of the chat before is written, what waited included.
+func TestSelectionTakesOutTheChatBefore(t *testing.T) {
+	r, _ := newTestRing(8, false)
+	var l ledger
+	push := func(chat string, seq uint64) *delivery {
+		d := newDelivery(&l, kindMessage, chat, seq, 1, 10)
+		ends, _ := r.push(d, time.Now(), nil)
+		settleAll(ends)
+		return d
+	}
+	pick := func(chat string) {
+		ends, _, _, _ := r.selected(chat, newReply("chat_selected", nil), time.Now(), nil)
+		settleAll(ends)
+	}
+	r.selecting("a")
+	pick("a")
+	writeAll(r)
+	old, other := push("a", 1), pushAll(r, &l, 2)[0]
+	r.selecting("b")
+	late, held := push("a", 3), push("b", 4)
+	pick("b")
+	gone := push("a", 5)
+	wantEnd(t, &l, old, duplicate)
+	wantEnd(t, &l, late, duplicate)
+	wantEnd(t, &l, gone, duplicate)
+	_, types := (&ringModel{t: t, out: []byte(writeAll(r))}).frames()
+	if !slices.Equal(types, []string{"event", "chat_selected", "event"}) {
+		t.Fatalf("wrote %v", types)
+	}
+	wantEnd(t, &l, other, written)
+	wantEnd(t, &l, held, written)
 }
 
 func TestOverdue(t *testing.T) {
@@ -465,6 +528,41 @@ func TestRingAllocations(t *testing.T) {
 	})
 	if n != 0 {
 		t.Fatalf("%v allocations per push and pop", n)
+	}
+}
+
+// Handing one event to many sockets allocates nothing per socket.
+func TestFanOutAllocations(t *testing.T) {
+	h := newHub(testSettings(nil), newMetrics(), nil, nil)
+	h.confirm = func() {}
+	d := newDelivery(nil, kindChat, "", 1, 1, 600)
+	d.src = noLedger{}
+	buf, ends := make([]byte, 0, scratchBytes), make([]settlement, 0, 64)
+	conns := make([]*conn, 100)
+	for i := range conns {
+		c := &conn{h: h, w: h.writers[0]}
+		c.ring.policy = &h.policy
+		c.ring.open(time.Now())
+		c.ring.greet(newReply("ready", nil), time.Now())
+		conns[i] = c
+	}
+	now := time.Now()
+	hand := func() {
+		for _, c := range conns {
+			d.open.Store(1)
+			c.push(d)
+			b := c.ring.take(buf, now)
+			ends, _ = c.ring.wrote(len(b), now, ends[:0], h.count.sent)
+			h.settle(ends, "")
+			c.ring.rest()
+		}
+		h.writers[0].dirty = h.writers[0].dirty[:0]
+	}
+	for range writtenSeqs { // until the sets of written sequences are full
+		hand()
+	}
+	if n := testing.AllocsPerRun(100, hand); n != 0 {
+		t.Fatalf("%v allocations for an event to %d sockets", n, len(conns))
 	}
 }
 

@@ -160,6 +160,7 @@ func (c *conn) serve(u *upgrade, since bool) {
 			c.close(closeInternal, internalServerError().reason)
 		}
 	}()
+	c.lock.bind(c.close)
 	cfg := c.h.cfg.Load()
 	if err := u.shake(cfg.WebsocketWriteTimeout); err != nil {
 		c.lost() // the ring was never opened: no writer has its turn
@@ -183,7 +184,6 @@ func (c *conn) begin() {
 	c.h.m.activeConnections.with(typ).Inc()
 	slog.Info("socket opened", c.logAttrs()...)
 	c.kick(c.ring.open(time.Now()))
-	c.lock.bind(c.close)
 	c.h.mu.Lock()
 	draining := c.h.draining
 	c.h.mu.Unlock()

@@ -140,6 +140,35 @@ func (h *hub) run(ctx context.Context) {
 	}
 }
 
+// noteStuck finds out whether a socket that writes alone, blocking, has been unable to for a while.
+func (r *ring) noteStuck(now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.state == alone && r.somethingLocked() && now.Sub(r.progress) >= slowTick {
+		r.stuckLocked(true)
+	}
+}
+
+// overdue says whether something waits for longer than timeout, or no byte went out for that long.
+func (r *ring) overdue(now time.Time, timeout time.Duration) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed || !r.somethingLocked() {
+		return false
+	}
+	return now.Sub(r.progress) >= timeout || r.n > 0 && now.Sub(r.at(0).at) >= timeout
+}
+
+// sheddable counts the events that shed could take, none while the socket takes its events.
+func (r *ring) sheddable() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.stuck {
+		return 0
+	}
+	return r.waitingLocked()
+}
+
 // tendSlow looks after the sockets that do not take what waits for them: events behind their rings expire, and those
 // whose time is over are closed.
 func (h *hub) tendSlow(now time.Time) {

@@ -236,15 +236,6 @@ func (r *ring) goAlone(stuck bool) {
 	r.stuckLocked(stuck)
 }
 
-// noteStuck finds out whether a socket that writes alone, blocking, has been unable to for a while.
-func (r *ring) noteStuck(now time.Time) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.state == alone && r.somethingLocked() && now.Sub(r.progress) >= slowTick {
-		r.stuckLocked(true)
-	}
-}
-
 // stuckLocked keeps policy.stuck: the events in the rings of all sockets that do not take them now.
 func (r *ring) stuckLocked(stuck bool) {
 	if r.stuck == stuck {
@@ -256,26 +247,6 @@ func (r *ring) stuckLocked(stuck bool) {
 	} else {
 		r.policy.stuck.Add(-int64(r.events))
 	}
-}
-
-// overdue says whether something waits for longer than timeout, or no byte went out for that long.
-func (r *ring) overdue(now time.Time, timeout time.Duration) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.closed || !r.somethingLocked() {
-		return false
-	}
-	return now.Sub(r.progress) >= timeout || r.n > 0 && now.Sub(r.at(0).at) >= timeout
-}
-
-// sheddable counts the events that shed could take, none while the socket takes its events.
-func (r *ring) sheddable() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if !r.stuck {
-		return 0
-	}
-	return r.waitingLocked()
 }
 
 // scratch is what one write needs besides the socket.
@@ -340,7 +311,6 @@ func (w *writer) run(ctx context.Context) {
 		w.mu.Lock()
 		round, w.dirty = w.dirty, round[:0]
 		w.mu.Unlock()
-		w.h.confirm()
 		for _, c := range round {
 			w.write(c)
 		}
@@ -370,6 +340,7 @@ func (w *writer) write(c *conn) {
 		w.h.alone(c, false)
 		return
 	}
+	w.h.confirm()
 	w.c, w.res = c, broken
 	err := c.raw.Write(w.try)
 	switch {
