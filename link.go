@@ -43,7 +43,7 @@ const (
 type flight struct {
 	d          *delivery
 	epoch      string    // that it is addressed to
-	since      time.Time // when it was pushed, or when the link came up if that was later
+	since      time.Time // when it was pushed, then when it was put into a batch
 	generation uint64    // of the breaker
 }
 
@@ -63,6 +63,7 @@ type link struct {
 	flights    map[uint64]flight // in a batch, not settled
 	number     uint64            // of the last event in a batch
 	received   uint64            // the peer has told this of all up to here
+	progress   time.Time         // when it told so last, or when the link came up
 	missed     uint64            // those up to here that were not received in time have been failed
 	generation uint64            // of the event pushed last
 	used       time.Time         // when something was in flight last
@@ -132,10 +133,7 @@ func (l *link) established(conn *grpc.ClientConn) bool {
 		return false
 	}
 	now := time.Now()
-	l.conn, l.used, l.checked = conn, now, now
-	for i := range l.queue {
-		l.queue[i].since = now // the time to dial was not the time to answer
-	}
+	l.conn, l.progress, l.used, l.checked = conn, now, now, now
 	q.ps.m.grpcPoolSize.with().Inc()
 	q.ps.m.grpcPoolConnectionsCreated.with().Inc()
 	slog.Info("connected to a peer", "peer", q.key.pod, "address", q.key.addr)
@@ -170,13 +168,14 @@ func (l *link) next() *peerpb.Batch {
 		return nil
 	}
 	b := &peerpb.Batch{Epoch: l.queue[0].epoch}
-	size := 0
+	size, now := 0, time.Now()
 	for len(b.Events) < len(l.queue) && len(b.Events) < batchEvents && size < batchBytes {
 		f := l.queue[len(b.Events)]
 		if size += len(f.d.payload); f.epoch != b.Epoch || len(b.Events) > 0 && size > batchBytes {
 			break
 		}
 		l.number++
+		f.since = now
 		l.flights[l.number] = f
 		b.Events = append(b.Events, l.eventFor(len(b.Events), f.d))
 	}
@@ -223,7 +222,9 @@ func (l *link) answered(a *peerpb.Answers, done []flight) []flight {
 	q := l.peer
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	now := time.Now()
 	for ; l.received < min(a.GetReceived(), l.number); l.received++ {
+		l.progress = now
 		if f, ok := l.flights[l.received+1]; ok {
 			q.ps.m.grpcForwardSeconds.with().UpdateDuration(f.since)
 			q.reportLocked(f.generation, true)
@@ -277,7 +278,8 @@ func (l *link) end(why ending, err error) {
 }
 
 // missedLocked takes out what was sent before and not received: each is a failure to the breaker. What waits behind a
-// writer that cannot send counts too: a peer that reads nothing is no better than one that answers nothing.
+// writer that cannot send counts too, unless the peer has received something since: one that reads nothing is no better
+// than one that answers nothing, but a long queue of large events is nobody's fault.
 func (l *link) missedLocked(before time.Time) (lost []flight) {
 	if l.conn == nil {
 		return nil // still dialling, which has its own limit
@@ -293,7 +295,7 @@ func (l *link) missedLocked(before time.Time) (lost []flight) {
 			l.peer.reportLocked(f.generation, false)
 		}
 	}
-	for len(l.queue) > 0 && !l.queue[0].since.After(before) {
+	for len(l.queue) > 0 && !l.queue[0].since.After(before) && !l.progress.After(before) {
 		lost = append(lost, l.queue[0])
 		l.peer.reportLocked(l.queue[0].generation, false)
 		l.queue = l.queue[1:]

@@ -455,12 +455,14 @@ func TestPeerWindowFull(t *testing.T) {
 
 // TestPeerBigEvents: payloads above gRPC's own default limit pass, among small ones.
 func TestPeerBigEvents(t *testing.T) {
-	a, _ := startPeers(t, "pod-a", "ea", peerConfig())
-	_, addr := startPeers(t, "pod-b", "eb", peerConfig(), takeAll(written, nil))
+	cfg := peerConfig()
+	cfg.PeerTimeout, cfg.NATSAckWait = 20*time.Second, time.Minute // it is about size, and the race detector is slow
+	a, _ := startPeers(t, "pod-a", "ea", cfg)
+	_, addr := startPeers(t, "pod-b", "eb", cfg, takeAll(written, nil))
 	l := newPeerLedger(t)
 	for seq := uint64(1); seq <= 20; seq++ {
 		d := l.delivery(seq)
-		if seq%5 == 0 {
+		if seq%10 == 0 {
 			d.payload = fmt.Appendf(nil, `{"a":"%s"}`, strings.Repeat("x", 6<<20))
 		}
 		a.push("pod-b", "eb", addr, d)

@@ -19,6 +19,8 @@ import (
 // scriptedPeer is a pod that proves itself and then does only what the test tells it.
 type scriptedPeer struct {
 	*peers
+	gate chan struct{} // if set: nothing is read before it is closed
+
 	mu      sync.Mutex // guards all below
 	streams []peerpb.Peer_DeliverServer
 	seqs    []uint64 // of all events, in order of arrival
@@ -34,6 +36,9 @@ func (s *scriptedPeer) Deliver(stream peerpb.Peer_DeliverServer) error {
 	s.mu.Lock()
 	s.streams = append(s.streams, stream)
 	s.mu.Unlock()
+	if s.gate != nil {
+		<-s.gate
+	}
 	n := uint64(0)
 	for {
 		req, err := stream.Recv()
@@ -386,6 +391,23 @@ func TestStreamsThatBreakUnused(t *testing.T) {
 		if failures != 0 || n.dialled() != 6 {
 			t.Errorf("%d failures counted, %d dials", failures, n.dialled())
 		}
+	})
+}
+
+// TestPeerThatReadsNothing: its breaker opens, though most of what waits for it could not even be sent.
+func TestPeerThatReadsNothing(t *testing.T) {
+	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		b.gate = make(chan struct{})
+		l := newPeerLedger(t)
+		for seq := uint64(1); seq <= 20; seq++ {
+			d := l.delivery(seq)
+			d.payload = fmt.Appendf(nil, `{"a":"%s"}`, strings.Repeat("x", 1<<20))
+			a.push("pod-b", "eb", "b", d)
+		}
+		time.Sleep(11 * time.Second)
+		l.want(20, failed)
+		wantBreaker(t, a, breakerOpen, 1)
+		close(b.gate)
 	})
 }
 
