@@ -165,11 +165,17 @@ func (o *owners) leaseLoop(ctx context.Context) {
 func (o *owners) renew(ctx context.Context) error {
 	o.leaseMu.Lock()
 	defer o.leaseMu.Unlock()
+	return o.renewOnce(ctx)
+}
+
+// renewOnce is renew for a caller that holds o.leaseMu.
+func (o *owners) renewOnce(ctx context.Context) error {
 	if o.givenUp {
 		return nil
 	}
-	err := o.renewLocked(ctx)
-	if err != nil {
+	sent := time.Now()
+	if err := o.renewLocked(ctx); err != nil {
+		o.noteFailed(sent)
 		o.goneAway(err)
 		return err
 	}
@@ -566,25 +572,43 @@ func (o *owners) fresh() bool {
 	return at != 0 && time.Since(o.base)-time.Duration(at) < o.cfg.Load().PodLease
 }
 
-// suspended says whether the lease ran out without Redis having been away: this process stood still.
+// suspended says whether this process may have stood still: its lease has run out by its own clock, and that is not for
+// Redis being away. Not every failure means that:
+//  1. A read or a renewal is sent.
+//  2. The process is suspended, and others take over when its lease ends.
+//  3. Awake again, it finds the time for the answer over, and Redis counts as away.
+//
+// So only a renewal counts that failed after the lease had run out, a moment ago, and within the time that it was given.
 func (o *owners) suspended() bool {
-	return o.heldAt.Load() != 0 && !o.fresh() && !o.away.Load()
+	held, failed := o.heldAt.Load(), time.Duration(o.failedAt.Load())
+	if held == 0 || o.fresh() {
+		return false
+	}
+	return failed < time.Duration(held)+o.cfg.Load().PodLease || time.Since(o.base)-failed > stillAway
+}
+
+// noteFailed notes a renewal that failed, unless the process stood still meanwhile.
+func (o *owners) noteFailed(sent time.Time) {
+	if time.Since(sent) < 2*leaseTimeout {
+		o.failedAt.Store(int64(time.Since(o.base)))
+	}
 }
 
 // confirm returns at once while the lease was renewed less than its length ago. Else the process was suspended and
 // others may have taken over: lease and session locks are confirmed before it returns, unless Redis does not answer
-// within 1 s, or was away before. Every writer calls it before it writes to sockets.
+// within 1 s, or did not a moment ago. Every writer calls it before it writes to sockets.
 func (o *owners) confirm() {
 	if !o.suspended() {
 		return
 	}
-	o.confirmMu.Lock()
-	defer o.confirmMu.Unlock()
+	o.leaseMu.Lock()
+	defer o.leaseMu.Unlock()
 	if !o.suspended() {
 		return
 	}
-	err := o.renew(context.Background())
-	slog.Warn("pod was suspended: lease and sessions confirmed before the next write", "err", err)
+	if err := o.renewOnce(context.Background()); err == nil {
+		slog.Warn("pod was suspended: lease and sessions confirmed before the next write", "pod", o.pod)
+	}
 }
 
 // close gives up the lease for good, at the end of a drain. A renewal after it would take the lease anew, and the next

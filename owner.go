@@ -100,11 +100,11 @@ type owners struct {
 
 	address   string       // that peers dial; set before start
 	heldAt    atomic.Int64 // when the last successful renewal was sent, since base; 0 = no lease
+	failedAt  atomic.Int64 // when a renewal failed last, since base
 	base      time.Time
 	away      atomic.Bool // Redis: a renewal failed or took over 1 s, or a log read over 500 ms
 	wakeClaim chan struct{}
 	wakeLease chan struct{}
-	confirmMu sync.Mutex // held by the one that confirms the lease of a suspended pod
 
 	leaseMu sync.Mutex // serialises renewals; guards givenUp
 	givenUp bool
@@ -143,6 +143,7 @@ const (
 	readTimeout  = 500 * time.Millisecond
 	leaseTimeout = time.Second
 	claimTimeout = 2 * time.Second
+	stillAway    = 3 * time.Second // while Redis is away, a renewal fails at least this often
 	logKey       = "owner_log"
 	logLength    = 100_000
 	logPage      = 1000
