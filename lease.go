@@ -338,14 +338,16 @@ func (o *owners) readPods(ctx context.Context, names []string) error {
 	return nil
 }
 
-// replacePods says whether the live pods have changed since the last renewal.
+// replacePods says whether the live pods have changed since the last renewal. A look-up may have heard of a new lease before,
+// and have put it into o.pods; answers that name the epoch before it are still to be dropped.
 func (o *owners) replacePods(live map[string]lease) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if maps.Equal(live, o.pods) {
+	o.pods = maps.Clone(live) // look-ups write to it, the caller reads live
+	if maps.Equal(live, o.renewed) {
 		return false
 	}
-	o.pods = live
+	o.renewed = live
 	for r, a := range o.cache {
 		for _, m := range a.peers {
 			if live[m.pod].epoch != m.epoch {

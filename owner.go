@@ -120,7 +120,8 @@ type owners struct {
 	routes     map[route]*localRoute
 	dirty      []*localRoute
 	cache      map[route]*answer
-	pods       map[string]lease // live pods by id, this one too, as of the last renewal
+	pods       map[string]lease // live pods by id, this one too, as far as is known
+	renewed    map[string]lease // those as of the last renewal
 	doubtUntil time.Time        // "nobody" is not believed before
 	awaySeq    uint64           // first sequence acked on knowledge that may be old; 0 = none
 	seqHeld    uint64           // stream sequence noted before the last renewal that held

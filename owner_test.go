@@ -204,3 +204,19 @@ func TestAppliedEntriesDropAndMark(t *testing.T) {
 		t.Error("the outage is over, its first sequence is still noted")
 	}
 }
+
+// TestANewEpochHeardOfByALookUp: the answers that name the epoch before are dropped with the next renewal, though a
+// look-up has put the new lease among the live pods already; and those who watch the pods are told.
+func TestANewEpochHeardOfByALookUp(t *testing.T) {
+	o := newTestOwners(t)
+	r := route{routeGeneral, "c", "a", ""}
+	o.replacePods(map[string]lease{"pod-1": {"e1", "x"}, "pod-2": {"old", "y"}})
+	o.cache[r] = &answer{peers: []member{{"pod-2", "old"}}}
+	o.pods["pod-2"] = lease{"new", "z"} // as leasesOf does
+	if !o.replacePods(map[string]lease{"pod-1": {"e1", "x"}, "pod-2": {"new", "z"}}) {
+		t.Error("watchers are not told of the new lease")
+	}
+	if o.cache[r] != nil {
+		t.Error("an answer that names the epoch of a dead process is kept: its events would fail until they expire")
+	}
+}
