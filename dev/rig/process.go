@@ -1,11 +1,13 @@
 package rig
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -68,6 +70,22 @@ func (p *Process) reap() {
 
 // PID is the process' id, for a look at /proc.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Stopped says whether every thread of the process stands still after SIGSTOP: the signal takes a moment to reach all.
+func (p *Process) Stopped() bool {
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.PID()))
+	if err != nil || len(stats) == 0 {
+		return false
+	}
+	for _, name := range stats {
+		stat, err := os.ReadFile(name)
+		// The state is the first field behind the name of the program, which stands in brackets (proc(5)).
+		if i := bytes.LastIndexByte(stat, ')'); err != nil || i < 0 || !bytes.HasPrefix(stat[i:], []byte(") T")) {
+			return false
+		}
+	}
+	return true
+}
 
 // Done is closed when the process has ended and its log is complete.
 func (p *Process) Done() <-chan struct{} { return p.done }

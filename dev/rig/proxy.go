@@ -11,11 +11,12 @@ import (
 // Proxy forwards TCP connections to a target and breaks them as it is told. It keeps its port over all of that.
 // Any goroutine may call.
 type Proxy struct {
-	Target string
-	l      net.Listener
-	wg     sync.WaitGroup
+	l  net.Listener
+	wg sync.WaitGroup
 
 	mu      sync.Mutex // guards all below
+	target  string
+	taken   int // connections accepted so far, those refused by Cut included
 	conns   map[net.Conn]struct{}
 	latency time.Duration
 	cut     bool
@@ -29,13 +30,28 @@ func StartProxy(target string) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{Target: target, l: l, conns: map[net.Conn]struct{}{}}
+	p := &Proxy{target: target, l: l, conns: map[net.Conn]struct{}{}}
 	p.wg.Go(p.accept)
 	return p, nil
 }
 
 // Address is where to connect instead of to the target.
 func (p *Proxy) Address() string { return p.l.Addr().String() }
+
+// Retarget forwards the connections from now on to another target. A pod that is to be reached through a proxy only must
+// know the proxy's address before it listens itself.
+func (p *Proxy) Retarget(target string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.target = target
+}
+
+// Taken is how many connections have been made to the proxy so far.
+func (p *Proxy) Taken() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.taken
+}
 
 // Latency delays every byte by d, each way.
 func (p *Proxy) Latency(d time.Duration) {
@@ -115,6 +131,9 @@ func (p *Proxy) accept() {
 		if err != nil {
 			return
 		}
+		p.mu.Lock()
+		p.taken++
+		p.mu.Unlock()
 		if p.hold(in) {
 			p.wg.Go(func() { p.forward(in) })
 		}
@@ -124,7 +143,10 @@ func (p *Proxy) accept() {
 func (p *Proxy) forward(in net.Conn) {
 	defer p.drop(in)
 	p.passable()
-	out, err := net.DialTimeout("tcp", p.Target, 5*time.Second)
+	p.mu.Lock()
+	target := p.target
+	p.mu.Unlock()
+	out, err := net.DialTimeout("tcp", target, 5*time.Second)
 	if err != nil || !p.hold(out) {
 		return
 	}

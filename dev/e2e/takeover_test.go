@@ -1,0 +1,262 @@
+package e2e
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"daisi-ws-service/dev/feed"
+	"daisi-ws-service/dev/harness"
+	"daisi-ws-service/dev/rig"
+)
+
+// percentile returns the p-th percentile of d, which it sorts.
+func percentile(d []time.Duration, p float64) time.Duration {
+	slices.Sort(d)
+	return d[min(len(d)-1, int(float64(len(d))*p/100))]
+}
+
+// waitNoKey waits until Redis has no such key.
+func waitNoKey(w *harness.World, rdb *redis.Client, key string) {
+	w.T.Helper()
+	harness.Eventually(w.T, harness.Patience, key+" to expire", func() bool {
+		n, err := rdb.Exists(w.T.Context(), key).Result()
+		return err == nil && n == 0
+	})
+}
+
+// wantHolder compares the socket named in the session's lock with c's.
+func wantHolder(rdb *redis.Client, session string, c *harness.Client) {
+	t := c.Pod.W.T
+	t.Helper()
+	value, err := rdb.Get(t.Context(), "session:"+session).Result()
+	holder, _, _ := strings.Cut(value, " ")
+	if err != nil || !strings.HasPrefix(holder, c.Pod.ID+"#") || !strings.Contains(holder, "#"+c.Ready.SessionID+"#") {
+		t.Errorf("the lock of %s says %q (%v), want the socket %s of %s", session, value, err, c.Ready.SessionID, c.Pod.ID)
+	}
+}
+
+// TestSecondTabOnAnotherPod: each newcomer closes the socket before it on the other pod with 4402, and is ready only when
+// that one has lost its session: what is published from then on comes to the newcomer alone.
+func TestSecondTabOnAnotherPod(t *testing.T) {
+	t.Parallel()
+	const rounds = 50
+	w := harness.New(t)
+	pods := startPods(w, 2)
+	rdb := w.RedisClient()
+	for who, d := range map[string]harness.Dial{"acme:desk1:ann": harness.User("acme", "desk1", "ann"), "admin:root": harness.Admin("root", "acme", "")} {
+		t.Run(who, func(t *testing.T) {
+			publish := func() uint64 { return w.Chat("acme", "desk1") }
+			if d.Admin != "" {
+				publish = func() uint64 { return w.Agent("acme", "desk1") }
+			}
+			var took []time.Duration
+			old := pods[0].Connect(d)
+			for i := range rounds {
+				d.Gorilla = i%2 == 0
+				began := time.Now()
+				c := pods[(i+1)%2].Connect(d)
+				took = append(took, time.Since(began))
+				seq := publish()
+				c.WantEvent(seq)
+				old.WantClose(4402, "session-replaced")
+				if got := counts(old); got[seq] != 0 {
+					t.Fatalf("round %d: event %d, published after the newcomer's ready, came to the replaced socket", i, seq)
+				}
+				wantHolder(rdb, who, c)
+				old = c
+			}
+			w.Settled()
+			wantExactly(old, nil)
+			t.Logf("newcomer ready after: p50 %v, p99 %v", percentile(took, 50), percentile(took, 99))
+		})
+	}
+	for _, p := range pods {
+		p.WantLedgers()
+	}
+}
+
+// TestThreePodsFight: newcomers on three pods at the same time: one stays, and only one; the others are told 4402.
+func TestThreePodsFight(t *testing.T) {
+	t.Parallel()
+	const rounds = 25
+	w := harness.New(t)
+	pods := startPods(w, 3)
+	rdb := w.RedisClient()
+	var stays *harness.Client
+	for i := range rounds {
+		fighters := make([]*harness.Client, 3*len(pods))
+		var wg sync.WaitGroup
+		for n := range fighters {
+			wg.Go(func() {
+				d := harness.User("acme", "desk1", "ann")
+				d.Gorilla = n%2 == 0
+				d.Token = harness.UserToken(t, "acme", "desk1", "ann", time.Hour)
+				c, _, err := pods[n%3].TryDial(t.Context(), d)
+				if err != nil {
+					t.Errorf("round %d: %v", i, err)
+				}
+				fighters[n] = c
+			})
+		}
+		wg.Wait()
+		if t.Failed() {
+			return
+		}
+		if stays != nil {
+			fighters = append(fighters, stays)
+		}
+		open := func() (left []*harness.Client) {
+			for _, c := range fighters {
+				if c.Ended() == nil {
+					left = append(left, c)
+				}
+			}
+			return left
+		}
+		harness.Eventually(t, harness.Patience, "one of the sockets to be left", func() bool { return len(open()) == 1 })
+		last := open()[0]
+		if last != stays {
+			last.WantReady()
+		}
+		stays = last
+		wantHolder(rdb, "acme:desk1:ann", stays)
+		stays.WantEvent(w.Chat("acme", "desk1"))
+		for _, c := range fighters {
+			if c != stays {
+				c.WantClose(4402, "session-replaced")
+				if n := len(c.Events()); n != 0 && i > 0 {
+					t.Errorf("round %d: %d events came to a socket that lost", i, n)
+				}
+			}
+		}
+	}
+	w.Settled()
+	wantExactly(stays, nil)
+	for _, p := range pods {
+		p.WantLedgers()
+	}
+}
+
+// TestTakeOverFromAKilledPod: the session of a pod that was killed is free at once when its lease has ended, and after a
+// silence of 1 s while the lease still runs; with the default lease and with a short one.
+func TestTakeOverFromAKilledPod(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	for _, tc := range []struct {
+		name     string
+		settings []string
+		expired  bool
+		min, max time.Duration
+	}{
+		{"before the lease has ended", nil, false, 900 * time.Millisecond, 3 * time.Second},
+		{"after the lease has ended", nil, true, 0, 1500 * time.Millisecond},
+		{"after a short lease has ended", []string{"POD_LEASE=1s"}, true, 0, 1500 * time.Millisecond},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			w := harness.New(t)
+			pods := startPods(w, 2, tc.settings...)
+			rdb := w.RedisClient()
+			old := pods[0].Connect(harness.User("acme", "desk1", "ann"))
+			wantHolder(rdb, "acme:desk1:ann", old)
+			pods[0].Kill()
+			if tc.expired {
+				waitNoKey(w, rdb, "pod:"+pods[0].ID)
+			}
+			began := time.Now()
+			c := pods[1].Connect(harness.User("acme", "desk1", "ann"))
+			took := time.Since(began)
+			if took < tc.min || took > tc.max {
+				t.Errorf("ready after %v, want between %v and %v", took, tc.min, tc.max)
+			}
+			t.Logf("ready after %v", took)
+			wantHolder(rdb, "acme:desk1:ann", c)
+			c.WaitEvent(w.Chat("acme", "desk1"))
+		})
+	}
+}
+
+// TestSuspendedPod: a pod is suspended under load for longer than its lease and the life of its session locks. A newcomer takes
+// its session over elsewhere after 1 s. Awake again, the pod confirms before it writes: the socket that was taken over
+// is closed with 4402 and has been sent nothing since; one that nobody took over stays, with a gap.
+func TestSuspendedPod(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	for _, tc := range []struct {
+		name    string
+		latency time.Duration // of Redis: when it is far away, a read is always under way
+		late    bool          // what Redis has sent, kills too, arrives after the pod is awake
+	}{
+		{"Redis near", 0, false}, {"Redis far and kills late", 25 * time.Millisecond, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := harness.New(t, harness.Settings("POD_LEASE=2s", "SESSION_TTL=4s", "SESSION_REFRESH_INTERVAL=1s"))
+			redisProxy := w.Proxy(w.Redis.Address())
+			redisProxy.Latency(tc.latency)
+			pods := []*harness.Pod{w.Start("REDIS_ADDRESS=" + redisProxy.Address()), w.Start()}
+			rdb := w.RedisClient()
+			ann := pods[0].Connect(harness.User("acme", "desk1", "ann"))
+			dan := pods[0].Connect(harness.User("acme", "desk2", "dan"))
+			flow := w.Flow(150, func(i int) feed.Event {
+				return feed.Contact("acme", fmt.Sprintf("desk%d", 1+i%2), "c@us")
+			})
+			harness.Eventually(t, harness.Patience, "events to flow", func() bool { return len(ann.Events()) > 50 && len(dan.Events()) > 50 })
+			pods[0].Signal(syscall.SIGSTOP)
+			waitStopped(t, pods[0].Process)
+			if tc.late {
+				redisProxy.BlackHole()
+			}
+			began := time.Now()
+			ann2 := pods[1].Connect(harness.User("acme", "desk1", "ann"))
+			if took := time.Since(began); took < 900*time.Millisecond || took > 4*time.Second {
+				t.Errorf("the newcomer is ready after %v", took)
+			}
+			wantHolder(rdb, "acme:desk1:ann", ann2)
+			taken := time.Now()
+			waitNoKey(w, rdb, "pod:"+pods[0].ID)
+			waitNoKey(w, rdb, "session:acme:desk2:dan")
+			flow.WaitSent(100)
+			pods[0].Signal(syscall.SIGCONT)
+			if tc.late {
+				time.AfterFunc(100*time.Millisecond, redisProxy.Restore)
+			}
+			end := ann.WantClose(4402, "session-*")
+			for _, m := range ann.Events() {
+				if m.At.After(taken) {
+					t.Fatalf("the socket that was taken over was sent event %d, %v after that", m.Seq, m.At.Sub(taken))
+				}
+			}
+			t.Logf("the old socket ended with %q", end.Reason)
+			dan.TakeType("gap")
+			wantHolder(rdb, "acme:desk1:ann", ann2)
+			flow.WaitSent(100)
+			sent := flow.Stop()
+			w.Settled()
+			last := sent[len(sent)-2:]
+			for _, p := range last {
+				c := map[string]*harness.Client{"acme.desk1.contacts": ann2, "acme.desk2.contacts": dan}[p.Subject]
+				c.WaitEvent(p.Seq)
+			}
+			if dan.Ended() != nil {
+				t.Errorf("a socket whose session nobody took was closed: %+v", dan.Ended())
+			}
+			wantHolder(rdb, "acme:desk2:dan", dan)
+			for _, p := range pods {
+				p.WantLedgers()
+			}
+		})
+	}
+}
+
+// waitStopped waits until the kernel says that the process stands still.
+func waitStopped(t *testing.T, p *rig.Process) {
+	t.Helper()
+	harness.Eventually(t, harness.Patience, p.Name+" to stand still", p.Stopped)
+}
