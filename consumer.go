@@ -27,6 +27,10 @@ type consumer struct {
 	js     jetstream.JetStream
 	closed chan struct{} // closed by the library when the connection is given up for good
 
+	// up is what the library's callbacks said last. To ask the connection itself would make /ready, upgrades and
+	// chat selections wait for an attempt to connect that hangs: up to CONNECT_TIMEOUT, measured.
+	up atomic.Bool
+
 	alive    atomic.Int64  // last sign of life of the consumer, Unix ns
 	received atomic.Uint64 // messages since the start
 	stop     chan struct{} // closed by drain
@@ -52,7 +56,11 @@ const (
 )
 
 // connectNATS starts to connect and returns at once; the library goes on trying in the background.
-func connectNATS(cfg *Config, closed chan struct{}) (*nats.Conn, error) {
+func (c *consumer) connectNATS(cfg *Config) (*nats.Conn, error) {
+	connected := func(nc *nats.Conn) {
+		c.up.Store(true)
+		slog.Info("NATS connected", "server", nc.ConnectedServerName())
+	}
 	opts := []nats.Option{
 		nats.Name("daisi-ws-service " + cfg.ServerPodID), nats.RetryOnFailedConnect(true),
 		nats.MaxReconnects(cfg.NATSMaxReconnects), nats.ReconnectWait(cfg.NATSReconnectWait),
@@ -61,13 +69,13 @@ func connectNATS(cfg *Config, closed chan struct{}) (*nats.Conn, error) {
 		// and would be taken for the redelivery's.
 		nats.ReconnectBufSize(-1),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			c.up.Store(false)
 			slog.Warn("NATS disconnected: sockets stay open", "err", err)
 		}),
-		nats.ReconnectHandler(func(nc *nats.Conn) { slog.Info("NATS connected", "server", nc.ConnectedServerName()) }),
-		nats.ConnectHandler(func(nc *nats.Conn) { slog.Info("NATS connected", "server", nc.ConnectedServerName()) }),
+		nats.ConnectHandler(connected), nats.ReconnectHandler(connected),
 		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) { slog.Debug("NATS connection attempt failed", "err", err) }),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { slog.Warn("NATS reports", "err", err) }),
-		nats.ClosedHandler(func(*nats.Conn) { close(closed) }),
+		nats.ClosedHandler(func(*nats.Conn) { close(c.closed) }),
 	}
 	if cfg.NATSCredsFile != "" {
 		opts = append(opts, nats.UserCredentials(cfg.NATSCredsFile))
@@ -90,7 +98,7 @@ func newConsumer(cfg *settings, m *Metrics, o *owners) (*consumer, error) {
 	c := &consumer{cfg: cfg, m: m, owners: o, closed: make(chan struct{}), stop: make(chan struct{}),
 		stopped: make(chan struct{}), state: "starting"}
 	var err error
-	if c.nc, err = connectNATS(cfg.Load(), c.closed); err != nil {
+	if c.nc, err = c.connectNATS(cfg.Load()); err != nil {
 		return nil, err
 	}
 	if c.js, err = jetstream.New(c.nc, jetstream.WithDefaultTimeout(apiTimeout)); err != nil {
@@ -142,7 +150,7 @@ func (c *consumer) status() (nats, consumer string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case c.nc.IsConnected():
+	case c.up.Load():
 		return "connected", c.state
 	case c.state == "active": // at the last poll
 		return "disconnected", "NATS is not connected"
@@ -426,6 +434,9 @@ func (c *consumer) streamSeq(ctx context.Context) (uint64, error) {
 	defer c.seqMu.Unlock()
 	if time.Since(c.seqAt) < seqMaxAge {
 		return c.seq, nil
+	}
+	if !c.up.Load() {
+		return c.seq, errors.New("last sequence of the stream: NATS is not connected")
 	}
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
