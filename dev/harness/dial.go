@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 )
 
@@ -119,7 +120,11 @@ func (p *Pod) tryDial(ctx context.Context, d Dial, address string) (*Client, Ans
 	if d.Gorilla {
 		dial = dialGorilla
 	}
-	w, resp, err := dial(ctx, d.dialer(address))
+	at := d.dialer(address)
+	if at.tls = p.TLS; at.tls != nil {
+		at.url = "wss" + strings.TrimPrefix(at.url, "ws")
+	}
+	w, resp, err := dial(ctx, at)
 	if err != nil {
 		if resp == nil {
 			return nil, Answer{}, err

@@ -94,14 +94,14 @@ func (p *Pod) Do(method, path string, header http.Header, body any) Answer {
 			p.W.T.Fatal(err)
 		}
 	}
-	req, err := http.NewRequestWithContext(Within(p.W.T, Patience), method, "http://"+p.HTTP+path, bytes.NewReader(raw))
+	req, err := http.NewRequestWithContext(Within(p.W.T, Patience), method, p.Base()+path, bytes.NewReader(raw))
 	if err != nil {
 		p.W.T.Fatal(err)
 	}
 	if header != nil {
 		req.Header = header
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := p.Client().Do(req)
 	if err != nil {
 		p.W.T.Fatalf("%s %s: %v", method, path, err)
 	}

@@ -2,6 +2,7 @@ package harness
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"net"
 	"net/http"
@@ -28,6 +29,7 @@ type dialer struct {
 	protocols   []string
 	compression bool
 	rcvBuf      int // SO_RCVBUF; 0 = the kernel's choice
+	tls         *tls.Config
 }
 
 func (d dialer) netDial(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -52,7 +54,7 @@ func dialCoder(ctx context.Context, d dialer) (wire, *http.Response, error) {
 	if d.compression {
 		mode = coder.CompressionNoContextTakeover
 	}
-	transport := &http.Transport{DialContext: d.netDial, DisableKeepAlives: true}
+	transport := &http.Transport{DialContext: d.netDial, TLSClientConfig: d.tls, DisableKeepAlives: true}
 	c, resp, err := coder.Dial(ctx, d.url, &coder.DialOptions{
 		HTTPClient: &http.Client{Transport: transport}, HTTPHeader: d.header, Subprotocols: d.protocols, CompressionMode: mode,
 	})
@@ -87,7 +89,7 @@ type gorillaWire struct {
 }
 
 func dialGorilla(ctx context.Context, d dialer) (wire, *http.Response, error) {
-	gd := gorilla.Dialer{NetDialContext: d.netDial, Subprotocols: d.protocols, EnableCompression: d.compression}
+	gd := gorilla.Dialer{NetDialContext: d.netDial, TLSClientConfig: d.tls, Subprotocols: d.protocols, EnableCompression: d.compression}
 	c, resp, err := gd.DialContext(ctx, d.url, d.header)
 	if err != nil {
 		return nil, resp, err

@@ -2,6 +2,7 @@ package rig
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -15,6 +16,28 @@ type Service struct {
 	*Process
 	HTTP string // host:port, known after WaitListening
 	GRPC string
+	TLS  *tls.Config // how clients reach it by HTTPS and wss; nil = without TLS
+
+	client *http.Client // set with TLS, at its first use
+}
+
+// Base is what the URLs of its HTTP endpoints begin with.
+func (s *Service) Base() string {
+	if s.TLS != nil {
+		return "https://" + s.HTTP
+	}
+	return "http://" + s.HTTP
+}
+
+// Client reaches it by HTTP. For one goroutine at a time.
+func (s *Service) Client() *http.Client {
+	if s.TLS == nil {
+		return http.DefaultClient
+	}
+	if s.client == nil {
+		s.client = &http.Client{Transport: &http.Transport{TLSClientConfig: s.TLS, DisableKeepAlives: true}}
+	}
+	return s.client
 }
 
 // StartService runs the service. Each setting is NAME=VALUE without the prefix DAISI_WS_; names that begin with GO
@@ -79,11 +102,11 @@ func (s *Service) WaitReady(ctx context.Context) error {
 }
 
 func (s *Service) ready(ctx context.Context) error {
-	req, err := http.NewRequestWithContext(ctx, "GET", "http://"+s.HTTP+"/ready", nil)
+	req, err := http.NewRequestWithContext(ctx, "GET", s.Base()+"/ready", nil)
 	if err != nil {
 		return err
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := s.Client().Do(req)
 	if err != nil {
 		return err
 	}
