@@ -84,7 +84,9 @@ type ring struct {
 
 	chat    string // the selected one
 	pending string // the one that is being selected
-	held    []item // messages of pending, until its confirmation is queued
+	held    []item // messages of pending, until its confirmation is queued; all events while holding
+	leave   string // what is left to the replay that runs: "" nothing, leaveAll, or the messages of one chat
+	holding bool   // the replay is at its last pass: events wait for the confirmation
 	joins   []*delivery
 	written seqSet
 
@@ -125,12 +127,14 @@ func (r *ring) push(d *delivery, now time.Time, out []settlement) (_ []settlemen
 	case d.kind == kindMessage && d.chat != r.chat && d.chat != r.pending:
 		// The chat was deselected while the event was on its way: it is not for this socket any more.
 		return append(out, settlement{d, duplicate}), false
+	case r.leave == leaveAll || r.leave != "" && d.kind == kindMessage && d.chat == r.leave:
+		return append(out, settlement{d, replayed}), false
 	case d.count > 1 && r.written.has(d.seq):
 		return append(out, settlement{d, duplicate}), false
 	case d.count > 1 && r.holdsLocked(d.seq):
 		r.joins = append(r.joins, d)
 		return out, false
-	case d.kind == kindMessage && d.chat != r.chat:
+	case r.holding || d.kind == kindMessage && d.chat != r.chat:
 		return r.holdLocked(item{d.frame, d, now}, out), false
 	}
 	out = r.acceptLocked(item{d.frame, d, now}, now, out)

@@ -110,10 +110,10 @@ type Config struct {
 	WebsocketAllowedOrigins       string        `set:"WEBSOCKET_ALLOWED_ORIGINS" default:"" list:"true" check:"origin" live:"true" help:"globs on host[:port] of origins, comma-separated; the request's own host is always allowed"`
 	WebsocketInsecureSkipVerify   bool          `set:"WEBSOCKET_INSECURE_SKIP_VERIFY" default:"false" live:"true" help:"accept any origin; for development"`
 
-	ResumeMaxEvents   int           `set:"RESUME_MAX_EVENTS" default:"1000" min:"1" later:"resume" help:"events that a resume replays at most"`
-	ResumeMaxAge      time.Duration `set:"RESUME_MAX_AGE" default:"1h" min:"1ms" later:"resume" help:"oldest point to resume from"`
+	ResumeMaxEvents   int           `set:"RESUME_MAX_EVENTS" default:"1000" min:"1" help:"events that a resume replays at most"`
+	ResumeMaxAge      time.Duration `set:"RESUME_MAX_AGE" default:"1h" min:"1ms" help:"oldest point to resume from"`
 	ResumeOverlap     time.Duration `set:"RESUME_OVERLAP" default:"2m" min:"1ms" help:"how much earlier than asked a replay starts"`
-	ResumeConcurrency int           `set:"RESUME_CONCURRENCY" default:"32" min:"1" later:"resume" help:"replays at the same time"`
+	ResumeConcurrency int           `set:"RESUME_CONCURRENCY" default:"32" min:"1" help:"reads of the stream for replays at the same time"`
 
 	PeerTimeout          time.Duration `set:"PEER_TIMEOUT" default:"5s" min:"1ms" help:"how long a peer may take to say that it received an event"`
 	PeerIdleTimeout      time.Duration `set:"PEER_IDLE_TIMEOUT" default:"5m" min:"1ms" help:"an unused connection to a peer is closed after it"`

@@ -146,14 +146,14 @@ func (c *conn) lost() {
 }
 
 // run is the socket's life, on a goroutine of its own outside net/http. It returns when nobody touches c any more.
-func (c *conn) run(u *upgrade, since bool) {
+func (c *conn) run(u *upgrade, since *uint64) {
 	c.serve(u, since)
 	c.linger()
 	c.finish()
 }
 
 // serve does the handshake and reads until the socket is closed, by whomever. A panic closes it as well.
-func (c *conn) serve(u *upgrade, since bool) {
+func (c *conn) serve(u *upgrade, since *uint64) {
 	defer func() {
 		if p := recover(); p != nil {
 			slog.Error("panic in a socket", "request_id", c.requestID, "err", fmt.Sprint(p), "stack", string(debug.Stack()))
@@ -200,9 +200,13 @@ func (c *conn) logAttrs() []any {
 	return []any{"request_id", c.requestID, "company", cl.company, "agent", cl.agent, "user", cl.user}
 }
 
-// setUp claims the first route and greets the client. Events that come meanwhile wait behind the greeting.
-func (c *conn) setUp(since bool) bool {
+// setUp claims the first route, replays what the client asked for, and greets it. Events that come meanwhile wait behind
+// the greeting, or are left to the replay.
+func (c *conn) setUp(since *uint64) bool {
 	r := c.firstRoute()
+	if since != nil {
+		c.kick(c.ring.replaying(leaveAll, time.Now()))
+	}
 	if err := c.claim(r); err != nil {
 		c.unavailable("claim the route", err)
 		return false
@@ -216,19 +220,28 @@ func (c *conn) setUp(since bool) bool {
 		c.h.detach(c, r)
 		return false
 	}
-	seq, err := c.streamSeq()
-	if err != nil {
+	var info replayInfo
+	if since != nil {
+		info = c.replay(*since, c.subjects())
+	}
+	var err error
+	if info.Seq, err = c.streamSeq(); err != nil {
 		c.unavailable("read the stream's sequence", err)
 		return false
 	}
-	c.kick(c.ring.greet(newReply("ready", struct {
+	ready := newReply("ready", struct {
 		SessionID string `json:"session_id"`
 		replayInfo
-	}{c.id, replayInfo{Seq: seq, Gap: since}}), time.Now()))
+	}{c.id, info})
+	if since != nil {
+		c.endReplay(ready)
+	} else {
+		c.kick(c.ring.greet(ready, time.Now()))
+	}
 	return true
 }
 
-// replayInfo is what the confirmations say of the past: nothing is replayed, so whoever asked for it has a gap.
+// replayInfo is what the confirmations say of the past.
 type replayInfo struct {
 	Seq     uint64 `json:"seq"`
 	Resumed int    `json:"resumed"`

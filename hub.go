@@ -22,6 +22,8 @@ type hub struct {
 	m   *Metrics
 	// streamSeq asks for a stream sequence not above the last one and at most 1 s old.
 	streamSeq func(context.Context) (uint64, error)
+	// openPast begins a replay; main sets it.
+	openPast func(ctx context.Context, since uint64, subjects []string) (*replay, error)
 	// openToken opens a token for refresh_token; main sets it.
 	openToken func(ctx context.Context, token string, admin bool) (*claims, *apiError)
 	// attach, detach and confirm are those of owners.
@@ -285,7 +287,10 @@ func (h *hub) start(w http.ResponseWriter, r *http.Request, cl *claims, l lock, 
 		return
 	}
 	c := h.newConn(u.nc, cl, l, requestID)
-	since := r.URL.Query().Has("since")
+	var since *uint64
+	if n, err := strconv.ParseUint(r.URL.Query().Get("since"), 10, 64); err == nil { // checked by the server
+		since = &n
+	}
 	if !h.register(c) {
 		u.nc.Close()
 		l.release()

@@ -127,8 +127,13 @@ func (c *conn) selectChat(req *request) {
 			return
 		}
 	}
-	seq, err := c.streamSeq()
-	if err != nil {
+	var info replayInfo
+	var err error
+	if since := req.Payload.Since; since != nil && chat != "" {
+		c.ring.replaying(chat, time.Now())
+		info = c.replay(*since, []string{c.chatSubject(chat)})
+	}
+	if info.Seq, err = c.streamSeq(); err != nil {
 		if fresh {
 			c.h.detach(c, c.chatRoute(chat))
 		}
@@ -138,7 +143,7 @@ func (c *conn) selectChat(req *request) {
 	c.confirmChat(chat, fresh, newReply("chat_selected", struct {
 		ChatID string `json:"chat_id"`
 		replayInfo
-	}{chat, replayInfo{Seq: seq, Gap: req.Payload.Since != nil}}))
+	}{chat, info}))
 }
 
 func (c *conn) confirmChat(chat string, fresh bool, f *frame) {
@@ -187,7 +192,7 @@ func (r *ring) selected(chat string, f *frame, now time.Time, out []settlement) 
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	held := r.held
-	r.held, r.pending = nil, ""
+	r.held, r.pending, r.leave = nil, "", ""
 	if r.closed || f == nil {
 		for _, it := range held {
 			out = r.settleLocked(it.d, duplicate, out)
@@ -210,20 +215,6 @@ func (r *ring) selection() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.chat
-}
-
-// resume is told that there is a gap: the client reloads.
-func (c *conn) resume(req *request) {
-	if req.Payload.Since == nil {
-		c.fault(badRequest("since", "resume without since"))
-		return
-	}
-	seq, err := c.streamSeq()
-	if err != nil {
-		c.fault(unavailable("the stream can't be read now"))
-		return
-	}
-	c.reply("resumed", replayInfo{Seq: seq, Gap: true})
 }
 
 // refreshToken lets the socket live as long as a newer token of the same identity.

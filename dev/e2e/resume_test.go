@@ -1,0 +1,230 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"daisi-ws-service/dev/feed"
+	"daisi-ws-service/dev/harness"
+)
+
+// replayed takes the replayed events that stand before the next confirmation of type typ, and the confirmation.
+func replayed(t *testing.T, c *harness.Client, typ string) (seqs []uint64, r harness.Reply) {
+	t.Helper()
+	for {
+		m := c.Next()
+		switch {
+		case m.Type == "event" && m.Replay:
+			seqs = append(seqs, m.Seq)
+		case m.Type == typ:
+			if err := json.Unmarshal(m.Payload, &r); err != nil {
+				t.Fatal(err)
+			}
+			return seqs, r
+		default:
+			t.Fatalf("want replayed events and then %s, got %s", typ, m.Raw)
+		}
+	}
+}
+
+func wantReplay(t *testing.T, c *harness.Client, typ string, want ...uint64) {
+	t.Helper()
+	got, r := replayed(t, c, typ)
+	if !slices.Equal(got, want) || r.Resumed != len(want) || r.Gap {
+		t.Errorf("%s: replayed %v (resumed %d, gap %t), want %v", typ, got, r.Resumed, r.Gap, want)
+	}
+}
+
+func since(n uint64) string { return fmt.Sprint(n) }
+
+// TestResume replays what a socket should have had, on connect, by select_chat and by resume, and nothing else.
+func TestResume(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	pod := w.Start("NATS_NAK_DELAY=50ms") // some events have no owner and are waited for
+	ann := harness.User("acme", "desk1", "ann")
+	first := w.Chat("acme", "desk1")
+	w.Message("acme", "desk1", "c1")
+	a := w.Contact("acme", "desk1")
+	w.Chat("acme", "desk2")
+	w.Chat("other", "desk1")
+	m1 := w.Message("acme", "desk1", "c1")
+	w.Message("acme", "desk1", "c2")
+	w.PublishRaw(w.Prefix+".acme.desk1.chats", []byte("not json"))
+	b := w.Chat("acme", "desk1")
+
+	// The overlap reaches back before `first`, which is replayed though it is not after since.
+	c := pod.Dial(ann.With("since", since(first)))
+	wantReplay(t, c, "ready", first, a, b)
+	live := w.Chat("acme", "desk1")
+	if m := c.WantEvent(live); m.Replay {
+		t.Errorf("a live event is marked as replayed: %s", m.Raw)
+	}
+
+	c.Send(map[string]any{"type": "select_chat", "payload": map[string]any{"chat_id": "c1", "since": first}})
+	got, r := replayed(t, c, "chat_selected")
+	if len(got) != 2 || got[1] != m1 || r.ChatID != "c1" || r.Gap {
+		t.Errorf("select_chat replayed %v, %+v", got, r)
+	}
+	m2 := w.Message("acme", "desk1", "c1")
+	c.WantEvent(m2)
+
+	c.Send(map[string]any{"type": "resume", "payload": map[string]any{"since": first}})
+	got, r = replayed(t, c, "resumed")
+	if want := []uint64{first, first + 1, a, m1, b, live, m2}; !slices.Equal(got, want) || r.Gap || r.Resumed != len(want) {
+		t.Errorf("resume replayed %v (%+v), want %v", got, r, want)
+	}
+	if r.Seq > w.LastSeq() {
+		t.Errorf("resumed says seq %d, the stream ends at %d", r.Seq, w.LastSeq())
+	}
+	w.Settled()
+	pod.WantLedgers()
+}
+
+// TestResumeOfAdmins covers scopes with and without wildcards.
+func TestResumeOfAdmins(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	pod := w.Start()
+	one := w.Agent("acme", "desk1")
+	w.Chat("acme", "desk1")
+	two := w.Agent("acme", "desk2")
+	three := w.Agent("other", "desk1")
+	for _, tc := range []struct {
+		company, agent string
+		want           []uint64
+	}{{"acme", "desk1", []uint64{one}}, {"acme", "*", []uint64{one, two}}, {"*", "desk1", []uint64{one, three}}, {"*", "*", []uint64{one, two, three}}} {
+		c := pod.Dial(harness.Admin("root", tc.company, tc.agent).With("since", "0"))
+		wantReplay(t, c, "ready", tc.want...)
+		c.Close(1000, "")
+	}
+}
+
+// TestResumeTooFar answers with a gap what cannot be replayed whole.
+func TestResumeTooFar(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) { c.MaxMsgs = 30 }))
+	pod := w.Start("RESUME_MAX_EVENTS=10")
+	ann := harness.User("acme", "desk1", "ann")
+	wantGap := func(n uint64, gap bool) {
+		t.Helper()
+		c := pod.Dial(ann.With("since", since(n)))
+		if _, r := replayed(t, c, "ready"); r.Gap != gap {
+			t.Errorf("since %d of a stream that ends at %d: gap %t, want %t", n, w.LastSeq(), r.Gap, gap)
+		}
+		c.Close(1000, "")
+	}
+	wantGap(0, false) // nothing was published yet
+	wantGap(1, true)  // beyond the end
+	for range 10 {
+		w.Chat("acme", "desk1")
+	}
+	wantGap(3, false)
+	wantGap(11, true)
+	w.Chat("acme", "desk1")
+	wantGap(3, true) // 11 with the overlap
+	for range 40 {
+		w.Chat("acme", "desk2")
+	}
+	wantGap(3, true) // expired
+	last := w.LastSeq()
+	wantGap(last, false)
+	wantGap(last-29, false)
+	wantGap(last-32, true)
+
+	old := w.Start("SERVER_POD_ID=old", "RESUME_MAX_AGE=1ms")
+	c := old.Dial(ann.With("since", since(last-20)))
+	if _, r := replayed(t, c, "ready"); !r.Gap {
+		t.Error("older than RESUME_MAX_AGE: want a gap")
+	}
+}
+
+// TestResumeWithoutLimits: a stream that forgets what was acked has no past.
+func TestResumeWithoutLimits(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) { c.Retention = jetstream.InterestPolicy }))
+	c := w.Start().Dial(harness.User("acme", "desk1", "ann").With("since", "0"))
+	if got, r := replayed(t, c, "ready"); !r.Gap || len(got) != 0 {
+		t.Errorf("replayed %v, gap %t", got, r.Gap)
+	}
+}
+
+// TestResumeJoinsTheFlow reconnects again and again, and resumes in between, while events are published without a
+// pause: every one of them reaches the client.
+func TestResumeJoinsTheFlow(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	pods := []*harness.Pod{w.Start("SERVER_POD_ID=one"), w.Start("SERVER_POD_ID=two")}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var mu sync.Mutex
+	var published []uint64
+	var publisher sync.WaitGroup
+	publisher.Go(func() {
+		tick := time.NewTicker(3 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			ev := feed.Chat("acme", "desk1", "c1", "hello", 1)
+			ack, err := w.JS.Publish(ctx, w.Prefix+"."+ev.Subject, ev.Payload)
+			if err != nil {
+				if ctx.Err() == nil {
+					t.Errorf("publish: %v", err)
+				}
+				return
+			}
+			mu.Lock()
+			published = append(published, ack.Sequence)
+			mu.Unlock()
+		}
+	})
+	seen := map[uint64]bool{}
+	var at uint64 // all up to it was seen, or replayed
+	take := func(c *harness.Client, r harness.Reply) {
+		if r.Gap {
+			t.Fatalf("gap after since=%d: %+v", at, r)
+		}
+		for _, m := range c.Events() {
+			seen[m.Seq] = true
+		}
+	}
+	confirmed := func(c *harness.Client, typ string) harness.Reply {
+		m := c.TakeType(typ)
+		var r harness.Reply
+		if err := json.Unmarshal(m.Payload, &r); err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	for i := range 40 {
+		c := pods[i%2].Dial(harness.User("acme", "desk1", "ann").With("since", since(at)))
+		r := confirmed(c, "ready")
+		if i%3 == 0 {
+			c.Send(map[string]any{"type": "resume", "payload": map[string]any{"since": at}})
+			r = confirmed(c, "resumed")
+		}
+		take(c, r)
+		at = r.Seq
+		c.Abort()
+		take(c, r)
+	}
+	stop()
+	publisher.Wait()
+	c := pods[0].Dial(harness.User("acme", "desk1", "ann").With("since", since(at)))
+	take(c, confirmed(c, "ready"))
+	lost := slices.DeleteFunc(slices.Clone(published), func(seq uint64) bool { return seen[seq] })
+	if len(lost) > 0 || len(published) < 100 {
+		t.Errorf("%d published, of which %v did not arrive", len(published), lost)
+	}
+}

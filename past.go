@@ -1,0 +1,217 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// errTooFar means that what was asked for cannot be replayed whole: the client must reload.
+var errTooFar = errors.New("cannot be replayed")
+
+// past reads what was published before, for sockets that resume.
+type past struct {
+	cfg   *settings
+	nc    *nats.Conn
+	js    jetstream.JetStream
+	slots chan struct{} // one taken for each request under way, so that a storm of replays leaves the live flow its share
+}
+
+func newPast(cfg *settings, nc *nats.Conn, js jetstream.JetStream) *past {
+	return &past{cfg: cfg, nc: nc, js: js, slots: make(chan struct{}, cfg.Load().ResumeConcurrency)}
+}
+
+// track is one subject on its way through a replay.
+type track struct {
+	subject string    // may have wildcards
+	from    uint64    // next sequence to ask for; 0 = by start
+	start   time.Time // the zero time: from the stream's first message
+	head    *jetstream.RawStreamMsg
+}
+
+// limited makes one request of the stream when it is its turn: a client that reads slowly keeps no one's turn.
+func limited[T any](ctx context.Context, p *past, request func() (T, error)) (T, error) {
+	select {
+	case p.slots <- struct{}{}:
+		defer func() { <-p.slots }()
+		return request()
+	case <-ctx.Done():
+		var none T
+		return none, fmt.Errorf("wait for a turn to read the stream: %w", ctx.Err())
+	}
+}
+
+// replay reads several subjects in the order of the stream, pass by pass: each pass goes on where the one before ended.
+type replay struct {
+	past   *past
+	stream jetstream.Stream // whose library call asks the nearest replica where the stream allows it
+	tracks []track
+	count  int // events so far
+}
+
+// open prepares to read what came to subjects after since, and what came within RESUME_OVERLAP before: redelivery
+// reorders, so an older event may have been lost after a newer one had arrived. It returns errTooFar when since is
+// expired, too old, beyond the stream's end, or the stream forgets what was acked.
+func (p *past) open(ctx context.Context, since uint64, subjects []string) (*replay, error) {
+	cfg := p.cfg.Load()
+	s, err := limited(ctx, p, func() (jetstream.Stream, error) { return p.js.Stream(ctx, cfg.NATSStreamName) })
+	if err != nil {
+		return nil, fmt.Errorf("find stream %s: %w", cfg.NATSStreamName, err)
+	}
+	info := s.CachedInfo()
+	state := info.State
+	switch {
+	case info.Config.Retention != jetstream.LimitsPolicy:
+		return nil, fmt.Errorf("%w: stream %s has no limits retention", errTooFar, cfg.NATSStreamName)
+	case since > state.LastSeq:
+		return nil, fmt.Errorf("%w: %d is beyond the stream's end at %d", errTooFar, since, state.LastSeq)
+	case since+1 < state.FirstSeq:
+		return nil, fmt.Errorf("%w: %d has expired, the stream begins at %d", errTooFar, since, state.FirstSeq)
+	}
+	r := &replay{past: p, stream: s}
+	var start time.Time
+	if since >= state.FirstSeq && since > 0 {
+		at, err := p.ask(ctx, map[string]any{"seq": since, "next_by_subj": ">"})
+		if err != nil {
+			return nil, err
+		}
+		if at.Time.Before(state.LastTime.Add(-cfg.ResumeMaxAge)) {
+			return nil, fmt.Errorf("%w: %d is older than %s", errTooFar, since, cfg.ResumeMaxAge)
+		}
+		start = at.Time.Add(-cfg.ResumeOverlap)
+	} else if state.Msgs > 0 && state.FirstTime.Before(state.LastTime.Add(-cfg.ResumeMaxAge)) {
+		return nil, fmt.Errorf("%w: %d is older than %s", errTooFar, since, cfg.ResumeMaxAge)
+	}
+	for _, subject := range subjects {
+		r.tracks = append(r.tracks, track{subject: subject, start: start})
+	}
+	return r, nil
+}
+
+// last asks the stream's leader for its last sequence: a replica may be behind.
+func (r *replay) last(ctx context.Context) (uint64, error) {
+	info, err := limited(ctx, r.past, func() (*jetstream.StreamInfo, error) { return r.stream.Info(ctx) })
+	if err != nil {
+		return 0, fmt.Errorf("find the stream's end: %w", err)
+	}
+	return info.State.LastSeq, nil
+}
+
+// pass hands f every event up to the sequence to, in order, and returns how many there were. It stops with errTooFar
+// when the replay exceeds RESUME_MAX_EVENTS, and with f's error.
+func (r *replay) pass(ctx context.Context, to uint64, f func(*event) error) (n int, err error) {
+	for {
+		var next *track
+		for i := range r.tracks {
+			t := &r.tracks[i]
+			if err := r.fill(ctx, t, to); err != nil {
+				return n, err
+			}
+			if t.head != nil && t.head.Sequence <= to && (next == nil || t.head.Sequence < next.head.Sequence) {
+				next = t
+			}
+		}
+		if next == nil {
+			return n, nil
+		}
+		msg := next.head
+		next.head, next.from = nil, msg.Sequence+1
+		ev, err := r.past.decode(msg)
+		if err != nil {
+			continue // malformed: it was never delivered either
+		}
+		if r.count++; r.count > r.past.cfg.Load().ResumeMaxEvents {
+			return n, fmt.Errorf("%w: more than RESUME_MAX_EVENTS", errTooFar)
+		}
+		if err := f(ev); err != nil {
+			return n, err
+		}
+		n++
+	}
+}
+
+func (p *past) decode(msg *jetstream.RawStreamMsg) (*event, error) {
+	ev, err := parseSubject(p.cfg.Load().NATSSubjectPrefix, msg.Subject)
+	if err == nil {
+		err = checkPayload(msg.Data)
+	}
+	if err != nil {
+		return nil, err
+	}
+	ev.seq, ev.stored, ev.payload = msg.Sequence, msg.Time, msg.Data
+	ev.frame = newEventFrame(&ev, true)
+	return &ev, nil
+}
+
+// fill finds the next message of t, if t may have one up to the sequence to. "Nothing more" is believed of the leader
+// alone.
+func (r *replay) fill(ctx context.Context, t *track, to uint64) error {
+	if t.head != nil || t.from > to {
+		return nil
+	}
+	var err error
+	if t.from > 0 {
+		t.head, err = limited(ctx, r.past, func() (*jetstream.RawStreamMsg, error) {
+			return r.stream.GetMsg(ctx, t.from, jetstream.WithGetMsgSubject(t.subject))
+		})
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, jetstream.ErrMsgNotFound) {
+			return fmt.Errorf("read %s from %d: %w", t.subject, t.from, err)
+		}
+	}
+	ask := map[string]any{"next_by_subj": t.subject, "seq": max(t.from, 1)}
+	if t.from == 0 && !t.start.IsZero() {
+		ask = map[string]any{"next_by_subj": t.subject, "start_time": t.start}
+	}
+	t.head, err = r.past.ask(ctx, ask)
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		t.from = to + 1 // asked after the stream's end was known: there is none up to it
+		return nil
+	}
+	return err
+}
+
+// ask has the stream's leader find a message (the request is that of JSApiMsgGetRequest; start_time needs a server of
+// 2.11 or newer).
+func (p *past) ask(ctx context.Context, request map[string]any) (*jetstream.RawStreamMsg, error) {
+	name := p.cfg.Load().NATSStreamName
+	body, err := json.Marshal(request)
+	if err != nil {
+		return nil, err
+	}
+	answer, err := limited(ctx, p, func() (*nats.Msg, error) {
+		return p.nc.RequestWithContext(ctx, "$JS.API.STREAM.MSG.GET."+name, body)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("ask for a message of stream %s: %w", name, err)
+	}
+	var found struct {
+		Error   *jetstream.APIError `json:"error"`
+		Message *struct {
+			Subject string    `json:"subject"`
+			Seq     uint64    `json:"seq"`
+			Data    []byte    `json:"data"`
+			Time    time.Time `json:"time"`
+		} `json:"message"`
+	}
+	if err := json.Unmarshal(answer.Data, &found); err != nil {
+		return nil, fmt.Errorf("ask for a message of stream %s: %w", name, err)
+	}
+	switch {
+	case found.Error != nil && found.Error.ErrorCode == jetstream.JSErrCodeMessageNotFound:
+		return nil, jetstream.ErrMsgNotFound
+	case found.Error != nil:
+		return nil, fmt.Errorf("ask for a message of stream %s: %w", name, found.Error)
+	case found.Message == nil:
+		return nil, fmt.Errorf("ask for a message of stream %s: empty answer", name)
+	}
+	m := found.Message
+	return &jetstream.RawStreamMsg{Subject: m.Subject, Sequence: m.Seq, Data: m.Data, Time: m.Time}, nil
+}

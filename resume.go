@@ -1,0 +1,151 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+)
+
+// replayEnough is how few events a pass may have found for the socket to go live before the next, last pass.
+const replayEnough = 16
+
+// resume replays, at the client's wish, what this socket should have had after a sequence.
+func (c *conn) resume(req *request) {
+	if req.Payload.Since == nil {
+		c.fault(badRequest("since", "resume without since"))
+		return
+	}
+	c.ring.replaying(leaveAll, time.Now())
+	subjects := c.subjects()
+	if chat := c.ring.selection(); chat != "" {
+		subjects = append(subjects, c.chatSubject(chat))
+	}
+	info := c.replay(*req.Payload.Since, subjects)
+	var err error
+	if info.Seq, err = c.streamSeq(); err != nil {
+		info.Gap = true
+	}
+	c.endReplay(newReply("resumed", info))
+}
+
+func (c *conn) endReplay(confirmation *frame) {
+	ends, kick := c.ring.resumed(confirmation, time.Now(), nil)
+	c.kick(kick)
+	c.h.settle(ends, "buffer")
+}
+
+// subjects are those whose events this socket gets as long as it lives.
+func (c *conn) subjects() []string {
+	prefix, r := c.h.cfg.Load().NATSSubjectPrefix, c.firstRoute()
+	base := prefix + "." + r.company + "." + r.agent
+	if r.kind == routeAgents {
+		return []string{base + ".agents"}
+	}
+	return []string{base + ".chats", base + ".contacts"}
+}
+
+func (c *conn) chatSubject(chat string) string {
+	return c.h.cfg.Load().NATSSubjectPrefix + "." + c.claims.company + "." + c.claims.agent + ".messages." + chat
+}
+
+// replay writes the past of subjects after since to the client. ring.replaying came before, so that live events are left
+// to the passes. Joined without a hole, because (1) an event that was settled as replayed was pulled, and so was in the
+// stream, before goLive; (2) the end that the last pass reads up to is asked for after goLive; (3) what comes after
+// goLive waits for the confirmation. The read loop runs it: a client's messages take effect in their order.
+func (c *conn) replay(since uint64, subjects []string) replayInfo {
+	c.h.m.resumeRequestsTotal.with().Inc()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	c.mu.Lock()
+	c.cancel = cancel // close ends it
+	gone := c.code != 0
+	c.mu.Unlock()
+	if gone {
+		cancel()
+	}
+	n, err := c.passes(ctx, since, subjects)
+	c.ring.goLive() // after a failure too
+	c.mu.Lock()
+	c.cancel = nil
+	c.mu.Unlock()
+	if err != nil && ctx.Err() == nil {
+		c.h.m.resumeGapsTotal.with().Inc()
+		level := slog.LevelWarn
+		if errors.Is(err, errTooFar) {
+			level = slog.LevelInfo
+		}
+		slog.Log(ctx, level, "replay ended in a gap", append(c.logAttrs(), "since", since, "resumed", n, "err", err)...)
+	}
+	return replayInfo{Resumed: n, Gap: err != nil}
+}
+
+func (c *conn) passes(ctx context.Context, since uint64, subjects []string) (n int, err error) {
+	r, err := c.h.openPast(ctx, since, subjects)
+	if err != nil {
+		return 0, err
+	}
+	write := func(ev *event) error {
+		c.ring.waitRoom()
+		if c.closing() {
+			return errClosed
+		}
+		c.missed.Store(0) // it takes what is written, though its pongs wait to be read
+		c.kick(c.ring.reply(ev.frame, time.Now()))
+		c.h.m.resumeEventsTotal.with().Inc()
+		return nil
+	}
+	for live := false; ; {
+		end, err := r.last(ctx)
+		if err != nil {
+			return n, err
+		}
+		found, err := r.pass(ctx, end, write)
+		n += found
+		if err != nil || live {
+			return n, err
+		}
+		if found <= replayEnough {
+			live = true
+			c.ring.goLive()
+		}
+	}
+}
+
+// leaveAll as what a replay takes over; no chat's id.
+const leaveAll = "*"
+
+// replaying begins a replay: from now on what it covers is left to its passes. Replayed events may be written before
+// the greeting, which is queued at the replay's end.
+func (r *ring) replaying(what string, now time.Time) (kick bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.leave, r.ready = what, true
+	return r.kickLocked(now)
+}
+
+// goLive ends the passes but for the last one, which reads up to an end of the stream that is asked for after this:
+// events wait for the confirmation again. The first call counts.
+func (r *ring) goLive() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.leave != "" {
+		r.holding, r.leave = r.leave == leaveAll, ""
+	}
+}
+
+// resumed ends a replay of everything: the confirmation f, then what was held.
+func (r *ring) resumed(f *frame, now time.Time, out []settlement) (_ []settlement, kick bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	held := r.held
+	r.held, r.leave, r.holding = nil, "", false
+	if r.closed {
+		return out, false // close has settled them
+	}
+	r.insertLocked(r.n, item{f: f, at: now})
+	for _, it := range held {
+		out = r.acceptLocked(it, now, out)
+	}
+	return out, r.kickLocked(now)
+}
