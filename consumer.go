@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -36,8 +37,9 @@ type consumer struct {
 	stop     chan struct{} // closed by drain
 	stopped  chan struct{} // closed when run has returned
 
-	mu      sync.Mutex // guards state, created and floor
+	mu      sync.Mutex // guards state, refusal, created and floor
 	state   string     // "active", or why not
+	refusal string     // why the last attempt to connect failed; "" once connected
 	created time.Time  // of the stream that floor belongs to
 	floor   uint64     // highest ack floor known: all up to it was settled
 
@@ -58,6 +60,7 @@ const (
 // connectNATS starts to connect and returns at once; the library goes on trying in the background.
 func (c *consumer) connectNATS(cfg *Config) (*nats.Conn, error) {
 	connected := func(nc *nats.Conn) {
+		c.noteRefusal(nil)
 		c.up.Store(true)
 		slog.Info("NATS connected", "server", nc.ConnectedServerName())
 	}
@@ -65,6 +68,9 @@ func (c *consumer) connectNATS(cfg *Config) (*nats.Conn, error) {
 		nats.Name("daisi-ws-service " + cfg.ServerPodID), nats.RetryOnFailedConnect(true),
 		nats.MaxReconnects(cfg.NATSMaxReconnects), nats.ReconnectWait(cfg.NATSReconnectWait),
 		nats.Timeout(cfg.NATSConnectTimeout), nats.PingInterval(cfg.NATSPingInterval),
+		// Else the second refusal by a server would end the connection for good, and the pod: while accounts are
+		// being changed or secrets rotated, all pods at once.
+		nats.IgnoreAuthErrorAbort(),
 		// Nothing is buffered while disconnected: an ack sent after the reconnect may come later than ACK_WAIT
 		// and would be taken for the redelivery's.
 		nats.ReconnectBufSize(-1),
@@ -73,7 +79,7 @@ func (c *consumer) connectNATS(cfg *Config) (*nats.Conn, error) {
 			slog.Warn("NATS disconnected: sockets stay open", "err", err)
 		}),
 		nats.ConnectHandler(connected), nats.ReconnectHandler(connected),
-		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) { slog.Debug("NATS connection attempt failed", "err", err) }),
+		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) { c.noteRefusal(err) }),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { slog.Warn("NATS reports", "err", err) }),
 		nats.ClosedHandler(func(*nats.Conn) { close(c.closed) }),
 	}
@@ -105,6 +111,34 @@ func newConsumer(cfg *settings, m *Metrics, o *owners) (*consumer, error) {
 		return nil, fmt.Errorf("JetStream: %w", err)
 	}
 	return c, nil
+}
+
+// noteRefusal remembers why an attempt to connect failed, without addresses: servers that fail alike are one reason, said
+// once. Nil forgets it.
+func (c *consumer) noteRefusal(err error) {
+	var op *net.OpError
+	switch {
+	case errors.Is(err, nats.ErrNoServers): // says less than the attempts that follow
+		return
+	case errors.As(err, &op):
+		err = op.Err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refusal = ""
+	if err != nil {
+		c.refusal = ": " + err.Error()
+	}
+}
+
+// errDisconnected says why NATS is not connected, as far as that is known.
+func (c *consumer) errDisconnected() error {
+	if err := c.nc.LastError(); err != nil { // a refused handshake shows only here
+		c.noteRefusal(err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return errors.New("NATS is not connected" + c.refusal)
 }
 
 // run consumes until drain is called; it owns everything it starts.
@@ -153,7 +187,7 @@ func (c *consumer) status() (nats, consumer string) {
 	case c.up.Load():
 		return "connected", c.state
 	case c.state == "active": // at the last poll
-		return "disconnected", "NATS is not connected"
+		return "disconnected", "NATS is not connected" + c.refusal
 	default:
 		return "disconnected", c.state
 	}
@@ -162,7 +196,7 @@ func (c *consumer) status() (nats, consumer string) {
 // consume runs one life of the flow, from finding the stream to the flow's end, and says why it ended.
 func (c *consumer) consume(ctx context.Context) error {
 	if !c.nc.IsConnected() {
-		return errors.New("NATS is not connected")
+		return c.errDisconnected()
 	}
 	c.limit(int(c.nc.MaxPayload()))
 	stream, err := c.ensureStream(ctx)
@@ -273,6 +307,10 @@ func (c *consumer) poll(ctx context.Context, cons jetstream.Consumer, stalled *u
 	info, err := cons.Info(ctx)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) || errors.Is(err, jetstream.ErrStreamNotFound) {
 		return fmt.Errorf("consumer %s: %w", c.cfg.Load().NATSConsumerName, err)
+	}
+	if err != nil && !c.nc.IsConnected() {
+		c.setState(c.errDisconnected().Error())
+		return nil
 	}
 	if err != nil {
 		c.setState(fmt.Sprintf("no answer about the consumer: %v", err))
