@@ -306,11 +306,20 @@ func (c *Client) WantError(code string) Error {
 
 // Events are the events in the inbox, in the order in which they came; they stay there.
 func (c *Client) Events() []Message {
+	return c.which(func(m Message) bool { return m.Type == "event" })
+}
+
+// Others are the messages in the inbox that are no events; they stay there.
+func (c *Client) Others() []Message {
+	return c.which(func(m Message) bool { return m.Type != "event" })
+}
+
+func (c *Client) which(wanted func(Message) bool) []Message {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var all []Message
 	for _, m := range c.inbox {
-		if m.Type == "event" {
+		if wanted(m) {
 			all = append(all, m)
 		}
 	}

@@ -144,3 +144,13 @@ func (p *Pod) WantLedgers() {
 		return received == ended+inHand && pushed == settled+waiting
 	})
 }
+
+// WantLine waits until the pod has logged a line that contains text, and returns it.
+func (p *Pod) WantLine(text string) string {
+	p.W.T.Helper()
+	line, err := p.Log.Find(Within(p.W.T, Patience), func(line string) bool { return strings.Contains(line, text) })
+	if err != nil {
+		p.W.T.Fatalf("%s does not say %q: %v", p.ID, text, err)
+	}
+	return line
+}

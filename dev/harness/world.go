@@ -32,7 +32,8 @@ const (
 type World struct {
 	T        *testing.T
 	NATS     *rig.NATS
-	Redis    *rig.Redis
+	Nodes    []*rig.NATS // with NATSCluster: all of them, NATS too
+	Redis    *rig.Redis  // nil with NoRedis
 	Stream   string
 	Prefix   string
 	Consumer string
@@ -41,6 +42,7 @@ type World struct {
 
 	dir   string
 	pods  atomic.Int64 // started so far
+	redis []string     // settings that say where Redis is
 	extra []string     // settings of every pod
 }
 
@@ -49,7 +51,10 @@ type Option func(*options)
 
 type options struct {
 	ownNATS, noStream bool
+	nodes             int
 	natsConf          []string
+	natsOptions       []nats.Option
+	noRedis           bool
 	redisArgs         []string
 	settings          []string
 	stream            func(*jetstream.StreamConfig)
@@ -83,12 +88,17 @@ func New(t *testing.T, opts ...Option) *World {
 	}
 	id := fmt.Sprintf("w%d", worlds.Add(1))
 	w := &World{T: t, NATS: shared.nats, Stream: "stream_" + id, Prefix: "p" + id, Consumer: "fanout_" + id, dir: logDir(t), extra: o.settings}
-	if o.ownNATS {
+	switch {
+	case o.nodes > 0:
+		w.startNATSCluster(o.nodes)
+	case o.ownNATS:
 		w.startNATS(o.natsConf)
 	}
-	w.startRedis(o.redisArgs)
+	if !o.noRedis {
+		w.StartRedis(o.redisArgs...)
+	}
 	var err error
-	if w.NC, err = w.NATS.Connect(); err != nil {
+	if w.NC, err = w.NATS.Connect(o.natsOptions...); err != nil {
 		t.Fatalf("connect to NATS: %v", err)
 	}
 	t.Cleanup(w.NC.Close)
@@ -114,19 +124,22 @@ func (w *World) startNATS(conf []string) {
 	})
 }
 
-func (w *World) startRedis(args []string) {
+// StartRedis gives the pods a redis-server with further arguments; New does so unless told not to.
+func (w *World) StartRedis(args ...string) *rig.Redis {
 	w.T.Helper()
 	r, err := rig.StartRedis(w.subdir("redis"), args...)
 	if err != nil {
 		w.T.Fatal(err)
 	}
 	w.Redis = r
+	w.redis = []string{"REDIS_ADDRESS=" + r.Address()}
 	w.T.Cleanup(func() {
 		if p := r.Process(); p != nil {
 			w.blame(p)
 		}
 		r.Stop()
 	})
+	return r
 }
 
 func (w *World) subdir(name string) string {
@@ -175,10 +188,10 @@ func (w *World) RedisClient() *redis.Client {
 func (w *World) PodSettings(id string, settings ...string) []string {
 	return slices.Concat([]string{
 		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_ADVERTISE_ADDRESS=127.0.0.1", "SERVER_POD_ID=" + id,
-		"NATS_URL=" + w.NATS.URL(), "NATS_STREAM_NAME=" + w.Stream, "NATS_CONSUMER_NAME=" + w.Consumer, "NATS_SUBJECT_PREFIX=" + w.Prefix,
-		"NATS_RECONNECT_WAIT=100ms", "REDIS_ADDRESS=" + w.Redis.Address(),
+		"NATS_URL=" + w.natsURL(), "NATS_STREAM_NAME=" + w.Stream, "NATS_CONSUMER_NAME=" + w.Consumer, "NATS_SUBJECT_PREFIX=" + w.Prefix,
+		"NATS_RECONNECT_WAIT=100ms",
 		"AUTH_SECRET_TOKEN=" + APIKey, "AUTH_ADMIN_SECRET_TOKEN=" + AdminAPIKey, "AUTH_TOKEN_AES_KEY=" + TokenKey, "AUTH_ADMIN_TOKEN_AES_KEY=" + AdminKey,
-	}, w.extra, settings)
+	}, w.redis, w.extra, settings)
 }
 
 // Pod is one running service of a World.

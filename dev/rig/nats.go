@@ -2,6 +2,7 @@ package rig
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -28,7 +29,7 @@ func StartNATS(bin, dir string, extra ...string) (*NATS, error) {
 	n := &NATS{bin: bin, dir: dir}
 	err := onFreePort(func(port int) error {
 		n.port = port
-		if err := n.configure(extra); err != nil {
+		if err := n.Configure(extra...); err != nil {
 			return err
 		}
 		return n.Restart()
@@ -39,10 +40,11 @@ func StartNATS(bin, dir string, extra ...string) (*NATS, error) {
 	return n, nil
 }
 
-func (n *NATS) configure(extra []string) error {
+// Configure writes the configuration file anew, with other further lines than before; the next Restart reads it.
+func (n *NATS) Configure(extra ...string) error {
 	lines := append([]string{
 		fmt.Sprintf("listen: 127.0.0.1:%d", n.port),
-		fmt.Sprintf("server_name: dws-%d", n.port),
+		"server_name: " + n.Name(),
 		fmt.Sprintf("jetstream { store_dir: %q, max_memory_store: 256MB, max_file_store: 8GB }", filepath.Join(n.dir, "jetstream")),
 	}, extra...)
 	return os.WriteFile(filepath.Join(n.dir, "nats.conf"), []byte(strings.Join(lines, "\n")+"\n"), 0o600)
@@ -100,20 +102,31 @@ func untilPrinted(p *Process, text string) error {
 	return err
 }
 
-// onFreePort calls start with a port that was free a moment ago, with others when somebody else was faster. The ports lie
-// below Linux' ephemeral range, so that no outgoing connection takes one while its server is down.
+// Name is what the server calls itself: in JetStream's answers about leaders and replicas.
+func (n *NATS) Name() string { return fmt.Sprintf("dws-%d", n.port) }
+
+// onFreePort calls start with a port that was free a moment ago, with others when somebody else was faster.
 func onFreePort(start func(port int) error) error {
 	var err error
 	for range 5 {
-		port := 18000 + rand.IntN(14000)
-		l, lerr := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if lerr != nil {
-			continue
+		port, perr := freePort()
+		if perr != nil {
+			return perr
 		}
-		l.Close()
 		if err = start(port); err == nil {
 			return nil
 		}
 	}
 	return fmt.Errorf("tried 5 ports: %w", err)
+}
+
+// freePort finds a port below Linux' ephemeral range, so that no outgoing connection takes it while its server is down.
+func freePort() (int, error) {
+	for range 100 {
+		port := 18000 + rand.IntN(14000)
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			return port, l.Close()
+		}
+	}
+	return 0, errors.New("no free port between 18000 and 32000")
 }

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -37,8 +38,8 @@ var RedisServer = sync.OnceValue(func() string {
 	return path
 })
 
-// StartRedis runs a Redis with its data under dir. extra are further arguments of redis-server; with any, there must be
-// a real one.
+// StartRedis runs a Redis with its data under dir. extra are further arguments of redis-server, in which $PORT stands
+// for its port; with any, there must be a real one.
 func StartRedis(dir string, extra ...string) (*Redis, error) {
 	if RedisServer() == "" {
 		if len(extra) > 0 {
@@ -128,6 +129,9 @@ func (r *Redis) Restart() error {
 	// appendfsync no: every write reaches the kernel before it is answered, which outlives SIGKILL; fsync is for power cuts.
 	args := append([]string{"--port", strconv.Itoa(r.port), "--bind", "127.0.0.1", "--dir", r.dir, "--save", "",
 		"--appendonly", "yes", "--appendfsync", "no", "--daemonize", "no"}, r.args...)
+	for i, arg := range args {
+		args[i] = strings.ReplaceAll(arg, "$PORT", strconv.Itoa(r.port))
+	}
 	p, err := Start("redis-server", filepath.Join(r.dir, "redis.log"), os.Environ(), RedisServer(), args...)
 	if err != nil {
 		return err
