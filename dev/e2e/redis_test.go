@@ -1,0 +1,489 @@
+package e2e
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"daisi-ws-service/dev/harness"
+	"daisi-ws-service/dev/rig"
+)
+
+// operations is what docs/operations.md says in the match of pattern, which has one group.
+func operations(t *testing.T, pattern string) string {
+	t.Helper()
+	root, err := rig.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := os.ReadFile(filepath.Join(root, "docs", "operations.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(pattern).FindSubmatch(page)
+	if m == nil {
+		t.Fatalf("docs/operations.md has nothing like %s", pattern)
+	}
+	return string(m[1])
+}
+
+// aclRules are those of the ACL user in docs/operations.md, with this password.
+func aclRules(t *testing.T, password string) []string {
+	t.Helper()
+	rules := strings.Fields(operations(t, "\nuser daisi on ((?s:.*?))```"))
+	rules[slices.Index(rules, ">PASSWORD")] = ">" + password
+	return append([]string{"--user", "daisi", "on"}, rules...)
+}
+
+// wantEverything does with two pods and each of the agents all that Redis is needed for: events that the other pod pulls, the
+// chat selected, the session taken over by a tab on the other pod and on the same one, an admin; in the end nothing has
+// failed that was sent to Redis.
+func wantEverything(w *harness.World, a, b *harness.Pod, agents ...string) {
+	w.T.Helper()
+	for _, agent := range agents {
+		wantEvents(w, a, b, agent)
+		wantTakeOver(w, a, b, agent)
+	}
+	admin := b.Connect(harness.Admin("root", "acme", ""))
+	admin.WaitEvent(w.Agent("acme", agents[0]))
+	again := a.Connect(harness.Admin("root", "acme", ""))
+	admin.WantClose(4402, "session-replaced")
+	again.WaitEvent(w.Agent("acme", agents[0]))
+	w.Settled()
+	for _, p := range []*harness.Pod{a, b} {
+		p.WantLedgers()
+		if m := p.Metrics(); m.Sum("dws_redis_errors_total") != 0 {
+			w.T.Errorf("%s had errors with Redis: %v", p.ID, m)
+		}
+		if strings.Contains(p.Log.Text(), "session taken over") {
+			w.T.Errorf("%s took a session over by force: the kill channel did not work", p.ID)
+		}
+	}
+}
+
+// wantEvents has a socket on each pod get what is theirs, until either pod has pulled events of the other's socket.
+func wantEvents(w *harness.World, a, b *harness.Pod, agent string) {
+	w.T.Helper()
+	ann, bob := a.Connect(harness.User("acme", agent, "ann")), b.Connect(harness.User("acme", agent, "bob"))
+	ann.SelectChat("c1")
+	bob.SelectChat("c2")
+	fromA, fromB := a.Metric("dws_grpc_messages_sent_total"), b.Metric("dws_grpc_messages_sent_total")
+	for round := 0; a.Metric("dws_grpc_messages_sent_total") == fromA || b.Metric("dws_grpc_messages_sent_total") == fromB; round++ {
+		if round == 200 {
+			w.T.Fatal("in 200 rounds no event of its socket was pulled by the other pod")
+		}
+		chat, m1, m2 := w.Chat("acme", agent), w.Message("acme", agent, "c1"), w.Message("acme", agent, "c2")
+		ann.WaitEvent(chat)
+		ann.WaitEvent(m1)
+		bob.WaitEvent(chat)
+		bob.WaitEvent(m2)
+	}
+	ann.SelectChat("c2")
+	bob.SelectChat("")
+	ann.WaitEvent(w.Message("acme", agent, "c2"))
+	w.Message("acme", agent, "c1")
+	w.Settled()
+	for _, c := range []*harness.Client{ann, bob} {
+		if left := c.Events(); len(left) > 0 {
+			w.T.Errorf("%s got what it had not selected: %s", c.Dial.User, left[0].Raw)
+		}
+		c.Close(1000, "")
+	}
+}
+
+// wantTakeOver opens four tabs of one user on the two pods; each newcomer wins.
+func wantTakeOver(w *harness.World, a, b *harness.Pod, agent string) {
+	w.T.Helper()
+	before := a.Connect(harness.User("acme", agent, "ann"))
+	for _, pod := range []*harness.Pod{b, b, a} {
+		next := pod.Connect(harness.User("acme", agent, "ann"))
+		before.WantClose(4402, "session-replaced")
+		next.SelectChat("c1")
+		next.WaitEvent(w.Message("acme", agent, "c1"))
+		before = next
+	}
+	before.Close(1000, "")
+}
+
+// leavesNothing ends the pods and compares what is left in Redis, but for what lives as long as the stream.
+func leavesNothing(w *harness.World, rdb redis.UniversalClient, pods ...*harness.Pod) {
+	w.T.Helper()
+	for _, p := range pods {
+		p.Terminate()
+		p.WantExit(0, 2*harness.Patience)
+	}
+	keys, err := rdb.Keys(harness.Within(w.T, harness.Patience), "*").Result()
+	if err != nil {
+		w.T.Fatal(err)
+	}
+	slices.Sort(keys)
+	if want := []string{"ack_floor:" + w.Stream + ":" + w.Consumer, "owner_log"}; !slices.Equal(keys, want) {
+		w.T.Errorf("after the drain of all pods Redis holds %q, want %q", keys, want)
+	}
+}
+
+// TestRedisLeastRights: with the ACL user of docs/operations.md nothing is missing, and it has no right that is not
+// needed; in a database other than 0, where nothing else is touched.
+func TestRedisLeastRights(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	const password = "password-of-an-acl-user"
+	rules := aclRules(t, password)
+	w := harness.New(t, harness.RedisArgs(rules...), harness.Settings("REDIS_USERNAME=daisi", "REDIS_PASSWORD="+password, "REDIS_DB=7",
+		"AUTH_TOKEN_CACHE_TTL=1m", "AUTH_ADMIN_TOKEN_CACHE_TTL=1m", "SESSION_REFRESH_INTERVAL=500ms", "POD_LEASE=1500ms"))
+	a, b := w.Start(), w.Start()
+	wantEverything(w, a, b, "desk1", "desk2")
+	idle := a.Connect(harness.User("acme", "desk3", "ann"))
+	a.WaitMetric(func(n float64) bool { return n > 0 }, "dws_session_lock_renewal_success_total")
+	idle.Close(1000, "")
+
+	admin := redis.NewClient(&redis.Options{Addr: w.Redis.Address(), DB: 7})
+	defer admin.Close()
+	cached, err := admin.Keys(t.Context(), "token_cache:*").Result()
+	if err != nil || len(cached) == 0 {
+		t.Errorf("tokens cached: %q, %v", cached, err)
+	}
+	admin.Del(t.Context(), cached...)
+	leavesNothing(w, admin, a, b)
+	if n, err := w.RedisClient().DBSize(t.Context()).Result(); err != nil || n != 0 {
+		t.Errorf("database 0 holds %d keys, %v", n, err)
+	}
+	denied, err := admin.ACLLog(t.Context(), 10).Result()
+	if err != nil || len(denied) > 0 {
+		t.Errorf("denied: %v, %v", denied, err)
+	}
+	stats, err := admin.Info(t.Context(), "commandstats").Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, rule := range rules {
+		if command, ok := strings.CutPrefix(rule, "+"); ok && !strings.Contains(stats, "cmdstat_"+command+":") {
+			t.Errorf("docs/operations.md grants %s, which is not used", command)
+		}
+	}
+	for _, p := range []*harness.Pod{a, b} {
+		if strings.Contains(p.Log.Text(), password) {
+			t.Errorf("the log of %s holds the password", p.ID)
+		}
+	}
+}
+
+// TestRedisTLS: by TLS both ways and with a password of the default user; without a client certificate, or with a CA that
+// did not sign the server's, the service waits and says why.
+func TestRedisTLS(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	w := harness.New(t, harness.NoRedis())
+	ca, stranger := w.CA("redis-ca"), w.CA("strange-ca")
+	cert, key := w.Issue(ca, "redis")
+	mine, mineKey := w.Issue(ca, "pod")
+	r := w.StartRedis("--port", "0", "--tls-port", "$PORT", "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", ca.File,
+		"--tls-auth-clients", "yes", "--requirepass", "password-of-all")
+	settings := []string{"REDIS_TLS=true", "REDIS_TLS_CA_FILE=" + ca.File, "REDIS_TLS_CERT_FILE=" + mine, "REDIS_TLS_KEY_FILE=" + mineKey,
+		"REDIS_PASSWORD=password-of-all"}
+	for name, tc := range map[string]struct {
+		settings []string
+		says     string
+	}{
+		"stranger":    {[]string{"REDIS_TLS_CA_FILE=" + stranger.File}, "certificate signed by unknown authority"},
+		"anonymous":   {[]string{"REDIS_TLS_CERT_FILE=", "REDIS_TLS_KEY_FILE="}, "certificate required"},
+		"no password": {[]string{"REDIS_PASSWORD="}, "NOAUTH"},
+		"wrong one":   {[]string{"REDIS_PASSWORD=guessed"}, "WRONGPASS"},
+	} {
+		p := w.Launch(append(slices.Clone(settings), tc.settings...)...)
+		p.WaitListening()
+		_, err := p.Log.Find(harness.Within(t, harness.Patience), func(line string) bool {
+			return strings.Contains(line, "waiting for Redis") && strings.Contains(line, tc.says)
+		})
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		p.WantRefused(harness.User("acme", "desk1", "ann"), 503, "Unavailable")
+		p.Kill()
+	}
+	a, b := w.Start(settings...), w.Start(settings...)
+	wantEverything(w, a, b, "desk1", "desk2")
+	leavesNothing(w, tlsClient(t, r.Address(), ca, mine, mineKey), a, b)
+}
+
+func tlsClient(t *testing.T, address string, ca *rig.CA, cert, key string) *redis.Client {
+	t.Helper()
+	pair, err := tls.LoadX509KeyPair(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pem, err := os.ReadFile(ca.File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(pem)
+	c := redis.NewClient(&redis.Options{Addr: address, Password: "password-of-all", TLSConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}})
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// TestRedisCluster: three masters. Sessions of every master are opened and taken over, so that a script with keys of two
+// slots would have failed; kills are published on any node, and heard by pods that are subscribed on another.
+func TestRedisCluster(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	const password = "password-of-an-acl-user"
+	more := strings.Fields(operations(t, "a cluster also needs `(.*?)`\\)"))
+	w := harness.New(t, harness.NoRedis(), harness.Settings("REDIS_USERNAME=daisi", "REDIS_PASSWORD="+password))
+	cluster := w.RedisCluster(3, append(aclRules(t, password), more...)...)
+	rdb := redis.NewClusterClient(&redis.ClusterOptions{Addrs: strings.Split(cluster.Addresses(), ",")})
+	defer rdb.Close()
+	a, b := w.Start(), w.Start()
+	wantEverything(w, a, b, agentsOfAllMasters(t, rdb)...)
+
+	published, subscribed, unused := 0, 0, slices.Clone(more)
+	for i, node := range cluster.Nodes {
+		c := redis.NewClient(&redis.Options{Addr: node.Address()})
+		defer c.Close()
+		patterns, err := c.PubSubNumPat(t.Context()).Result()
+		if err != nil {
+			t.Fatal(err)
+		}
+		stats, err := c.Info(t.Context(), "commandstats").Result()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if patterns > 0 {
+			subscribed++
+		} else if strings.Contains(stats, "cmdstat_publish:") {
+			published++
+		}
+		if denied, err := c.ACLLog(t.Context(), 10).Result(); err != nil || len(denied) > 0 {
+			t.Errorf("denied by node %d: %v, %v", i, denied, err)
+		}
+		unused = slices.DeleteFunc(unused, func(rule string) bool { return strings.Contains(stats, "cmdstat_"+strings.TrimPrefix(rule, "+")+":") })
+	}
+	if published == 0 || subscribed == 0 {
+		t.Errorf("%d nodes with subscribers, %d others with kills published: no kill crossed from node to node", subscribed, published)
+	}
+	if len(unused) > 0 {
+		t.Errorf("docs/operations.md grants %v for a cluster, which is not used", unused)
+	}
+	for _, p := range []*harness.Pod{a, b} {
+		p.Terminate()
+		p.WantExit(0, 2*harness.Patience)
+	}
+}
+
+// agentsOfAllMasters names agents whose users ann have their sessions on different masters, two on each.
+func agentsOfAllMasters(t *testing.T, rdb *redis.ClusterClient) []string {
+	t.Helper()
+	var agents []string
+	on := map[string]int{}
+	for i := 0; len(agents) < 6; i++ {
+		agent := fmt.Sprintf("desk%d", i)
+		master, err := rdb.MasterForKey(t.Context(), "session:acme:"+agent+":ann")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if addr := master.Options().Addr; on[addr] < 2 {
+			on[addr]++
+			agents = append(agents, agent)
+		}
+	}
+	return agents
+}
+
+// openOffice connects a user of each agent, in turn to the pods, each with a chat selected.
+func openOffice(pods []*harness.Pod, agents []string) []*harness.Client {
+	var all []*harness.Client
+	for i, agent := range agents {
+		c := pods[i%len(pods)].Connect(harness.User("acme", agent, "ann"))
+		c.SelectChat("c1")
+		all = append(all, c)
+	}
+	return all
+}
+
+// wantClaimed waits until Redis holds everything that the clients' pods have to claim, under the epochs of their leases.
+func wantClaimed(w *harness.World, rdb redis.UniversalClient, clients []*harness.Client) {
+	w.T.Helper()
+	why := ""
+	defer func() {
+		if w.T.Failed() {
+			w.T.Log(why)
+		}
+	}()
+	harness.Eventually(w.T, 2*harness.Patience, "everything to be claimed again", func() bool {
+		for _, c := range clients {
+			if why = unclaimed(w.T.Context(), rdb, c); why != "" {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// unclaimed says what Redis does not hold of what it should for c.
+func unclaimed(ctx context.Context, rdb redis.UniversalClient, c *harness.Client) string {
+	lease, err := rdb.Get(ctx, "pod:"+c.Pod.ID).Result()
+	if err != nil {
+		return fmt.Sprintf("lease of %s: %v", c.Pod.ID, err)
+	}
+	epoch, _, _ := strings.Cut(lease, " ")
+	member := c.Pod.ID + "#" + epoch
+	base := c.Dial.Company + ":" + c.Dial.Agent
+	for _, key := range []string{"route:" + base + ":general", "route:" + base + ":messages:c1"} {
+		if ok, err := rdb.SIsMember(ctx, key, member).Result(); err != nil || !ok {
+			return fmt.Sprintf("%s is no member of %s (%v)", member, key, err)
+		}
+	}
+	key := "session:" + base + ":" + c.Dial.User
+	if lock, err := rdb.Get(ctx, key).Result(); err != nil || !strings.HasPrefix(lock, member+"#") {
+		return fmt.Sprintf("%s is %q (%v), want that of %s", key, lock, err, member)
+	}
+	return ""
+}
+
+// wantNewcomers waits until both pods let sockets in again, and each gets its events.
+func wantNewcomers(w *harness.World, pods []*harness.Pod, agent string) {
+	w.T.Helper()
+	for _, pod := range pods {
+		var c *harness.Client
+		harness.Eventually(w.T, 2*harness.Patience, "a new socket on "+pod.ID, func() bool {
+			c, _, _ = pod.TryDial(harness.Within(w.T, harness.Patience), harness.User("acme", agent, pod.ID))
+			return c != nil
+		})
+		c.WantReady()
+		c.SelectChat("c9")
+		c.WaitEvent(w.Chat("acme", agent))
+		c.WaitEvent(w.Message("acme", agent, "c9"))
+		c.Close(1000, "")
+	}
+}
+
+// wantOnlyGaps looks at what a socket got beside its events: gaps, if any, for reason owner, and no close.
+func wantOnlyGaps(c *harness.Client) {
+	t := c.Pod.W.T
+	t.Helper()
+	if end := c.Ended(); end != nil {
+		t.Errorf("the socket of %s was closed: %+v", c.Dial.Agent, *end)
+	}
+	for _, m := range c.Others() {
+		if m.Type != "gap" || !strings.Contains(string(m.Payload), `"reason":"owner"`) {
+			t.Errorf("the socket of %s got %s", c.Dial.Agent, m.Raw)
+		}
+	}
+}
+
+// TestRedisClusterNode: the master of the owner log is killed and comes back with its data. Events flow all the time.
+func TestRedisClusterNode(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	w := harness.New(t, harness.NoRedis())
+	cluster := w.RedisCluster(3)
+	rdb := redis.NewClusterClient(&redis.ClusterOptions{Addrs: strings.Split(cluster.Addresses(), ",")})
+	defer rdb.Close()
+	pods := []*harness.Pod{w.Start(), w.Start()}
+	agents := agentsOfAllMasters(t, rdb)
+	clients := openOffice(pods, agents)
+	f := startFlow(w, 100, agents)
+	master, err := rdb.MasterForKey(t.Context(), "owner_log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(cluster.Nodes, func(r *rig.Redis) bool { return r.Address() == master.Options().Addr })
+	cluster.Nodes[i].Kill()
+	for _, p := range pods {
+		p.WantLine("Redis is away")
+		p.WantRefused(harness.User("acme", "desk99", "ann"), 503, "Unavailable")
+	}
+	if err := cluster.Nodes[i].Restart(); err != nil {
+		t.Fatal(err)
+	}
+	wantNewcomers(w, pods, "desk99")
+	wantClaimed(w, rdb, clients)
+	f.wantAll(clients)
+	for _, p := range pods {
+		p.WantLedgers()
+	}
+}
+
+// TestRedisSentinel: the master is lost and the replica takes over: the pods follow, claim everything again, and keep their
+// sockets, which miss nothing; new ones come. A master that is killed closes its connections at once, and comes back as
+// the replica that takes over the second time; one that hangs leaves them open, and believes to be master for a moment
+// when it wakes up.
+func TestRedisSentinel(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	for name, fault := range map[string]struct {
+		times int
+		lose  func(*rig.Redis)
+		back  func(*rig.Redis) error
+	}{
+		"killed": {2, (*rig.Redis).Kill, (*rig.Redis).Restart},
+		"hangs": {
+			1,
+			func(r *rig.Redis) { r.Process().Signal(syscall.SIGSTOP) },
+			func(r *rig.Redis) error { return r.Process().Signal(syscall.SIGCONT) },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := harness.New(t, harness.NoRedis())
+			s := w.Sentinels()
+			pods := []*harness.Pod{w.Start(), w.Start()}
+			wantEverything(w, pods[0], pods[1], "desk1")
+			agents := []string{"desk1", "desk2", "desk3", "desk4", "desk5"}
+			clients := openOffice(pods, agents)
+			f := startFlow(w, 100, agents)
+			for turn := range fault.times {
+				if err := s.Settled(); err != nil {
+					t.Fatal(err)
+				}
+				old := masterOf(t, s)
+				begin := time.Now()
+				fault.lose(old)
+				harness.Eventually(t, 2*harness.Patience, "a fail-over", func() bool {
+					now, err := s.Master()
+					return err == nil && now != old
+				})
+				promoted := time.Since(begin)
+				for _, p := range pods {
+					harness.Eventually(t, harness.Patience, p.ID+" to follow", func() bool {
+						return strings.Count(p.Log.Text(), "Redis was restarted or failed over") > turn
+					})
+				}
+				rdb := redis.NewClient(&redis.Options{Addr: masterOf(t, s).Address(), Password: rig.ReplicaPassword})
+				defer rdb.Close()
+				wantNewcomers(w, pods, "desk9")
+				wantClaimed(w, rdb, clients)
+				t.Logf("fail-over after %v, everything claimed again after %v", promoted, time.Since(begin))
+				if err := fault.back(old); err != nil {
+					t.Fatal(err)
+				}
+			}
+			wantNewcomers(w, pods, "desk8")
+			f.wantAll(clients)
+			for _, p := range pods {
+				p.WantLedgers()
+			}
+		})
+	}
+}
+
+func masterOf(t *testing.T, s *rig.Sentinels) *rig.Redis {
+	t.Helper()
+	r, err := s.Master()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
