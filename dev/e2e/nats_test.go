@@ -114,9 +114,12 @@ func TestNATSEachRight(t *testing.T) {
 	for name, right := range missing {
 		p := w.Launch(urlAs(w, name, natsPassword), "NATS_CREATE_STREAM=true")
 		p.WaitListening()
-		if strings.HasPrefix(right, "$JS.ACK") {
+		if strings.HasPrefix(right, "$JS.ACK") || strings.Contains(right, "MSG.GET") || strings.Contains(right, "DIRECT.GET") {
 			p.WaitReady()
-			p.Connect(harness.User("acme", "desk1", "ann")).WaitEvent(w.Chat("acme", "desk1"))
+			c := p.Connect(harness.User("acme", "desk1", "ann"))
+			first, second := w.Chat("acme", "desk1"), w.Chat("acme", "desk1")
+			c.WaitEvent(second)
+			p.Dial(harness.User("acme", "desk1", "bob").With("since", fmt.Sprint(first)))
 		}
 		subject, _, _ := strings.Cut(right, ">")
 		_, err := p.Log.Find(harness.Within(t, harness.Patience), func(line string) bool {
@@ -298,7 +301,7 @@ func makeReplicated(w *harness.World) {
 		}
 	}()
 	harness.Eventually(w.T, 3*harness.Patience, "the cluster to make a stream", func() bool {
-		_, err = w.JS.CreateStream(harness.Within(w.T, harness.Patience), cfg)
+		_, err = w.JS.CreateStream(harness.Within(w.T, 2*time.Second), cfg) // nobody answers before there is a leader
 		return err == nil
 	})
 }

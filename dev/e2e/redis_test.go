@@ -46,15 +46,16 @@ func aclRules(t *testing.T, password string) []string {
 	return append([]string{"--user", "daisi", "on"}, rules...)
 }
 
-// wantEverything does with two pods and each of the agents all that Redis is needed for: events that the other pod pulls, the
-// chat selected, the session taken over by a tab on the other pod and on the same one, an admin; in the end nothing has
-// failed that was sent to Redis.
+// wantEverything does with two pods and each of the agents all that Redis and NATS are needed for: events that the other pod
+// pulls, the chat selected, the session taken over by a tab on the other pod and on the same one, a resume, an admin; in
+// the end nothing has failed that was sent to Redis.
 func wantEverything(w *harness.World, a, b *harness.Pod, agents ...string) {
 	w.T.Helper()
 	for _, agent := range agents {
 		wantEvents(w, a, b, agent)
 		wantTakeOver(w, a, b, agent)
 	}
+	wantResume(w, a, b, agents[0])
 	admin := b.Connect(harness.Admin("root", "acme", ""))
 	admin.WaitEvent(w.Agent("acme", agents[0]))
 	again := a.Connect(harness.Admin("root", "acme", ""))
@@ -114,6 +115,27 @@ func wantTakeOver(w *harness.World, a, b *harness.Pod, agent string) {
 		before = next
 	}
 	before.Close(1000, "")
+}
+
+// wantResume has a user leave one pod and ask the other for what came meanwhile.
+func wantResume(w *harness.World, a, b *harness.Pod, agent string) {
+	w.T.Helper()
+	c := a.Connect(harness.User("acme", agent, "ann"))
+	seqs := []uint64{w.Chat("acme", agent), w.Contact("acme", agent), w.Chat("acme", agent)}
+	for _, seq := range seqs {
+		c.WaitEvent(seq)
+	}
+	c.Close(1000, "")
+	c = b.Dial(harness.User("acme", agent, "ann").With("since", fmt.Sprint(seqs[0])))
+	for _, seq := range seqs[1:] {
+		if m := c.WaitEvent(seq); !m.Replay {
+			w.T.Errorf("event %d is no replay: %s", seq, m.Raw)
+		}
+	}
+	if ready := c.TakeType("ready"); strings.Contains(ready.Raw, `"gap":true`) {
+		w.T.Errorf("after the resume: %s", ready.Raw)
+	}
+	c.Close(1000, "")
 }
 
 // leavesNothing ends the pods and compares what is left in Redis, but for what lives as long as the stream.
