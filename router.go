@@ -27,6 +27,7 @@ type router struct {
 	lastSeen atomic.Uint64 // highest sequence received
 	inHand   atomic.Int64  // deliveries accepted and not yet ended
 	bytes    atomic.Int64  // their payloads
+	unrouted atomic.Int64  // of these, what run has not dispatched yet
 	waiting  atomic.Bool   // accept waits for room
 	logged   time.Time     // when a malformed event was last logged; owned by run
 	more     chan struct{} // room for 1: the queue is not empty; never closed
@@ -82,6 +83,7 @@ func (r *router) accept(msg jetstream.Msg) {
 	}
 	r.inHand.Add(1)
 	r.bytes.Add(int64(len(msg.Data())))
+	r.unrouted.Add(int64(len(msg.Data())))
 	r.enqueue(arrival{msg: msg, at: at})
 }
 
@@ -109,13 +111,14 @@ func (r *router) waitRoom() {
 }
 
 // full says whether accept must wait. Memory counts too: above four prefetches of bytes, stuck sockets give up their
-// oldest events first.
+// oldest events, but only if it is the rings that hold so much. A burst of redeliveries that is not even dispatched passes
+// by itself, and cost one stuck socket all that waited for it.
 func (r *router) full() bool {
 	if r.inHand.Load()-int64(r.hub.stuck()) >= r.parked.share()/2 {
 		return true
 	}
 	for limit := 4 * int64(r.cfg.Load().NATSPrefetchBytes); r.bytes.Load() > limit; {
-		if !r.hub.shedOldest() {
+		if r.unrouted.Load() > limit/2 || !r.hub.shedOldest() {
 			return true
 		}
 	}
@@ -133,6 +136,7 @@ func (r *router) run(ctx context.Context) {
 		switch {
 		case len(batch) > 0:
 			r.route(ctx, batch)
+			r.routed(batch)
 			clear(batch)
 		case stopped:
 			return
@@ -144,6 +148,17 @@ func (r *router) run(ctx context.Context) {
 			}
 		}
 	}
+}
+
+func (r *router) routed(batch []arrival) {
+	n := 0
+	for _, a := range batch {
+		if a.p == nil {
+			n += len(a.msg.Data())
+		}
+	}
+	r.unrouted.Add(-int64(n))
+	r.wake()
 }
 
 // tick wakes an accept that waits for rings to be recognised as stuck, and lets NAKed events leave the share, until ctx ends.
