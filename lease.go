@@ -623,6 +623,7 @@ func (o *owners) close(ctx context.Context) error {
 	if own.epoch == "" {
 		return nil
 	}
+	o.flushMarks(ctx) // those of the last second
 	if err := dropLease.Run(ctx, o.rdb, []string{podKey(o.pod)}, own.String()).Err(); err != nil {
 		return fmt.Errorf("give up lease of pod %s: %w", o.pod, err)
 	}

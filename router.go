@@ -271,7 +271,7 @@ func (p *pulled) wanted(to []route) []route {
 // dispatch hands an event to all its owners. The delivery holds one target for itself while it adds them, so that the
 // last settle cannot come early.
 func (r *router) dispatch(p *pulled, now time.Time) {
-	for r.inHand.Load()+r.parked.held.Load() > r.parked.share() && r.hub.shedOldest() {
+	for !r.leaving() && r.inHand.Load()+r.parked.held.Load() > r.parked.share() && r.hub.shedOldest() {
 	}
 	p.open.Store(1)
 	targets, known, believed := 0, true, true
@@ -353,7 +353,7 @@ func (r *router) noOwner(p *pulled, since time.Duration) {
 		p.end(term, "no_owner")
 	case r.horizonPassed(p):
 		p.end(term, "expired")
-	case !r.parked.park(time.Now(), p.deliveries, route{routeGeneral, p.company, p.agent, ""}, r.inHand.Load()):
+	case !r.leaving() && !r.parked.park(time.Now(), p.deliveries, route{routeGeneral, p.company, p.agent, ""}, r.inHand.Load()):
 		p.end(term, "shed")
 	default:
 		p.end(nak, "nak_no_owner")
@@ -401,7 +401,7 @@ func (p *pulled) fail() {
 	case p.r.horizonPassed(p):
 		p.announce("expired")
 		p.end(term, "expired")
-	case !p.r.parked.park(time.Now(), p.deliveries, route{}, p.r.inHand.Load()):
+	case !p.r.leaving() && !p.r.parked.park(time.Now(), p.deliveries, route{}, p.r.inHand.Load()):
 		p.announce("shed")
 		p.end(term, "shed")
 	default:
@@ -506,6 +506,17 @@ func (r *router) fromPeer(d *delivery) {
 
 // stop makes run end once everything accepted has been routed; accept must not be called any more.
 func (r *router) stop() { close(r.stopping) }
+
+// leaving says whether the pod drains. It takes nothing more then, so nothing is shed: a client whose socket was closed a
+// moment ago gets what comes too late for it on another pod.
+func (r *router) leaving() bool {
+	select {
+	case <-r.stopping:
+		return true
+	default:
+		return false
+	}
+}
 
 // forgetSeq lets the sequences start again: the stream was made anew. A socket that has had number 7 of the old one
 // must not take a redelivery of the new number 7 for a duplicate.
