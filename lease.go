@@ -39,7 +39,15 @@ func newRedis(cfg *Config) (redis.UniversalClient, error) {
 		}
 		opt.TLSConfig = t
 	}
+	redis.SetLogger(redisLog{})
 	return redis.NewUniversalClient(opt), nil
+}
+
+// redisLog takes the library's own complaints, of which there is one per attempt to connect, in a form of its own, on stderr.
+type redisLog struct{}
+
+func (redisLog) Printf(_ context.Context, format string, args ...any) {
+	slog.Debug("Redis client complains", "err", fmt.Sprintf(format, args...))
 }
 
 // clientTLS reads what a TLS client needs; each file may be absent.
