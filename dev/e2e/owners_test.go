@@ -247,3 +247,26 @@ func TestTwoProcessesOneID(t *testing.T) {
 	first.Signal(syscall.SIGTERM)
 	first.WantExit(0, harness.Patience)
 }
+
+// TestTwoProcessesAtOnce: of two processes that start at the same moment under one id, exactly one serves.
+func TestTwoProcessesAtOnce(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	pods := []*harness.Pod{w.Launch("SERVER_POD_ID=blue"), w.Launch("SERVER_POD_ID=blue")}
+	var lives *harness.Pod
+	select {
+	case <-pods[0].Done():
+		pods[0].WantExit(1, harness.Patience)
+		lives = pods[1]
+	case <-pods[1].Done():
+		pods[1].WantExit(1, harness.Patience)
+		lives = pods[0]
+	case <-time.After(harness.Patience):
+		t.Fatal("both processes live under one id")
+	}
+	lives.WaitListening()
+	lives.WaitReady()
+	lives.Connect(harness.User("acme", "desk1", "ann")).WantNothingElse()
+	w.Settled()
+	lives.WantLedgers()
+}

@@ -1,0 +1,494 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"daisi-ws-service/dev/feed"
+	"daisi-ws-service/dev/harness"
+)
+
+// shortTimeouts lets what JetStream heard nothing about come again after 5 s.
+var shortTimeouts = harness.Settings(shortDelays, "NATS_ACK_WAIT=5s", "PEER_TIMEOUT=500ms", "WEBSOCKET_WRITE_TIMEOUT=2s", "WEBSOCKET_BLOCK_TIMEOUT=1s")
+
+// roomy lets a socket take a backlog in one burst. A ring of the usual size would give up its oldest and say so.
+var roomy = harness.Settings("WEBSOCKET_BUFFER_SIZE=16384")
+
+// desk0 is a flow of everything that a user who has selected chat.one of agent desk0 gets.
+func desk0(i int) feed.Event {
+	switch i % 3 {
+	case 0:
+		return feed.Chat("acme", "desk0", "628111@c.us", "hi", 1)
+	case 1:
+		return feed.Contact("acme", "desk0", "628222@c.us")
+	default:
+		return feed.Message("acme", "desk0", "chat.one", "hi", false)
+	}
+}
+
+// wantEach waits until c has each of published and takes them out of its inbox.
+func wantEach(t *testing.T, c *harness.Client, published []harness.Published) {
+	t.Helper()
+	if len(published) == 0 {
+		t.Fatal("nothing was published")
+	}
+	for _, p := range published {
+		c.WaitEvent(p.Seq)
+	}
+}
+
+// notReady waits until /ready says 503 and names every one of these in its message, and no other dependency.
+func notReady(p *harness.Pod, names ...string) {
+	p.W.T.Helper()
+	body := ""
+	defer func() {
+		if p.W.T.Failed() {
+			p.W.T.Logf("/ready was last: %s", body)
+		}
+	}()
+	harness.Eventually(p.W.T, harness.Patience, fmt.Sprintf("/ready to name %v", names), func() bool {
+		a := p.Do("GET", "/ready", nil, nil)
+		body = string(a.Body)
+		if a.StatusCode != http.StatusServiceUnavailable || a.Header.Get("Retry-After") == "" {
+			return false
+		}
+		for _, dep := range []string{"nats", "redis", "grpc", "consumer"} {
+			if strings.Contains(body, dep+" is ") != slices.Contains(names, dep) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// wantUnavailable expects that nobody new gets in, and that the selection of c cannot be changed.
+func wantUnavailable(p *harness.Pod, c *harness.Client) {
+	p.W.T.Helper()
+	if a := p.WantRefused(harness.User("acme", "desk7", "new"), 503, "Unavailable"); a.Header.Get("Retry-After") == "" {
+		p.W.T.Error("503 without Retry-After")
+	}
+	c.Send(map[string]any{"type": "select_chat", "payload": map[string]any{"chat_id": "chat.two"}})
+	c.WantError("Unavailable")
+	c.Send(map[string]any{"type": "ping"})
+	c.TakeType("pong")
+	if end := c.Ended(); end != nil {
+		p.W.T.Fatalf("the socket was closed: %+v", *end)
+	}
+}
+
+// TestRedisRestarts: Redis is killed under load, for longer than the pod's lease, and comes back with its data or without. Who
+// was connected gets everything meanwhile, nobody new is let in, and afterwards all is as before.
+func TestRedisRestarts(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	for _, lost := range []bool{false, true} {
+		t.Run(fmt.Sprintf("data lost %t", lost), func(t *testing.T) {
+			t.Parallel()
+			const rate = 200
+			w := harness.New(t, shortTimeouts, roomy, harness.Settings("POD_LEASE=1s", "SESSION_TTL=5s", "SESSION_REFRESH_INTERVAL=1s"))
+			pod := w.Start()
+			ann, bob := pod.Connect(agents(2)[0]), pod.Connect(agents(2)[1])
+			ann.SelectChat("chat.one")
+			flow := w.Flow(rate, desk0)
+			flow.WaitSent(rate / 2)
+			before := w.LastSeq()
+			w.Redis.Kill()
+			notReady(pod, "redis")
+			wantUnavailable(pod, ann)
+			// bob's agent has had no event yet: whether others own it too is not known, so nothing of it is acked.
+			first := w.Chat("acme", "desk1")
+			bob.WaitEvent(first)
+			absent := w.Chat("acme", "desk8")
+			other := w.Message("acme", "desk0", "chat.two")
+			ann.WaitEvent(w.Message("acme", "desk0", "chat.one"))
+			for _, m := range ann.Events() {
+				if m.Seq == other {
+					t.Errorf("got a message of a chat whose selection failed: %s", m.Raw)
+				}
+			}
+			flow.WaitSent(2 * rate) // past the lease
+			ann.WaitEvent(w.Chat("acme", "desk0"))
+			if info := w.ConsumerInfo(); info.AckFloor.Stream >= first {
+				t.Errorf("ack floor %d: event %d was acked though not all of its owners were known", info.AckFloor.Stream, first)
+			}
+			if lost {
+				if err := w.Redis.LoseData(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := w.Redis.Restart(); err != nil {
+				t.Fatal(err)
+			}
+			pod.WaitReady()
+			carl := pod.Connect(harness.User("acme", "desk8", "carl"))
+			carl.WaitEvent(absent)
+			flow.WaitSent(rate)
+			wantEach(t, ann, flow.Stop())
+			w.Settled()
+			for _, c := range []*harness.Client{ann, bob} {
+				if gap := c.WantGap("owner"); gap.Since > before {
+					t.Errorf("gap since %d, but Redis went away after %d", gap.Since, before)
+				}
+			}
+			ann.SelectChat("chat.two")
+			ann.WaitEvent(w.Message("acme", "desk0", "chat.two"))
+			bob.WaitEvent(w.Chat("acme", "desk1"))
+			pod.Connect(ann.Dial) // the locks are there again: a second tab replaces the first
+			ann.WantClose(4402, "session-replaced")
+			if n := givenUp(pod); n != 0 {
+				t.Errorf("%v deliveries were given up", n)
+			}
+			w.Settled()
+			pod.WantLedgers()
+			for line := range strings.Lines(pod.Log.Text()) {
+				if !json.Valid([]byte(line)) {
+					t.Fatalf("a line of the log is no JSON: %s", line)
+				}
+			}
+		})
+	}
+}
+
+// TestNATSRestarts: NATS is killed twice under load and comes back with its data. Sockets stay open, nothing is lost.
+func TestNATSRestarts(t *testing.T) {
+	t.Parallel()
+	const rate = 500
+	w := harness.New(t, harness.OwnNATS(), shortTimeouts, roomy)
+	pod := w.Start()
+	ann := pod.Connect(agents(1)[0])
+	ann.SelectChat("chat.one")
+	flow := w.Flow(rate, desk0)
+	for range 2 {
+		flow.WaitSent(rate / 2)
+		w.NATS.Kill()
+		notReady(pod, "nats", "consumer")
+		wantUnavailable(pod, ann)
+		if err := w.NATS.Restart(); err != nil {
+			t.Fatal(err)
+		}
+		pod.WaitReady()
+	}
+	flow.WaitSent(rate / 2)
+	wantEach(t, ann, flow.Stop())
+	w.Settled()
+	other := w.Message("acme", "desk0", "chat.two")
+	ann.WaitEvent(w.Message("acme", "desk0", "chat.one")) // still selected
+	for _, m := range ann.Events() {
+		if m.Seq == other {
+			t.Errorf("got a message of a chat whose selection failed: %s", m.Raw)
+		}
+	}
+	ann.SelectChat("chat.two")
+	ann.WaitEvent(w.Message("acme", "desk0", "chat.two"))
+	bob := pod.Connect(harness.User("acme", "desk1", "bob"))
+	bob.WantNothingElse()
+	if n := givenUp(pod); n != 0 {
+		t.Errorf("%v deliveries were given up", n)
+	}
+	w.Settled()
+	pod.WantLedgers()
+}
+
+// TestRedisHangs: Redis keeps its connections and answers nothing. Who is connected gets everything, nobody new is let in.
+func TestRedisHangs(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	w := harness.New(t, shortTimeouts)
+	pod := w.Start()
+	ann := pod.Connect(agents(1)[0])
+	ann.SelectChat("chat.one")
+	ann.WantNothingElse()
+	flow := w.Flow(50, func(i int) feed.Event { return feed.Chat("acme", "desk0", "628111@c.us", "hi", 1) })
+	w.Redis.Process().Signal(syscall.SIGSTOP)
+	notReady(pod, "redis")
+	wantUnavailable(pod, ann)
+	seq, at := w.Chat("acme", "desk0"), time.Now()
+	if took := ann.WaitEvent(seq).At.Sub(at); took > 2*time.Second {
+		t.Errorf("an event took %v while Redis hangs", took)
+	}
+	w.Redis.Process().Signal(syscall.SIGCONT)
+	pod.WaitReady()
+	wantEach(t, ann, flow.Stop())
+	ann.SelectChat("chat.two")
+	ann.WaitEvent(w.Message("acme", "desk0", "chat.two"))
+	pod.Connect(agents(2)[1]).WantNothingElse()
+	w.Settled()
+	if n := givenUp(pod); n != 0 || ann.Ended() != nil {
+		t.Errorf("%v deliveries were given up; the socket's end: %v", n, ann.Ended())
+	}
+	pod.WantLedgers()
+}
+
+// TestNATSHangs: NATS keeps its connections and answers nothing, too shortly for the connection to be given up. The pod
+// notices by the heartbeats that are missing, and goes on where it was.
+func TestNATSHangs(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, harness.OwnNATS(), shortTimeouts)
+	pod := w.Start()
+	ann := pod.Connect(agents(1)[0])
+	ann.SelectChat("chat.one")
+	ann.WantEvent(w.Message("acme", "desk0", "chat.one"))
+	w.NATS.Process().Signal(syscall.SIGSTOP)
+	notReady(pod, "consumer")
+	ann.Send(map[string]any{"type": "select_chat", "payload": map[string]any{"chat_id": "chat.two"}})
+	ann.WantError("Unavailable")
+	w.NATS.Process().Signal(syscall.SIGCONT)
+	pod.WaitReady()
+	ann.WaitEvent(w.Message("acme", "desk0", "chat.one"))
+	ann.SelectChat("chat.two")
+	ann.WaitEvent(w.Message("acme", "desk0", "chat.two"))
+	w.Settled()
+	pod.WantLedgers()
+}
+
+// TestStreamComesLate: the publisher owns the stream. The service waits for it, says so, and then reads it.
+func TestStreamComesLate(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, harness.NoStream())
+	pod := w.Launch()
+	pod.WaitListening()
+	notReady(pod, "consumer")
+	harness.Eventually(t, harness.Patience, "/ready to name the stream", func() bool {
+		return strings.Contains(string(pod.Do("GET", "/ready", nil, nil).Body), w.Stream)
+	})
+	w.MakeStream(func(*jetstream.StreamConfig) {})
+	pod.WaitReady()
+	pod.Connect(agents(1)[0]).WantNothingElse()
+	w.Settled()
+	pod.WantLedgers()
+}
+
+// TestStartBeforeDependencies: the service starts with neither NATS nor Redis there, lives, says what it waits for, and
+// serves when both have come, in whatever order.
+func TestStartBeforeDependencies(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	for _, first := range []string{"NATS", "Redis"} {
+		t.Run(first+" first", func(t *testing.T) {
+			t.Parallel()
+			w := harness.New(t, harness.OwnNATS())
+			w.NATS.Kill()
+			w.Redis.Kill()
+			pod := w.Launch()
+			pod.WaitListening()
+			notReady(pod, "nats", "redis", "consumer")
+			if a := pod.Do("GET", "/health", nil, nil); a.StatusCode != 200 || strings.TrimSpace(string(a.Body)) != `{"status":"OK"}` {
+				t.Errorf("/health: %s %s", a.Status, a.Body)
+			}
+			pod.WantRefused(harness.User("acme", "desk0", "ann"), 503, "Unavailable")
+			start := map[string]func() error{"NATS": w.NATS.Restart, "Redis": w.Redis.Restart}
+			if err := start[first](); err != nil {
+				t.Fatal(err)
+			}
+			if first == "NATS" {
+				notReady(pod, "redis", "consumer")
+				delete(start, "NATS")
+			} else {
+				notReady(pod, "nats", "consumer")
+				delete(start, "Redis")
+			}
+			pod.WantRefused(harness.User("acme", "desk0", "ann"), 503, "Unavailable")
+			for _, f := range start {
+				if err := f(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			pod.WaitReady()
+			c := pod.Connect(harness.User("acme", "desk0", "ann"))
+			c.WantNothingElse()
+			w.Settled()
+			pod.WantLedgers()
+		})
+	}
+}
+
+// consumerBack waits until the service has made the consumer again; made is when the one before was.
+func consumerBack(w *harness.World, made time.Time) {
+	w.T.Helper()
+	harness.Eventually(w.T, harness.Patience, "the consumer to be made again", func() bool {
+		c, err := w.JS.Consumer(harness.Within(w.T, harness.Patience), w.Stream, w.Consumer)
+		return err == nil && c.CachedInfo().Created.After(made)
+	})
+}
+
+// TestConsumerDeleted: somebody deletes the consumer under load, twice; it is made again, and nothing that was published
+// in between is lost.
+func TestConsumerDeleted(t *testing.T) {
+	t.Parallel()
+	const rate = 500
+	w := harness.New(t, roomy)
+	pod := w.Start()
+	ann := pod.Connect(agents(1)[0])
+	ann.SelectChat("chat.one")
+	flow := w.Flow(rate, desk0)
+	for range 2 {
+		flow.WaitSent(rate / 2)
+		made := w.ConsumerInfo().Created
+		if err := w.JS.DeleteConsumer(harness.Within(t, harness.Patience), w.Stream, w.Consumer); err != nil {
+			t.Fatal(err)
+		}
+		consumerBack(w, made)
+	}
+	flow.WaitSent(rate / 2)
+	wantEach(t, ann, flow.Stop())
+	w.Settled()
+	pod.WaitReady()
+	if n := givenUp(pod); n != 0 {
+		t.Errorf("%v deliveries were given up", n)
+	}
+	pod.WantLedgers()
+}
+
+// TestConsumerDeletedWhileNobodyRuns: the floor of what was settled is known even when no pod lives that saw it.
+func TestConsumerDeletedWhileNobodyRuns(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	pod := w.Start()
+	ann := pod.Connect(agents(1)[0])
+	ann.WantNothingElse()
+	w.Settled()
+	pod.Terminate()
+	pod.WantExit(0, harness.Patience)
+	if err := w.JS.DeleteConsumer(harness.Within(t, harness.Patience), w.Stream, w.Consumer); err != nil {
+		t.Fatal(err)
+	}
+	var seqs []uint64
+	for range 5 {
+		seqs = append(seqs, w.Chat("acme", "desk0"))
+	}
+	next := w.Start()
+	ann = next.Connect(agents(1)[0])
+	for _, seq := range seqs {
+		ann.WaitEvent(seq)
+	}
+	w.Settled()
+	next.WantLedgers()
+}
+
+// TestStreamMadeAnew: somebody deletes the stream and makes it again: it is read from its beginning. Its sequences start again
+// at 1: that a socket has had an event of the old stream says nothing about the one of this number in the new one.
+func TestStreamMadeAnew(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	pod := w.Start()
+	ann := pod.Connect(agents(1)[0])
+	for range 50 {
+		ann.WantNothingElse()
+	}
+	w.Settled()
+	if err := w.JS.DeleteStream(harness.Within(t, harness.Patience), w.Stream); err != nil {
+		t.Fatal(err)
+	}
+	w.MakeStream(func(*jetstream.StreamConfig) {})
+	for i := range 5 {
+		if seq := w.Chat("acme", "desk0"); seq != uint64(i+1) {
+			t.Fatalf("event %d of the new stream has sequence %d", i+1, seq)
+		}
+	}
+	for i := range 5 {
+		ann.WantEvent(uint64(i + 1))
+	}
+	w.Settled()
+	pod.WaitReady()
+	// Another pod pulled one of the next ten and gave it back: the first delivery here is JetStream's second.
+	given := giveOneBack(t, w)
+	ann.WaitEvent(given)
+	w.Settled()
+	if n := givenUp(pod); n != 0 {
+		t.Errorf("%v deliveries were given up", n)
+	}
+	pod.WantLedgers()
+}
+
+// giveOneBack publishes events of desk0 until one of them was given to the test instead of the pod, refuses that one, and returns
+// its sequence.
+func giveOneBack(t *testing.T, w *harness.World) uint64 {
+	t.Helper()
+	cons, err := w.JS.Consumer(harness.Within(t, harness.Patience), w.Stream, w.Consumer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	batch, err := cons.Fetch(1, jetstream.FetchMaxWait(harness.Patience))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		w.Chat("acme", "desk0")
+		select {
+		case msg := <-batch.Messages():
+			md, err := msg.Metadata()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := msg.Nak(); err != nil {
+				t.Fatal(err)
+			}
+			return md.Sequence.Stream
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	t.Fatal("JetStream gives none of 20 events to a second puller")
+	return 0
+}
+
+// TestConsumerThatDoesNotFit: a durable that can't be changed into what is needed: the service says what is wrong with it
+// and is not ready, until somebody deletes it.
+func TestConsumerThatDoesNotFit(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	_, err := w.JS.CreateConsumer(harness.Within(t, harness.Patience), w.Stream, jetstream.ConsumerConfig{
+		Durable: w.Consumer, FilterSubject: w.Prefix + ".>", AckPolicy: jetstream.AckAllPolicy,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := w.Launch()
+	pod.WaitListening()
+	notReady(pod, "consumer")
+	harness.Eventually(t, harness.Patience, "/ready to name the field", func() bool {
+		return strings.Contains(string(pod.Do("GET", "/ready", nil, nil).Body), "ack_policy")
+	})
+	if _, err := pod.Log.Find(harness.Within(t, harness.Patience), func(line string) bool { return strings.Contains(line, "ack_policy") }); err != nil {
+		t.Errorf("the log does not name the field: %v", err)
+	}
+	if info := w.ConsumerInfo(); info.NumWaiting != 0 {
+		t.Errorf("%d pulls wait at a consumer that does not fit", info.NumWaiting)
+	}
+	if err := w.JS.DeleteConsumer(harness.Within(t, harness.Patience), w.Stream, w.Consumer); err != nil {
+		t.Fatal(err)
+	}
+	pod.WaitReady()
+	pod.Connect(agents(1)[0]).WantNothingElse()
+	w.Settled()
+	pod.WantLedgers()
+}
+
+// TestConsumerIsChanged: what JetStream lets one change on a durable is made what the settings say, without loss.
+func TestConsumerIsChanged(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	_, err := w.JS.CreateConsumer(harness.Within(t, harness.Patience), w.Stream, jetstream.ConsumerConfig{
+		Durable: w.Consumer, FilterSubject: w.Prefix + ".>", AckPolicy: jetstream.AckExplicitPolicy, AckWait: 11 * time.Second,
+		MaxAckPending: 100, MaxDeliver: 3, BackOff: []time.Duration{time.Second, 2 * time.Second},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seq := w.Chat("acme", "desk0") // before the service runs
+	pod := w.Start()
+	c := w.ConsumerInfo().Config
+	if c.AckWait != 30*time.Second || c.MaxAckPending != 16384 || c.MaxDeliver != -1 || len(c.BackOff) != 0 {
+		t.Errorf("the consumer was left as it was: %+v", c)
+	}
+	pod.Connect(agents(1)[0]).WaitEvent(seq)
+	w.Settled()
+	pod.WantLedgers()
+}
