@@ -1,0 +1,282 @@
+package e2e
+
+import (
+	"bytes"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"daisi-ws-service/dev/feed"
+	"daisi-ws-service/dev/harness"
+)
+
+const (
+	floodSize = 32 << 10 // of each event
+	ringSize  = 32
+	// kernelTakes is more than what the kernel's buffers take of a flood whose client does not read, in events.
+	kernelTakes = 320
+)
+
+// floodEvents makes a flood of 64 MiB. The race detector slows the check of every byte down ten times; 16 MiB are enough there.
+var floodEvents = map[bool]int{false: 2048, true: 512}[harness.Race]
+
+// slow are the settings of tests about a client that does not read: small rings, and a pod that takes few bytes in advance, so
+// that its memory tells whether it holds what it should not.
+var slow = harness.Settings("WEBSOCKET_BUFFER_SIZE=32", "NATS_PREFETCH_BYTES=2MiB", "NATS_NAK_DELAY=300ms",
+	"WEBSOCKET_BLOCK_TIMEOUT=500ms", "PEER_TIMEOUT=1s", "SERVER_SHUTDOWN_TIMEOUT=60s")
+
+// flood publishes as many contact events for an agent as floodEvents says, as fast as the stream takes them, and
+// returns their sequences.
+func flood(t *testing.T, w *harness.World, agent string) []uint64 {
+	t.Helper()
+	payload := slices.Concat([]byte(`{"event_id":"x","company_id":"acme","row_data":{"pad":"`), bytes.Repeat([]byte("x"), floodSize), []byte(`"}}`))
+	acks := make([]jetstream.PubAckFuture, 0, floodEvents)
+	seqs := make([]uint64, 0, floodEvents)
+	collect := func(keep int) {
+		for len(acks) > keep {
+			select {
+			case ack := <-acks[0].Ok():
+				seqs = append(seqs, ack.Sequence)
+			case err := <-acks[0].Err():
+				t.Fatalf("publish: %v", err)
+			case <-time.After(harness.Patience):
+				t.Fatal("publish: no answer")
+			}
+			acks = acks[1:]
+		}
+	}
+	for range floodEvents {
+		ack, err := w.JS.PublishAsync(w.Prefix+".acme."+agent+".contacts", payload)
+		if err != nil {
+			t.Fatalf("publish: %v", err)
+		}
+		acks = append(acks, ack)
+		collect(64)
+	}
+	collect(0)
+	return seqs
+}
+
+// neighbour is a user of another agent on the same pod.
+type neighbour struct {
+	*harness.Client
+	t *testing.T
+	w *harness.World
+}
+
+// latency is the median from publishing to reading of an even flow of events, all of which have come; while runs meanwhile.
+// The flow is slow, so that even on a machine that stands still for a second no ring fills up.
+func (n neighbour) latency(while func()) time.Duration {
+	n.t.Helper()
+	flow := n.w.Flow(10, func(int) feed.Event { return feed.Chat(n.Dial.Company, n.Dial.Agent, "628111@c.us", "hi", 1) })
+	while()
+	flow.WaitSent(15)
+	var all []time.Duration
+	for _, p := range flow.Stop() {
+		all = append(all, n.WaitEvent(p.Seq).At.Sub(p.At))
+	}
+	slices.Sort(all)
+	return all[len(all)/2]
+}
+
+// stuck is a pod with one client that does not read and one that does.
+type stuck struct {
+	w    *harness.World
+	pod  *harness.Pod
+	ann  *harness.Client // of desk1; reads until it is paused
+	bob  neighbour
+	rest time.Duration // bob's latency before all
+	sys  float64       // bytes that the pod's Go runtime had from the system then
+}
+
+// floods lets one flood at a time through the machine.
+var floods sync.Mutex
+
+func newStuck(t *testing.T, settings ...string) *stuck {
+	t.Helper()
+	floods.Lock()
+	t.Cleanup(floods.Unlock)
+	s := &stuck{w: harness.New(t, slow)}
+	s.pod = s.w.Start(settings...)
+	d := harness.User("acme", "desk1", "ann")
+	d.RcvBuf = 4096
+	s.ann = s.pod.Connect(d)
+	s.bob = neighbour{s.pod.Connect(harness.User("acme", "desk2", "bob")), t, s.w}
+	s.rest = s.bob.latency(func() {})
+	s.sys = s.pod.Metric("go_memstats_sys_bytes")
+	return s
+}
+
+// wantCalm expects that the pod has not taken much memory and that the neighbour notices nothing of the stuck socket.
+func (s *stuck) wantCalm(t *testing.T) {
+	t.Helper()
+	if grown := s.pod.Metric("go_memstats_sys_bytes") - s.sys; grown > 64<<20 {
+		t.Errorf("the pod's memory has grown by %.0f MiB", grown/(1<<20))
+	}
+	// A machine that is busy with other tests is slow at times; a pod that is held up by the socket is slow every time.
+	var got time.Duration
+	for range 4 {
+		if got = s.bob.latency(func() {}); got < 3*s.rest+100*time.Millisecond {
+			return
+		}
+	}
+	t.Errorf("the neighbour's events take %v while a socket is stuck, %v before", got, s.rest)
+}
+
+// wantRedelivered waits until JetStream says that it gives events of the flood out again.
+func (s *stuck) wantRedelivered(t *testing.T) {
+	t.Helper()
+	harness.Eventually(t, harness.Patience, "events to be given out again", func() bool { return s.w.ConsumerInfo().NumRedelivered > 0 })
+}
+
+// seqsOf counts the events of a client by sequence.
+func seqsOf(clients ...*harness.Client) map[uint64]int {
+	got := map[uint64]int{}
+	for _, c := range clients {
+		for _, m := range c.Events() {
+			got[m.Seq]++
+		}
+	}
+	return got
+}
+
+// contacts is how many deliveries of the flood ended so.
+func (s *stuck) contacts(outcome string) int {
+	return int(s.pod.Metric("dws_events_total", `kind="contact"`, `outcome="`+outcome+`"`))
+}
+
+// TestStuckClientDropsOldest: under drop_oldest a client that does not read loses the oldest events that wait for it, each
+// counted and acked, and is told from where on when it reads again.
+func TestStuckClientDropsOldest(t *testing.T) {
+	t.Parallel()
+	s := newStuck(t, "WEBSOCKET_WRITE_TIMEOUT=22s")
+	s.ann.Pause()
+	var seqs []uint64
+	s.bob.latency(func() { seqs = flood(t, s.w, "desk1") }) // all of bob's come
+	harness.Eventually(t, harness.Patience, "all but a ring of the flood to be acked", func() bool {
+		info := s.w.ConsumerInfo()
+		return info.NumPending == 0 && info.NumAckPending <= ringSize+4
+	})
+	if info := s.w.ConsumerInfo(); info.NumAckPending < ringSize || info.NumRedelivered != 0 {
+		t.Errorf("a ring waits, but JetStream says: %d pending, %d redelivered", info.NumAckPending, info.NumRedelivered)
+	}
+	s.wantCalm(t)
+	s.ann.Resume()
+	s.ann.Take("the last event", func(m harness.Message) bool { return m.Seq == seqs[len(seqs)-1] })
+	s.w.Settled()
+
+	got := seqsOf(s.ann)
+	got[seqs[len(seqs)-1]]++ // taken above
+	lost := map[uint64]bool{}
+	for _, seq := range seqs {
+		if got[seq] > 1 {
+			t.Errorf("event %d came %d times", seq, got[seq])
+		}
+		if got[seq] == 0 {
+			lost[seq] = true
+		}
+	}
+	if len(lost) < floodEvents/4 || len(lost) != s.contacts("dropped") || float64(len(lost)) != s.pod.Metric("dws_websocket_messages_dropped_total", `reason="buffer"`) {
+		t.Errorf("%d events lost, %d counted as dropped", len(lost), s.contacts("dropped"))
+	}
+	if got := s.contacts("delivered"); got != floodEvents-len(lost) {
+		t.Errorf("%d events acked as delivered, the client has %d", got, floodEvents-len(lost))
+	}
+	s.wantGaps(t, lost)
+	s.ann.WantNothingElse()
+	s.w.Settled()
+	s.pod.WantLedgers()
+}
+
+// wantGaps takes all gaps out of ann's inbox: the first says exactly from where on something is lost, each begins at an event
+// that is. What else is in the inbox is forgotten.
+func (s *stuck) wantGaps(t *testing.T, lost map[uint64]bool) {
+	t.Helper()
+	first := uint64(0)
+	for seq := range lost {
+		if first == 0 || seq < first {
+			first = seq
+		}
+	}
+	n := int(s.pod.Metric("dws_gaps_total", `reason="buffer"`))
+	if n == 0 {
+		t.Fatal("no gap was announced")
+	}
+	for i := range n {
+		gap := s.ann.WantGap("buffer")
+		if i == 0 && gap.Since != first-1 || !lost[gap.Since+1] {
+			t.Errorf("gap %d of %d is since %d; the first lost event is %d, that after the gap's since is lost: %t", i+1, n, gap.Since, first, lost[gap.Since+1])
+		}
+	}
+	s.ann.Forget()
+}
+
+// TestStuckClientBlocks: under block nothing is dropped for a client that does not read: what finds no room comes again, and
+// it has everything, once, when it reads again in time.
+func TestStuckClientBlocks(t *testing.T) {
+	t.Parallel()
+	s := newStuck(t, "WEBSOCKET_DROP_POLICY=block", "WEBSOCKET_WRITE_TIMEOUT=22s")
+	s.ann.Pause()
+	seqs := flood(t, s.w, "desk1")
+	s.wantRedelivered(t)
+	if info := s.w.ConsumerInfo(); info.NumAckPending+int(info.NumPending) < floodEvents-kernelTakes {
+		t.Errorf("nobody reads, but JetStream says: %d pending, %d waiting", info.NumAckPending, info.NumPending)
+	}
+	s.wantCalm(t)
+	s.ann.Resume()
+	s.w.Settled()
+	harness.Eventually(t, harness.Patience, "the client to have everything", func() bool { return len(seqsOf(s.ann)) >= floodEvents })
+	got := seqsOf(s.ann)
+	for _, seq := range seqs {
+		if got[seq] != 1 {
+			t.Errorf("event %d came %d times", seq, got[seq])
+		}
+	}
+	if n := givenUp(s.pod); n != 0 || s.pod.Metric("dws_gaps_total") != 0 || s.ann.Ended() != nil {
+		t.Errorf("%v events given up, %v gaps, closed: %v", n, s.pod.Metric("dws_gaps_total"), s.ann.Ended())
+	}
+	s.pod.WantLedgers()
+}
+
+// TestStuckClientIsClosed: under block a client that does not read at all is closed after the write time-out. What it has
+// not got is not acked: it comes again to its next socket, but for what finds 16 others of this agent waiting while
+// there is none.
+func TestStuckClientIsClosed(t *testing.T) {
+	t.Parallel()
+	s := newStuck(t, "WEBSOCKET_DROP_POLICY=block", "WEBSOCKET_WRITE_TIMEOUT=5s")
+	s.ann.Pause()
+	begin := time.Now()
+	seqs := flood(t, s.w, "desk1")
+	s.wantRedelivered(t)
+	s.pod.WaitMetric(func(v float64) bool { return v == 1 }, "dws_slow_clients_disconnected_total")
+	if took := time.Since(begin); took < 5*time.Second {
+		t.Errorf("closed after %v", took)
+	}
+	s.ann.Resume()
+	again := s.pod.Connect(harness.User("acme", "desk1", "ann"))
+	harness.Eventually(t, harness.Patience, "the first socket to be closed", func() bool { return s.ann.Ended() != nil })
+	if end := *s.ann.Ended(); end.Code != 0 && (end.Code != 4408 || end.Reason != "slow-client") {
+		t.Errorf("closed with %d %q", end.Code, end.Reason)
+	}
+	s.w.Settled()
+	shed := s.contacts("shed")
+	harness.Eventually(t, harness.Patience, "both sockets to have what was acked", func() bool { return len(seqsOf(s.ann, again)) >= floodEvents-shed })
+	got := seqsOf(s.ann, again)
+	lost := 0
+	for _, seq := range seqs {
+		if got[seq] == 0 {
+			lost++
+		}
+	}
+	// One event more may be counted as shed: the rest of a frame that was cut when the socket was closed still gets through.
+	if delivered := s.contacts("delivered"); lost > shed || shed-lost > 1 || delivered+shed != floodEvents {
+		t.Errorf("%d of %d events reached nobody; %d were shed, %d acked as delivered", lost, len(seqs), shed, delivered)
+	}
+	if n := len(seqsOf(again)); n < 16 {
+		t.Errorf("only %d events came again to the next socket", n)
+	}
+	s.pod.WantLedgers()
+}
