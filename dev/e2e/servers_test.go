@@ -196,3 +196,67 @@ func TestLeaseNamesThePod(t *testing.T) {
 	})
 	c.WantNothingElse()
 }
+
+// TestRetryHorizon: an event whose owner fails is tried again until the horizon, then given up and counted as expired.
+func TestRetryHorizon(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	w := harness.New(t, harness.Settings("POD_LEASE=1m", shortDelays, "NATS_RETRY_HORIZON=2s"))
+	gone, pod := w.Start(), w.Start()
+	gone.Connect(harness.User("acme", "desk1", "ann"))
+	gone.Kill() // and owns its routes for another minute
+	begin := time.Now()
+	for range 20 { // one at least is not given to the dead pod, whose pull may still wait
+		w.Chat("acme", "desk1")
+	}
+	pod.WaitMetric(func(v float64) bool { return v > 0 }, "dws_events_total", `outcome="expired"`)
+	if took := time.Since(begin); took < 1500*time.Millisecond {
+		t.Errorf("given up after %v", took)
+	}
+	if n := ended(pod, "nak_failed"); n < 3 {
+		t.Errorf("tried again only %v times", n)
+	}
+}
+
+// TestOwnerCacheSize: two agents in turn find their owners cached, unless there is room for one alone.
+func TestOwnerCacheSize(t *testing.T) {
+	t.Parallel()
+	for size, want := range map[string]float64{"1": 10, "1000": 2} {
+		w := harness.New(t)
+		p := w.Start("POD_OWNER_CACHE_SIZE=" + size)
+		agents := []string{"desk1", "desk2"}
+		var clients []*harness.Client
+		for _, a := range agents {
+			clients = append(clients, p.Connect(harness.User("acme", a, "ann")))
+		}
+		before := p.Metric("dws_owner_cache_misses_total")
+		for range 5 {
+			for i, a := range agents {
+				clients[i].WantEvent(w.Chat("acme", a))
+			}
+		}
+		if got := p.Metric("dws_owner_cache_misses_total") - before; got != want {
+			t.Errorf("a cache of %s: %v misses, want %v", size, got, want)
+		}
+	}
+}
+
+// TestShutdownTimeout: a drain whose dependencies are silent takes no longer than it may, and still closes its sockets as it should.
+func TestShutdownTimeout(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	nats, redis := w.Proxy(w.NATS.Address()), w.Proxy(w.Redis.Address())
+	p := w.Start("NATS_URL=nats://"+nats.Address(), "REDIS_ADDRESS="+redis.Address(), "SERVER_SHUTDOWN_TIMEOUT=5200ms", "SERVER_DRAIN_SPREAD=0s",
+		"WEBSOCKET_WRITE_TIMEOUT=100ms", "WEBSOCKET_BLOCK_TIMEOUT=50ms")
+	c := p.Connect(harness.User("acme", "desk1", "ann"))
+	nats.BlackHole()
+	redis.BlackHole()
+	begin := time.Now()
+	p.Terminate()
+	c.WantClose(1001, "drain retry-after-ms=0")
+	p.WantExit(0, harness.Patience)
+	// Each step that is left over when the time is up has a tenth of a second more. Without the limit they take 9 s.
+	if took := time.Since(begin); took > 8*time.Second {
+		t.Errorf("the drain took %v", took)
+	}
+}
