@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
@@ -12,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 
 	"daisi-ws-service/dev/harness"
 )
@@ -188,10 +191,45 @@ func TestRefreshToken(t *testing.T) {
 	wantSilent(p, userToken, adminToken, users.Dial.Token, admin.Dial.Token, tokens["other agent"])
 }
 
+// tokenCache is the cache of a pod as Redis shows it.
+type tokenCache struct {
+	p   *harness.Pod
+	rdb *redis.Client
+	ctx context.Context
+}
+
 // cacheName is the key in Redis under which a token's claims are cached.
 func cacheName(prefix, token string) string {
 	sum := sha256.Sum256([]byte(prefix + token))
 	return "token_cache:" + hex.EncodeToString(sum[:])
+}
+
+// left is the time that an entry has; negative: there is none, or one without an end.
+func (c *tokenCache) left(name string) time.Duration {
+	c.p.W.T.Helper()
+	d, err := c.rdb.PTTL(c.ctx, name).Result()
+	if err != nil {
+		c.p.W.T.Fatal(err)
+	}
+	return d
+}
+
+// touch gives an entry an hour, more than the service ever does: one that it writes anew shows.
+func (c *tokenCache) touch(name string) {
+	c.p.W.T.Helper()
+	if ok, err := c.rdb.PExpire(c.ctx, name, time.Hour).Result(); err != nil || !ok {
+		c.p.W.T.Fatalf("%s is not there: %v", name, err)
+	}
+}
+
+// connectUntil connects, again if need be, until the entry has a life as wanted: the service does not wait for a busy Redis.
+func (c *tokenCache) connectUntil(d harness.Dial, name, what string, most time.Duration) {
+	c.p.W.T.Helper()
+	harness.Eventually(c.p.W.T, harness.Patience, what, func() bool {
+		c.p.Connect(d)
+		left := c.left(name)
+		return left > 0 && left <= most
+	})
 }
 
 // TestTokenCache: off unless set; a hit is used; no entry lets pass what the token itself would not, be it forged, moved,
@@ -199,106 +237,89 @@ func cacheName(prefix, token string) string {
 func TestTokenCache(t *testing.T) {
 	t.Parallel()
 	w := harness.New(t)
-	rdb, ctx := w.RedisClient(), harness.Within(t, 3*harness.Patience)
 	conf, keys := filepath.Join(t.TempDir(), "conf"), filepath.Join(t.TempDir(), "keys")
 	writeFile(t, conf, "# no cache yet")
 	writeFile(t, keys, harness.TokenKey)
 	p := w.Start("-config="+conf, "AUTH_TOKEN_AES_KEY=", "AUTH_TOKEN_AES_KEY_FILE="+keys)
-
-	dial := harness.User("acme", "desk1", "ann")
-	dial.Token = harness.UserToken(t, "acme", "desk1", "ann", time.Hour)
+	c := &tokenCache{p, w.RedisClient(), harness.Within(t, 5*harness.Patience)}
+	dial, admin := harness.User("acme", "desk1", "ann"), harness.Admin("root", "", "")
+	dial.Token, admin.Token = harness.UserToken(t, "acme", "desk1", "ann", time.Hour), harness.AdminToken(t, "root", "", "", "", time.Hour)
 	name := cacheName("", dial.Token)
-	left := func(name string) time.Duration {
-		t.Helper()
-		d, err := rdb.PTTL(ctx, name).Result()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return d // negative: no such key, or one without an end
-	}
-	touch := func(name string) {
-		t.Helper()
-		if ok, err := rdb.PExpire(ctx, name, time.Hour).Result(); err != nil || !ok {
-			t.Fatalf("%s is not there: %v", name, err)
-		}
-	}
-	// A busy Redis is not waited for: the entry may need another try.
-	connectUntil := func(d harness.Dial, name, what string, ok func(left time.Duration) bool) {
-		t.Helper()
-		harness.Eventually(t, harness.Patience, what, func() bool {
-			p.Connect(d)
-			return ok(left(name))
-		})
-	}
 	p.Connect(dial)
-	if d := left(name); d != -2 {
+	if d := c.left(name); d != -2 {
 		t.Fatalf("cached though the cache is off: PTTL %v", d)
 	}
 
 	writeFile(t, conf, "DAISI_WS_AUTH_TOKEN_CACHE_TTL=10m", "DAISI_WS_AUTH_ADMIN_TOKEN_CACHE_TTL=5m")
 	reload(p, "success")
-	admin := harness.Admin("root", "", "")
-	admin.Token = harness.AdminToken(t, "root", "", "", "", time.Hour)
-	adminName := cacheName("admin_", admin.Token)
-	for _, c := range []struct {
-		dial harness.Dial
-		name string
-		ttl  time.Duration
-	}{{dial, name, 10 * time.Minute}, {admin, adminName, 5 * time.Minute}} {
-		connectUntil(c.dial, c.name, "an entry that lives as long as it should", func(left time.Duration) bool { return left > 0 && left <= c.ttl })
-		// A miss would write the entry anew, with its time.
-		touch(c.name)
-		p.Connect(c.dial)
-		if d := left(c.name); d <= c.ttl {
-			t.Errorf("%s: PTTL %v after the second use: it was no hit", c.name, d)
-		}
-	}
+	c.wantHits(dial, name, 10*time.Minute)
+	c.wantHits(admin, cacheName("admin_", admin.Token), 5*time.Minute)
+	c.wantForgedUseless(dial, name)
+	c.wantExpiredUseless()
 
-	// Forged by who can write Redis: bare claims of another agent, and a good entry of another token.
-	other := harness.User("acme", "desk2", "ann")
-	other.Token = harness.UserToken(t, "acme", "desk2", "ann", time.Hour)
-	connectUntil(other, cacheName("", other.Token), "an entry of the other token", func(left time.Duration) bool { return left > 0 })
-	moved, err := rdb.Get(ctx, cacheName("", other.Token)).Result()
-	if err != nil {
-		t.Fatal(err)
-	}
-	claims, _ := json.Marshal(map[string]any{"company_id": "acme", "agent_id": "desk2", "user_id": "ann", "expires_at": time.Now().Add(time.Hour)})
-	stolen := other
-	stolen.Token = dial.Token
-	for _, forged := range []string{string(claims), strings.Repeat("x", 32) + string(claims), moved, ""} {
-		if err := rdb.Set(ctx, name, forged, time.Hour).Err(); err != nil {
-			t.Fatal(err)
-		}
-		refusal{"forged entry", stolen, 403, bodyToken("token is for another company or agent"), 4403, "invalid-token"}.wantRefused(p)
-		connectUntil(dial, name, "a good entry instead of the forged one", func(left time.Duration) bool { return left <= 10*time.Minute })
-	}
-
-	// Expired: the entry outlives its token by our hand.
-	brief := dial
-	brief.Token = harness.UserToken(t, "acme", "desk1", "ann", 6*time.Second)
-	dies := harness.User("acme", "desk1", "ben")
-	dies.Token = harness.UserToken(t, "acme", "desk1", "ben", 6*time.Second)
-	control := p.Connect(dies) // whose end is that of the other token, or later
-	briefName := cacheName("", brief.Token)
-	connectUntil(brief, briefName, "an entry that lives as long as its token", func(left time.Duration) bool { return left > 0 && left <= 6*time.Second })
-	touch(briefName)
-	control.WantClose(4403, "token-expired")
-	refusal{"expired, cached", brief, 403, bodyToken("token has expired"), 4403, "token-expired"}.wantRefused(p)
-
-	// Retired: the entry stays, the key is gone.
 	fresh := strings.Repeat("4b", 32)
 	writeFile(t, keys, fresh+","+harness.TokenKey)
 	reload(p, "success")
-	connectUntil(dial, name, "an entry", func(left time.Duration) bool { return left > 0 })
+	c.connectUntil(dial, name, "an entry of the old key", time.Hour)
 	writeFile(t, keys, fresh)
 	reload(p, "success")
-	touch(name)
+	c.touch(name)
 	refusal{"retired key, cached", dial, 403, bodyToken("token cannot be opened"), 4403, "invalid-token"}.wantRefused(p)
-	if d := left(name); d <= 10*time.Minute {
-		t.Errorf("the entry of the retired key has PTTL %v: was it there?", d)
-	}
-
+	c.touch(name) // it was there all the time
 	wantTokensWithoutRedis(p, fresh)
+}
+
+func (c *tokenCache) wantHits(d harness.Dial, name string, ttl time.Duration) {
+	c.p.W.T.Helper()
+	c.connectUntil(d, name, "an entry that lives as long as it should", ttl)
+	c.touch(name)
+	c.p.Connect(d)
+	if left := c.left(name); left <= ttl {
+		c.p.W.T.Errorf("%s: PTTL %v after another use: it was no hit", name, left)
+	}
+}
+
+// wantForgedUseless stands in for who can write Redis: bare claims of another agent, and a good entry of another token.
+func (c *tokenCache) wantForgedUseless(dial harness.Dial, name string) {
+	t := c.p.W.T
+	t.Helper()
+	other := harness.User("acme", "desk2", "ann")
+	other.Token = harness.UserToken(t, "acme", "desk2", "ann", time.Hour)
+	c.connectUntil(other, cacheName("", other.Token), "an entry of the other token", 10*time.Minute)
+	moved, err := c.rdb.Get(c.ctx, cacheName("", other.Token)).Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	claims, err := json.Marshal(map[string]any{"company_id": "acme", "agent_id": "desk2", "user_id": "ann", "expires_at": time.Now().Add(time.Hour)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stolen := other
+	stolen.Token = dial.Token
+	for _, forged := range []string{string(claims), strings.Repeat("x", 32) + string(claims), moved, ""} {
+		if err := c.rdb.Set(c.ctx, name, forged, time.Hour).Err(); err != nil {
+			t.Fatal(err)
+		}
+		refusal{"forged entry", stolen, 403, bodyToken("token is for another company or agent"), 4403, "invalid-token"}.wantRefused(c.p)
+		c.connectUntil(dial, name, "a good entry instead of the forged one", 10*time.Minute)
+	}
+}
+
+// wantExpiredUseless has an entry outlive its token by the test's own hand.
+func (c *tokenCache) wantExpiredUseless() {
+	t := c.p.W.T
+	t.Helper()
+	const life = 6 * time.Second
+	brief, control := harness.User("acme", "desk1", "ann"), harness.User("acme", "desk1", "ben")
+	brief.Token = harness.UserToken(t, "acme", "desk1", "ann", life)
+	control.Token = harness.UserToken(t, "acme", "desk1", "ben", life) // ends with the other or later
+	ends := c.p.Connect(control)
+	name := cacheName("", brief.Token)
+	c.connectUntil(brief, name, "an entry that lives as long as its token", life)
+	c.touch(name)
+	ends.WantClose(4403, "token-expired")
+	refusal{"expired, cached", brief, 403, bodyToken("token has expired"), 4403, "token-expired"}.wantRefused(c.p)
+	c.touch(name) // it was there all the time
 }
 
 // wantTokensWithoutRedis kills Redis: tokens are validated all the same, on open sockets and before the upgrade, and

@@ -132,6 +132,11 @@ func wantSilent(p *harness.Pod, secrets ...string) {
 	if !strings.Contains(log, `"msg":"request"`) || !strings.Contains(log, `"msg":"socket opened"`) {
 		p.W.T.Errorf("the log of %s tells of no request or of no socket: nothing to look for secrets in", p.ID)
 	}
+	for _, s := range []string{"x-api-key=", "token="} {
+		if strings.Contains(log, s) {
+			p.W.T.Errorf("logged a query string with %s", s)
+		}
+	}
 	for _, s := range append(secrets, harness.APIKey, harness.AdminAPIKey, harness.TokenKey, harness.AdminKey) {
 		if len(s) < 8 {
 			p.W.T.Errorf("%q is too short to be looked for", s)
@@ -405,6 +410,9 @@ func TestOriginsOfPages(t *testing.T) {
 		}
 		lax.Connect(d.Origin("https://evil.example")).WantNothingElse()
 	}
+	page := d.Origin("https://chat.example.com")
+	page.Key = "not-the-general-key"
+	refusal{"allowed page, wrong key", page, 401, bodyKey, 4401, "invalid-api-key"}.wantRefused(p)
 	for _, bad := range []string{"https://example.com", "https://chat.example.com:444", "https://chat.example.com.evil.example", "https://app.test", "http://localhost", "null"} {
 		refusal{"origin " + bad, d.Origin(bad), 403, bodyOrigin, 0, ""}.wantRefused(p)
 	}
