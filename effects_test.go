@@ -114,8 +114,7 @@ func TestEverySettingHasAnEffect(t *testing.T) {
 			t.Errorf("%s: no test is named", name)
 		case later != (effect == notYet):
 			t.Errorf("%s: later %v, but its effect is shown by %q", name, later, effect)
-		case later, strings.HasPrefix(effect, "planned: "):
-		case !tests[effect]:
+		case !later && !tests[effect]:
 			t.Errorf("%s: there is no %s", name, effect)
 		}
 	}

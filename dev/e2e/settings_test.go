@@ -2,16 +2,11 @@ package e2e
 
 import (
 	"bufio"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/pem"
 	"fmt"
 	"io"
-	"math/big"
-	mathrand "math/rand/v2"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -23,6 +18,7 @@ import (
 
 	"daisi-ws-service/dev/feed"
 	"daisi-ws-service/dev/harness"
+	"daisi-ws-service/dev/rig"
 )
 
 // findLine waits for a line of the pod's log that holds all of these words.
@@ -174,83 +170,36 @@ func TestReloadNeedsRestart(t *testing.T) {
 	capacity(p, 64) // one of 64
 }
 
-// authority signs the certificates of one test.
-type authority struct {
-	t    *testing.T
-	dir  string
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	CA   string // the file with its own certificate
-}
-
-func newAuthority(t *testing.T) *authority {
+// trusting is the configuration of a client that trusts this authority alone.
+func trusting(t *testing.T, ca *rig.CA) *tls.Config {
 	t.Helper()
-	a := &authority{t: t, dir: t.TempDir()}
-	a.CA, _ = a.issue("ca", 1, true)
-	return a
-}
-
-// issue writes a certificate for 127.0.0.1 and its key to files of that name, replacing those before.
-func (a *authority) issue(name string, serial int64, isCA bool) (certFile, keyFile string) {
-	a.t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	cert := &x509.Certificate{
-		SerialNumber: big.NewInt(serial), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: isCA, BasicConstraintsValid: true,
-		KeyUsage:    x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	cert.Subject.CommonName = name
-	if isCA {
-		a.cert, a.key = cert, key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, cert, a.cert, &key.PublicKey, a.key)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	raw, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	certFile, keyFile = filepath.Join(a.dir, name+".pem"), filepath.Join(a.dir, name+".key")
-	writeFile(a.t, certFile, strings.TrimSpace(string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))))
-	writeFile(a.t, keyFile, strings.TrimSpace(string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: raw}))))
-	return certFile, keyFile
-}
-
-// trusting is the configuration of a client that trusts this authority.
-func (a *authority) trusting() *tls.Config {
-	a.t.Helper()
-	text, err := os.ReadFile(a.CA)
+	text, err := os.ReadFile(ca.File)
 	pool := x509.NewCertPool()
 	if err != nil || !pool.AppendCertsFromPEM(text) {
-		a.t.Fatalf("read %s: %v", a.CA, err)
+		t.Fatalf("read %s: %v", ca.File, err)
 	}
 	return &tls.Config{RootCAs: pool}
 }
 
 // serial is the number of the certificate that the pod shows now.
-func serial(p *harness.Pod) int64 {
+func serial(p *harness.Pod) string {
 	p.W.T.Helper()
 	c, err := tls.Dial("tcp", p.HTTP, p.TLS)
 	if err != nil {
 		p.W.T.Fatal(err)
 	}
 	defer c.Close()
-	return c.ConnectionState().PeerCertificates[0].SerialNumber.Int64()
+	return c.ConnectionState().PeerCertificates[0].SerialNumber.String()
 }
 
 // TestServerTLS: wss with both libraries, a renewed certificate by SIGHUP under an open socket, a faulty one refused.
 func TestServerTLS(t *testing.T) {
 	t.Parallel()
-	ca := newAuthority(t)
-	cert, key := ca.issue("pod", 2, false)
 	w := harness.New(t)
+	ca := w.CA("ca")
+	cert, key := w.Issue(ca, "pod")
 	p := w.Launch("SERVER_TLS_CERT_FILE="+cert, "SERVER_TLS_KEY_FILE="+key)
-	p.TLS = ca.trusting()
+	p.TLS = trusting(t, ca)
 	p.WaitListening()
 	p.WaitReady()
 	d := harness.User("acme", "desk1", "ann")
@@ -268,20 +217,22 @@ func TestServerTLS(t *testing.T) {
 			t.Error("plain HTTP is served beside TLS")
 		}
 	}
-	ca.issue("pod", 3, false)
-	if got := serial(p); got != 2 {
-		t.Errorf("before the reload the certificate is %d", got)
+	first := serial(p)
+	w.Issue(ca, "pod")
+	if got := serial(p); got != first {
+		t.Error("the certificate has changed before the reload")
 	}
 	reload(p, "success")
-	if got := serial(p); got != 3 {
-		t.Errorf("after the reload the certificate is %d", got)
+	second := serial(p)
+	if second == first {
+		t.Error("after the reload the certificate is the old one")
 	}
 	c.WantNothingElse()
 	writeFile(t, cert, "no certificate")
 	reload(p, "failure")
 	findLine(p, `"level":"ERROR"`, "DAISI_WS_SERVER_TLS_CERT_FILE and DAISI_WS_SERVER_TLS_KEY_FILE: ")
-	if got := serial(p); got != 3 {
-		t.Errorf("after a faulty file the certificate is %d", got)
+	if got := serial(p); got != second {
+		t.Error("a faulty file has changed the certificate")
 	}
 	c.WantNothingElse()
 	p.Connect(d).WantNothingElse()
@@ -289,7 +240,7 @@ func TestServerTLS(t *testing.T) {
 
 // ownAddress is a loopback address that no other test uses, so that any port of it is free.
 func ownAddress() string {
-	return fmt.Sprintf("127.%d.%d.%d", 1+mathrand.IntN(254), mathrand.IntN(256), 1+mathrand.IntN(254))
+	return fmt.Sprintf("127.%d.%d.%d", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254))
 }
 
 // TestAddresses: the service listens where it is told to, nowhere else, and says so; the debug address has pprof, which the
