@@ -263,7 +263,7 @@ func TestNATSCluster(t *testing.T) {
 	}
 	clients := openOffice(pods, agents)
 	w.WantReplicated()
-	f := startFlow(w, rate, agents)
+	f := w.Flow(rate, chatsOf(agents))
 	seen := clients[0]
 	for _, step := range []struct {
 		what string
@@ -281,7 +281,7 @@ func TestNATSCluster(t *testing.T) {
 		back()
 		w.WantReplicated()
 	}
-	if longest := f.wantAll(clients); longest > 20*time.Second {
+	if longest := wantFlow(f, clients); longest > 20*time.Second {
 		t.Errorf("nobody got any event for %v", longest)
 	}
 	w.Settled()

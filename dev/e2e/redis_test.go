@@ -6,8 +6,6 @@ import (
 	"crypto/x509"
 	"fmt"
 	"os"
-	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -20,122 +18,12 @@ import (
 	"daisi-ws-service/dev/rig"
 )
 
-// operations is what docs/operations.md says in the match of pattern, which has one group.
-func operations(t *testing.T, pattern string) string {
-	t.Helper()
-	root, err := rig.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	page, err := os.ReadFile(filepath.Join(root, "docs", "operations.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := regexp.MustCompile(pattern).FindSubmatch(page)
-	if m == nil {
-		t.Fatalf("docs/operations.md has nothing like %s", pattern)
-	}
-	return string(m[1])
-}
-
 // aclRules are those of the ACL user in docs/operations.md, with this password.
 func aclRules(t *testing.T, password string) []string {
 	t.Helper()
 	rules := strings.Fields(operations(t, "\nuser daisi on ((?s:.*?))```"))
 	rules[slices.Index(rules, ">PASSWORD")] = ">" + password
 	return append([]string{"--user", "daisi", "on"}, rules...)
-}
-
-// wantEverything does with two pods and each of the agents all that Redis and NATS are needed for: events that the other pod
-// pulls, the chat selected, the session taken over by a tab on the other pod and on the same one, a resume, an admin; in
-// the end nothing has failed that was sent to Redis.
-func wantEverything(w *harness.World, a, b *harness.Pod, agents ...string) {
-	w.T.Helper()
-	for _, agent := range agents {
-		wantEvents(w, a, b, agent)
-		wantTakeOver(w, a, b, agent)
-	}
-	wantResume(w, a, b, agents[0])
-	admin := b.Connect(harness.Admin("root", "acme", ""))
-	admin.WaitEvent(w.Agent("acme", agents[0]))
-	again := a.Connect(harness.Admin("root", "acme", ""))
-	admin.WantClose(4402, "session-replaced")
-	again.WaitEvent(w.Agent("acme", agents[0]))
-	w.Settled()
-	for _, p := range []*harness.Pod{a, b} {
-		p.WantLedgers()
-		if m := p.Metrics(); m.Sum("dws_redis_errors_total") != 0 {
-			w.T.Errorf("%s had errors with Redis: %v", p.ID, m)
-		}
-		if strings.Contains(p.Log.Text(), "session taken over") {
-			w.T.Errorf("%s took a session over by force: the kill channel did not work", p.ID)
-		}
-	}
-}
-
-// wantEvents has a socket on each pod get what is theirs, until either pod has pulled events of the other's socket.
-func wantEvents(w *harness.World, a, b *harness.Pod, agent string) {
-	w.T.Helper()
-	ann, bob := a.Connect(harness.User("acme", agent, "ann")), b.Connect(harness.User("acme", agent, "bob"))
-	ann.SelectChat("c1")
-	bob.SelectChat("c2")
-	fromA, fromB := a.Metric("dws_grpc_messages_sent_total"), b.Metric("dws_grpc_messages_sent_total")
-	for round := 0; a.Metric("dws_grpc_messages_sent_total") == fromA || b.Metric("dws_grpc_messages_sent_total") == fromB; round++ {
-		if round == 200 {
-			w.T.Fatal("in 200 rounds no event of its socket was pulled by the other pod")
-		}
-		chat, m1, m2 := w.Chat("acme", agent), w.Message("acme", agent, "c1"), w.Message("acme", agent, "c2")
-		ann.WaitEvent(chat)
-		ann.WaitEvent(m1)
-		bob.WaitEvent(chat)
-		bob.WaitEvent(m2)
-	}
-	ann.SelectChat("c2")
-	bob.SelectChat("")
-	ann.WaitEvent(w.Message("acme", agent, "c2"))
-	w.Message("acme", agent, "c1")
-	w.Settled()
-	for _, c := range []*harness.Client{ann, bob} {
-		if left := c.Events(); len(left) > 0 {
-			w.T.Errorf("%s got what it had not selected: %s", c.Dial.User, left[0].Raw)
-		}
-		c.Close(1000, "")
-	}
-}
-
-// wantTakeOver opens four tabs of one user on the two pods; each newcomer wins.
-func wantTakeOver(w *harness.World, a, b *harness.Pod, agent string) {
-	w.T.Helper()
-	before := a.Connect(harness.User("acme", agent, "ann"))
-	for _, pod := range []*harness.Pod{b, b, a} {
-		next := pod.Connect(harness.User("acme", agent, "ann"))
-		before.WantClose(4402, "session-replaced")
-		next.SelectChat("c1")
-		next.WaitEvent(w.Message("acme", agent, "c1"))
-		before = next
-	}
-	before.Close(1000, "")
-}
-
-// wantResume has a user leave one pod and ask the other for what came meanwhile.
-func wantResume(w *harness.World, a, b *harness.Pod, agent string) {
-	w.T.Helper()
-	c := a.Connect(harness.User("acme", agent, "ann"))
-	seqs := []uint64{w.Chat("acme", agent), w.Contact("acme", agent), w.Chat("acme", agent)}
-	for _, seq := range seqs {
-		c.WaitEvent(seq)
-	}
-	c.Close(1000, "")
-	c = b.Dial(harness.User("acme", agent, "ann").With("since", fmt.Sprint(seqs[0])))
-	for _, seq := range seqs[1:] {
-		if m := c.WaitEvent(seq); !m.Replay {
-			w.T.Errorf("event %d is no replay: %s", seq, m.Raw)
-		}
-	}
-	if ready := c.TakeType("ready"); strings.Contains(ready.Raw, `"gap":true`) {
-		w.T.Errorf("after the resume: %s", ready.Raw)
-	}
-	c.Close(1000, "")
 }
 
 // leavesNothing ends the pods and compares what is left in Redis, but for what lives as long as the stream.
@@ -323,17 +211,6 @@ func agentsOfAllMasters(t *testing.T, rdb *redis.ClusterClient) []string {
 	return agents
 }
 
-// openOffice connects a user of each agent, in turn to the pods, each with a chat selected.
-func openOffice(pods []*harness.Pod, agents []string) []*harness.Client {
-	var all []*harness.Client
-	for i, agent := range agents {
-		c := pods[i%len(pods)].Connect(harness.User("acme", agent, "ann"))
-		c.SelectChat("c1")
-		all = append(all, c)
-	}
-	return all
-}
-
 // wantClaimed waits until Redis holds everything that the clients' pods have to claim, under the epochs of their leases.
 func wantClaimed(w *harness.World, rdb redis.UniversalClient, clients []*harness.Client) {
 	w.T.Helper()
@@ -416,7 +293,7 @@ func TestRedisClusterNode(t *testing.T) {
 	pods := []*harness.Pod{w.Start(), w.Start()}
 	agents := agentsOfAllMasters(t, rdb)
 	clients := openOffice(pods, agents)
-	f := startFlow(w, 100, agents)
+	f := w.Flow(100, chatsOf(agents))
 	master, err := rdb.MasterForKey(t.Context(), "owner_log")
 	if err != nil {
 		t.Fatal(err)
@@ -432,7 +309,7 @@ func TestRedisClusterNode(t *testing.T) {
 	}
 	wantNewcomers(w, pods, "desk99")
 	wantClaimed(w, rdb, clients)
-	f.wantAll(clients)
+	wantFlow(f, clients)
 	for _, p := range pods {
 		p.WantLedgers()
 	}
@@ -465,7 +342,7 @@ func TestRedisSentinel(t *testing.T) {
 			wantEverything(w, pods[0], pods[1], "desk1")
 			agents := []string{"desk1", "desk2", "desk3", "desk4", "desk5"}
 			clients := openOffice(pods, agents)
-			f := startFlow(w, 100, agents)
+			f := w.Flow(100, chatsOf(agents))
 			for turn := range fault.times {
 				if err := s.Settled(); err != nil {
 					t.Fatal(err)
@@ -493,7 +370,7 @@ func TestRedisSentinel(t *testing.T) {
 				}
 			}
 			wantNewcomers(w, pods, "desk8")
-			f.wantAll(clients)
+			wantFlow(f, clients)
 			for _, p := range pods {
 				p.WantLedgers()
 			}
