@@ -43,6 +43,8 @@ type consumer struct {
 	created time.Time  // of the stream that floor belongs to
 	floor   uint64     // highest ack floor known: all up to it was settled
 
+	known atomic.Uint64 // a sequence not above the stream's last one; of the last poll or question
+
 	seqMu sync.Mutex // guards seq and seqAt, and is held while the stream is asked
 	seq   uint64     // last sequence of the stream, as of seqAt
 	seqAt time.Time
@@ -320,6 +322,7 @@ func (c *consumer) poll(ctx context.Context, cons jetstream.Consumer, stalled *u
 	c.setState("active")
 	c.m.ackPending.with().Set(float64(info.NumAckPending))
 	c.m.consumerLag.with().Set(float64(info.NumPending))
+	c.known.Store(max(c.known.Load(), info.Delivered.Stream))
 	c.raiseFloor(ctx, info.AckFloor.Stream)
 	got := c.received.Load()
 	if info.NumPending > 0 && info.NumWaiting == 0 && info.NumAckPending < info.Config.MaxAckPending {
@@ -368,6 +371,7 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 	if !c.created.Equal(info.Created) {
 		if !c.created.IsZero() {
 			slog.Warn("the stream was made anew: it is read from its beginning", "stream", cfg.NATSStreamName)
+			c.known.Store(0)
 			c.anew()
 		}
 		c.floor = 0 // of another stream; what Redis noted is compared in startOf
@@ -484,6 +488,7 @@ func (c *consumer) streamSeq(ctx context.Context) (uint64, error) {
 		return c.seq, fmt.Errorf("last sequence of stream %s: %w", c.cfg.Load().NATSStreamName, err)
 	}
 	c.seq, c.seqAt = s.CachedInfo().State.LastSeq, asked
+	c.known.Store(c.seq)
 	return c.seq, nil
 }
 

@@ -224,7 +224,7 @@ func (o *owners) renewLocked(ctx context.Context) error {
 	}
 	o.heldAt.Store(int64(sent.Sub(o.base)))
 	o.mu.Lock()
-	o.seqHeld = max(o.seqHeld, seq)
+	o.seqHeld = seq
 	o.mu.Unlock()
 	if err := o.readPods(ctx, names.Val()); err != nil {
 		return err
@@ -393,7 +393,7 @@ func (o *owners) readLog(ctx context.Context) error {
 		}
 	}
 	o.mu.Lock()
-	o.seqRead = max(o.seqRead, seq)
+	o.seqRead = seq
 	o.mu.Unlock()
 	return nil
 }
@@ -561,11 +561,8 @@ func (o *owners) cameBack() {
 	}
 }
 
-// noteAcked remembers the first sequence that was acked while what is known of owners may be old.
-func (o *owners) noteAcked(seq uint64) {
-	if !o.away.Load() {
-		return
-	}
+// noteStale remembers the first sequence that is dispatched, and may be acked, on knowledge that may be old.
+func (o *owners) noteStale(seq uint64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.awaySeq == 0 || seq < o.awaySeq {

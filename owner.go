@@ -92,7 +92,7 @@ type owners struct {
 	pod      string
 	pipe     func() redis.Pipeliner
 	identify func(ctx context.Context, addr string) (pod, epoch string, err error) // asks a peer; set before start
-	noteSeq  func() uint64                                                         // newest stream sequence known; set before start
+	noteSeq  func() uint64                                                         // newest stream sequence known, of whatever pod; set before start
 	epochs   []func(old, new string)
 	confirms []func(context.Context) error
 	returns  []func()                  // Redis is back: claim everything again
@@ -438,23 +438,27 @@ func (o *owners) find(r route, now time.Time) lookup {
 
 // begin prepares the look-ups of one batch of events, all of which had arrived before it was called: it reads the
 // log's new entries, drops from the cache what they name, and asks Redis, in one pipeline, for the routes that are not
-// cached. While Redis is away it does nothing and the answers of before serve. One goroutine at a time calls it.
-func (o *owners) begin(ctx context.Context, routes []route) {
-	if o.away.Load() {
-		return
-	}
+// cached. While Redis is away the answers of before serve, and lowest, the batch's lowest sequence, is noted first: when
+// the log can be read again, the routes that its unread entries name get a gap from there. One goroutine at a time
+// calls it.
+func (o *owners) begin(ctx context.Context, routes []route, lowest uint64) {
 	o.readMu.Lock()
 	defer o.readMu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, readTimeout)
-	defer cancel()
-	if err := o.readLog(ctx); err != nil {
-		o.goneAway(err)
-		return
-	}
-	if missing := o.missing(routes); len(missing) > 0 {
-		if err := o.fetch(ctx, missing); err != nil {
+	err := errUnavailable
+	if !o.away.Load() {
+		ctx, cancel := context.WithTimeout(ctx, readTimeout)
+		defer cancel()
+		if err = o.readLog(ctx); err == nil {
+			if missing := o.missing(routes); len(missing) > 0 {
+				err = o.fetch(ctx, missing)
+			}
+		}
+		if err != nil {
 			o.goneAway(err)
 		}
+	}
+	if err != nil {
+		o.noteStale(lowest)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -186,6 +187,7 @@ func (r *router) wake() {
 func (r *router) route(ctx context.Context, batch []arrival) {
 	events := make([]*pulled, 0, len(batch))
 	routes := make([]route, 0, 2*len(batch))
+	lowest := uint64(math.MaxUint64)
 	for _, a := range batch {
 		p := a.p
 		if p == nil {
@@ -195,8 +197,12 @@ func (r *router) route(ctx context.Context, batch []arrival) {
 		}
 		events = append(events, p)
 		routes = p.wanted(routes)
+		lowest = min(lowest, p.seq)
 	}
-	r.owners.begin(ctx, routes)
+	if len(events) == 0 {
+		return
+	}
+	r.owners.begin(ctx, routes, lowest)
 	now := time.Now()
 	for _, p := range events {
 		r.dispatch(p, now)
@@ -465,9 +471,6 @@ func (p *pulled) end(v verdict, outcome string) {
 	}
 	r.m.eventsTotal.with(p.kind.String(), outcome).Inc()
 	r.m.eventsInHand.with().Dec()
-	if v == ack {
-		r.owners.noteAcked(p.seq)
-	}
 	r.bytes.Add(-int64(len(p.payload)))
 	r.inHand.Add(-1)
 	r.wake()
