@@ -161,7 +161,7 @@ func TestResumeWithoutLimits(t *testing.T) {
 func TestResumeJoinsTheFlow(t *testing.T) {
 	t.Parallel()
 	w := harness.New(t)
-	pods := []*harness.Pod{w.Start("SERVER_POD_ID=one"), w.Start("SERVER_POD_ID=two")}
+	pods := []*harness.Pod{w.Start("SERVER_POD_ID=one", "RESUME_MAX_EVENTS=100000"), w.Start("SERVER_POD_ID=two", "RESUME_MAX_EVENTS=100000")}
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	var mu sync.Mutex
