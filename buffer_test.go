@@ -431,28 +431,47 @@ func TestBlock(t *testing.T) {
 	})
 }
 
+// A socket that writes alone is stuck when it has taken nothing for a while, or too little; not because it was refused once.
 func TestStuckEvents(t *testing.T) {
-	r, p := newTestRing(8, true)
-	var l ledger
-	writeAll(r)
-	wantStuck := func(n int64) {
-		t.Helper()
-		if got := p.stuck.Load(); got != n {
-			t.Fatalf("%d events are stuck, want %d", got, n)
+	synctest.Test(t, func(t *testing.T) {
+		r, p := newTestRing(8, true)
+		var l ledger
+		writeAll(r)
+		wantStuck := func(n int64) {
+			t.Helper()
+			r.noteStuck(time.Now())
+			if got := p.stuck.Load(); got != n {
+				t.Fatalf("%d events are stuck, want %d", got, n)
+			}
 		}
-	}
-	all := pushAll(r, &l, 1, 2)
-	wantStuck(0)
-	r.goAlone(true)
-	wantStuck(2)
-	pushAll(r, &l, 3)
-	wantStuck(3)
-	settleAll(r.shed(nil))
-	wantEnd(t, &l, all[0], shed)
-	wantStuck(2)
-	writeAll(r)
-	pushAll(r, &l, 4)
-	wantStuck(0)
+		all := pushAll(r, &l, 1, 2)
+		r.goAlone()
+		wantStuck(0)
+		time.Sleep(slowPause)
+		wantStuck(2)
+		pushAll(r, &l, 3)
+		wantStuck(3)
+		settleAll(r.shed(nil))
+		wantEnd(t, &l, all[0], shed)
+		wantStuck(2)
+		trickle := func() {
+			t.Helper()
+			r.take(make([]byte, 0, 10), time.Now())
+			if ends, _ := r.wrote(1, time.Now(), nil, nil); len(ends) != 0 {
+				t.Fatal("a frame of one byte")
+			}
+		}
+		trickle()
+		wantStuck(0) // it takes bytes again
+		for range slowAge / slowPause * 2 {
+			time.Sleep(slowPause / 2)
+			trickle()
+		}
+		wantStuck(2)
+		writeAll(r)
+		pushAll(r, &l, 4)
+		wantStuck(0)
+	})
 }
 
 // From a confirmation on, nothing of the chat before is written, what waited included.

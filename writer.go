@@ -13,6 +13,8 @@ const (
 	manyDirty    = 64       // a round with more sockets than this is followed by a rest
 	writerRest   = 5 * time.Millisecond
 	slowTick     = 100 * time.Millisecond // how often sockets that write alone are looked after
+	slowPause    = 500 * time.Millisecond // a socket that takes no byte for longer is stuck
+	slowAge      = 3 * time.Second        // so is one that takes some, but has an event waiting for longer
 )
 
 // somethingLocked says whether a writer would find something to write.
@@ -227,13 +229,11 @@ func (r *ring) waitDone(timeout <-chan time.Time) bool {
 	}
 }
 
-// goAlone passes the turn from the shared writer to a goroutine of the socket's own. stuck says that the socket takes
-// no more for now.
-func (r *ring) goAlone(stuck bool) {
+// goAlone passes the turn from the shared writer to a goroutine of the socket's own.
+func (r *ring) goAlone() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.state = alone
-	r.stuckLocked(stuck)
 }
 
 // stuckLocked keeps policy.stuck: the events in the rings of all sockets that do not take them now.
@@ -337,7 +337,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 // write gives c one write. What is left after it waits for the next round, or for a goroutine of the socket's own.
 func (w *writer) write(c *conn) {
 	if c.raw == nil {
-		w.h.alone(c, false)
+		w.h.alone(c)
 		return
 	}
 	w.h.confirm()
@@ -347,7 +347,7 @@ func (w *writer) write(c *conn) {
 	case err != nil || w.res == broken:
 		c.lost()
 	case w.res == blocked || w.res == partly:
-		w.h.alone(c, true)
+		w.h.alone(c)
 		return
 	}
 	if !c.ring.rest() {
@@ -409,8 +409,8 @@ func (c *conn) account(n int, s *scratch) {
 
 // alone starts the goroutine that writes to c until its ring is empty: the socket takes no more for now, or is one of
 // those (TLS) that can't be written to without blocking. The caller has the turn.
-func (h *hub) alone(c *conn, stuck bool) {
-	c.ring.goAlone(stuck)
+func (h *hub) alone(c *conn) {
+	c.ring.goAlone()
 	h.slowMu.Lock()
 	h.slow[c]++
 	h.slowMu.Unlock()
