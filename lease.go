@@ -212,6 +212,11 @@ func (o *owners) renewLocked(ctx context.Context) error {
 	lost := o.instancesChanged(ctx)
 	if n, _ := held.Int(); n != 1 || lost {
 		if err := o.newEpoch(ctx, own, lost); err != nil {
+			if lost {
+				o.mu.Lock()
+				o.instances = map[string]bool{} // they are to be new at the next attempt too
+				o.mu.Unlock()
+			}
 			return err
 		}
 	}
