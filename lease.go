@@ -377,7 +377,10 @@ func (o *owners) replacePods(live map[string]lease) bool {
 // believed goes.
 func (o *owners) readLog(ctx context.Context) error {
 	seq := o.noteSeq()
-	if o.place.ID == "" {
+	switch {
+	case o.placeLost:
+		return o.losePlace(ctx)
+	case o.place.ID == "":
 		if err := o.takePlace(ctx); err != nil {
 			return err
 		}
@@ -399,6 +402,7 @@ func (o *owners) readLog(ctx context.Context) error {
 	}
 	o.mu.Lock()
 	o.seqRead = seq
+	o.awaySeq = 0 // not before the last page: the routes that any of them names are marked from there
 	o.mu.Unlock()
 	return nil
 }
@@ -418,13 +422,15 @@ func (o *owners) takePlace(ctx context.Context) error {
 }
 
 // losePlace starts anew after entries were missed: nothing that was believed holds, sockets here may have been
-// overlooked by others (gap), and the next renewal takes a new epoch, since Redis may have lost this pod's claims too.
+// overlooked by others (gap), and the next renewal takes a new epoch, since Redis may have lost this pod's claims too. If
+// Redis fails in the midst of it, the next read begins here again.
 func (o *owners) losePlace(ctx context.Context) error {
 	slog.Warn("place in the owner log lost: every socket gets a gap", "place", o.place.ID)
-	o.place = redis.XMessage{}
+	o.placeLost = true
 	if err := o.takePlace(ctx); err != nil {
 		return err
 	}
+	o.placeLost = false
 	o.mu.Lock()
 	o.instances = map[string]bool{} // whatever Redis says its ids are next time, they are new
 	o.doubtUntil = time.Now().Add(o.cfg.Load().SessionRefreshInterval)
@@ -470,7 +476,6 @@ func (o *owners) apply(entries []redis.XMessage) {
 			}
 		}
 	}
-	o.awaySeq = 0
 	o.mu.Unlock()
 	for _, n := range notices {
 		for _, c := range n.conns {

@@ -114,6 +114,8 @@ type owners struct {
 	// (3) another reader consumes the entry and finds nothing to drop, (4) the old answer is stored for ever.
 	readMu sync.Mutex
 	place  redis.XMessage // the last log entry read; its ID is "" while there is none
+	// placeLost: that entry did not come back, and what follows from it has not been done yet.
+	placeLost bool
 
 	mu         sync.Mutex // guards all below
 	epochNow   string

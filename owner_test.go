@@ -1,6 +1,9 @@
 package main
 
 import (
+	"context"
+	"errors"
+	"strconv"
 	"testing"
 	"time"
 
@@ -200,9 +203,6 @@ func TestAppliedEntriesDropAndMark(t *testing.T) {
 	if m, ok := o.marks[r1]; !ok || m.since != 7 || len(o.marks) != 1 {
 		t.Errorf("marks %v, want the named route since 7: events were acked without knowing of the change", o.marks)
 	}
-	if o.awaySeq != 0 {
-		t.Error("the outage is over, its first sequence is still noted")
-	}
 }
 
 // TestANewEpochHeardOfByALookUp: the answers that name the epoch before are dropped with the next renewal, though a
@@ -218,5 +218,91 @@ func TestANewEpochHeardOfByALookUp(t *testing.T) {
 	}
 	if o.cache[r] != nil {
 		t.Error("an answer that names the epoch of a dead process is kept: its events would fail until they expire")
+	}
+}
+
+// cannedRedis answers the commands of a client in order, each by name, without a server.
+type cannedRedis struct {
+	t       *testing.T
+	answers []func(redis.Cmder) error
+}
+
+func (s *cannedRedis) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (s *cannedRedis) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+
+func (s *cannedRedis) ProcessHook(redis.ProcessHook) redis.ProcessHook {
+	return func(_ context.Context, cmd redis.Cmder) error {
+		if len(s.answers) == 0 {
+			s.t.Errorf("unexpected command %v", cmd)
+			return errors.New("unexpected")
+		}
+		answer := s.answers[0]
+		s.answers = s.answers[1:]
+		err := answer(cmd)
+		cmd.SetErr(err)
+		return err
+	}
+}
+
+// TestOldKnowledgeIsComparedWithEveryPage: an outage may fill more than one page of the log, and the read of a later one
+// may fail.
+func TestOldKnowledgeIsComparedWithEveryPage(t *testing.T) {
+	o := newTestOwners(t)
+	first, last := route{routeGeneral, "c", "a", ""}, route{routeGeneral, "c", "z", ""}
+	o.place = redis.XMessage{ID: "1-0", Values: map[string]any{"pod:x": "reads"}}
+	full := []redis.XMessage{o.place}
+	for i := 1; i < logPage; i++ {
+		full = append(full, redis.XMessage{ID: "2-" + strconv.Itoa(i), Values: map[string]any{first.key(): ""}})
+	}
+	rest := []redis.XMessage{full[logPage-1], {ID: "3-0", Values: map[string]any{last.key(): ""}}}
+	page := func(p []redis.XMessage) func(redis.Cmder) error {
+		return func(cmd redis.Cmder) error {
+			cmd.(*redis.XMessageSliceCmd).SetVal(p)
+			return nil
+		}
+	}
+	gone := func(redis.Cmder) error { return errors.New("gone") }
+	o.rdb.AddHook(&cannedRedis{t, []func(redis.Cmder) error{page(full), gone, page(rest)}})
+	o.noteStale(8)
+	if err := o.readLog(t.Context()); err == nil {
+		t.Fatal("the read of the second page failed, and nobody says so")
+	}
+	if err := o.readLog(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range []route{first, last} {
+		if m, ok := o.marks[r]; !ok || m.since != 7 {
+			t.Errorf("%s is marked %v (%v), want since 7: an event may have been acked without this owner", r.key(), m, ok)
+		}
+	}
+	if o.awaySeq != 0 {
+		t.Error("all is read, and the first sequence of the outage is still noted")
+	}
+}
+
+// TestALostPlaceIsNotForgotten: Redis may fail between the read that finds the place lost and the entry that makes a new one.
+func TestALostPlaceIsNotForgotten(t *testing.T) {
+	o := newTestOwners(t)
+	o.place = redis.XMessage{ID: "1-0", Values: map[string]any{"pod:x": "reads"}}
+	entry := redis.XMessage{ID: "5-0", Values: map[string]any{podKey("pod-1"): "reads"}}
+	empty := func(redis.Cmder) error { return nil }
+	gone := func(redis.Cmder) error { return errors.New("gone") }
+	added := func(cmd redis.Cmder) error {
+		cmd.(*redis.StringCmd).SetVal(entry.ID)
+		return nil
+	}
+	o.rdb.AddHook(&cannedRedis{t, []func(redis.Cmder) error{empty, gone, added}})
+	o.noteStale(8)
+	if err := o.readLog(t.Context()); err == nil {
+		t.Fatal("no new place was taken, and nobody says so")
+	}
+	if err := o.readLog(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if o.markAll == nil || o.markAll.since != 7 || !time.Now().Before(o.doubtUntil) || o.instances == nil {
+		t.Errorf("marked %v, doubt until %v, instances %v: the loss was forgotten", o.markAll, o.doubtUntil, o.instances)
 	}
 }
