@@ -420,7 +420,7 @@ type lookup struct {
 	peers  []member  // elsewhere
 	known  bool      // peers is Redis' answer, as of this batch or from before Redis went away
 	nobody bool      // no owner at all, and that can be believed
-	since  time.Time // for how long other pods have been known not to own it
+	since  time.Time // since when nobody has been known to own it
 }
 
 // find answers from memory: begin has brought the cache up to date for this batch.
@@ -428,11 +428,13 @@ func (o *owners) find(r route, now time.Time) lookup {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	var l lookup
-	if lr := o.routes[r]; lr != nil {
-		l.conns = lr.conns
-	}
 	if a := o.cache[r]; a != nil {
 		l.known, l.peers, l.since = true, a.peers, a.nobodySince
+	}
+	if lr := o.routes[r]; lr != nil {
+		// With no socket on it, the release is under way: there was one a moment ago, and the cache does not know so
+		// before the release's own log entry has been read.
+		l.conns, l.since = lr.conns, now
 	}
 	l.nobody = l.known && len(l.conns) == 0 && len(l.peers) == 0 && !o.away.Load() && now.After(o.doubtUntil)
 	return l

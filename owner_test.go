@@ -306,3 +306,16 @@ func TestALostPlaceIsNotForgotten(t *testing.T) {
 		t.Errorf("marked %v, doubt until %v, instances %v: the loss was forgotten", o.markAll, o.doubtUntil, o.instances)
 	}
 }
+
+// TestNobodySinceTheReleaseOnly: a route whose last socket has just gone has not been without an owner for as long as
+// other pods have had none.
+func TestNobodySinceTheReleaseOnly(t *testing.T) {
+	o := newTestOwners(t)
+	r := route{routeGeneral, "c", "a", ""}
+	now := time.Now()
+	o.cache[r] = &answer{nobodySince: now.Add(-time.Hour)}
+	o.routes[r] = &localRoute{route: r, queued: true}
+	if l := o.find(r, now); !l.nobody || l.since != now {
+		t.Errorf("nobody %v since %v ago, want since now: the release is under way", l.nobody, now.Sub(l.since))
+	}
+}
