@@ -297,7 +297,7 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 		for _, c := range l.conns {
 			c.push(&p.delivery)
 		}
-		targets += r.forward(p, l.peers, &sent)
+		targets += r.forward(p, p.routes[i], l.peers, &sent)
 		nobodySince = l.since
 	}
 	switch {
@@ -316,8 +316,8 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 	}
 }
 
-// forward hands an event to the peers that have a claim, once each.
-func (r *router) forward(p *pulled, peers []member, sent *[]member) (targets int) {
+// forward hands an event to the peers that have a claim on a route, once each.
+func (r *router) forward(p *pulled, to route, peers []member, sent *[]member) (targets int) {
 next:
 	for _, m := range peers {
 		for _, s := range *sent {
@@ -330,6 +330,9 @@ next:
 		targets++
 		addr, ok := r.owners.peer(m)
 		if !ok {
+			// 1. A look-up finds the pod's lease. 2. The lease ends, and the answers that name the pod are dropped.
+			// 3. The look-up's answer is stored. Nothing else would ever drop it.
+			r.owners.forget(to)
 			p.settle(failed)
 			continue
 		}
