@@ -100,7 +100,7 @@ func (th *testHub) wantLedger() {
 
 func (th *testHub) handle(w http.ResponseWriter, r *http.Request) {
 	if e := checkUpgrade(w, r); e != nil {
-		answerError(w, e)
+		writeError(w, e)
 		return
 	}
 	if r.URL.Query().Get("errors") == "close" {
@@ -108,7 +108,7 @@ func (th *testHub) handle(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if !th.reserve() {
-		answerError(w, unavailable("full"))
+		writeError(w, unavailable("full"))
 		return
 	}
 	cl := &claims{company: "c", agent: "a", user: "u", expires: time.Now().Add(time.Hour)}

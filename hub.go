@@ -285,7 +285,7 @@ func (h *hub) start(w http.ResponseWriter, r *http.Request, cl *claims, l lock, 
 		slog.Warn("socket not opened", "request_id", requestID, "err", err)
 		l.release()
 		h.free()
-		answerError(w, internalServerError())
+		writeError(w, internalServerError())
 		return
 	}
 	c := h.newConn(u.nc, cl, l, requestID)

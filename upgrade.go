@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -212,7 +211,7 @@ func (u *upgrade) shake(timeout time.Duration) error {
 // such sockets, and for errors without a close code, it answers by HTTP.
 func (h *hub) reject(w http.ResponseWriter, r *http.Request, e *apiError) {
 	if e.close == 0 || !h.startReject() {
-		answerError(w, e)
+		writeError(w, e)
 		return
 	}
 	u, err := takeOver(w, r)
@@ -234,11 +233,4 @@ func (h *hub) reject(w http.ResponseWriter, r *http.Request, e *apiError) {
 		}
 		io.Copy(io.Discard, struct{ io.Reader }{u.nc})
 	}()
-}
-
-// answerError tells an error by HTTP, where no connection could be taken over.
-func answerError(w http.ResponseWriter, e *apiError) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(e.status)
-	json.NewEncoder(w).Encode(e)
 }
