@@ -150,9 +150,8 @@ func TestFaultsOfValues(t *testing.T) {
 		{"AUTH_TOKEN_AES_KEY=" + zeros + "," + zeros[1:] + "x", `part 2 of 2: a key has 64 hex digits; this one has 64 characters`},
 		{"AUTH_SECRET_TOKEN=hush hush", `an API key holds visible ASCII characters only`},
 		{"AUTH_PUBLIC_KEY_FILE=/nonexistent/key", `open /nonexistent/key: no such file or directory`},
-		{"RESUME_CONCURRENCY=33", `"33": this version has no resume yet; only "32" is possible`},
 		{"WEBSOCKET_COMPRESSION=no_context_takeover", `"no_context_takeover": this version has no compression yet; only "disabled" is possible`},
-		{"RESUME_MAX_AGE=2h", `"2h": this version has no resume yet; only "1h" is possible`},
+		{"WEBSOCKET_COMPRESSION_THRESHOLD=2KiB", `"2KiB": this version has no compression yet; only "1KiB" is possible`},
 	} {
 		name, value, _ := strings.Cut(test.line, "=")
 		// The line takes the place of the one that env has for it, if any.
@@ -168,7 +167,7 @@ func TestFaultsOfValues(t *testing.T) {
 }
 
 func TestLaterSettingsTakeTheirDefaultInAnySpelling(t *testing.T) {
-	if _, _, err := loadConfig("", env("RESUME_MAX_AGE=60m", "WEBSOCKET_COMPRESSION=Disabled")); err != nil {
+	if _, _, err := loadConfig("", env("WEBSOCKET_COMPRESSION_THRESHOLD=1024", "WEBSOCKET_COMPRESSION=Disabled")); err != nil {
 		t.Error(err)
 	}
 }
