@@ -20,6 +20,7 @@ type sendPolicy struct {
 	size         int  // events that a ring holds
 	block        bool // WEBSOCKET_DROP_POLICY: block rather than drop_oldest
 	blockTimeout time.Duration
+	threshold    int                 // bytes of a message from which on it is compressed, for sockets that negotiated it
 	gaps         func(reason string) // counts a gap that was noted anew
 
 	stuck atomic.Int64 // events in the rings of sockets that do not take them now
@@ -27,9 +28,10 @@ type sendPolicy struct {
 
 // item is one thing that waits to be written: an event, or a reply where d is nil.
 type item struct {
-	f  *frame
-	d  *delivery
-	at time.Time // when it was pushed
+	f      *frame
+	d      *delivery
+	at     time.Time // when it was pushed
+	packed bool      // f's compressed form is what is written
 }
 
 // settlement is a delivery with its end at this socket. The ring only collects them: its callers settle when they have
@@ -56,7 +58,9 @@ const (
 // Under block, the events beyond the policy's size are those "behind the ring": no second queue, only a deadline that
 // counts for as long as an event is among them.
 type ring struct {
-	policy *sendPolicy // constant
+	// Constant.
+	policy  *sendPolicy
+	deflate bool // compression was negotiated
 
 	mu     sync.Mutex // guards all below
 	items  []item     // circular; a power of two long
@@ -135,9 +139,9 @@ func (r *ring) push(d *delivery, now time.Time, out []settlement) (_ []settlemen
 		r.joins = append(r.joins, d)
 		return out, false
 	case r.holding || d.kind == kindMessage && d.chat != r.chat:
-		return r.holdLocked(item{d.frame, d, now}, out), false
+		return r.holdLocked(item{f: d.frame, d: d, at: now}, out), false
 	}
-	out = r.acceptLocked(item{d.frame, d, now}, now, out)
+	out = r.acceptLocked(item{f: d.frame, d: d, at: now}, now, out)
 	return out, r.kickLocked(now)
 }
 

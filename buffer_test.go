@@ -125,7 +125,7 @@ func (m *ringModel) close() {
 
 // write is one turn of the writer: a write of any length, sometimes a failing one.
 func (m *ringModel) write() {
-	b := m.r.take(make([]byte, 0, 64), time.Now())
+	b, _ := m.r.take(make([]byte, 0, 64), time.Now())
 	for m.rnd.IntN(2) == 0 {
 		m.other()
 	}
@@ -180,9 +180,7 @@ func (m *ringModel) frames() (events []uint64, types []string) {
 			b = b[2:]
 		}
 		op, p := b[0]&0x0F, b[2:2+n]
-		if n <= 125 {
-			op = b[0] & 0x0F
-		} else {
+		if n > 125 {
 			op = opText
 		}
 		b = b[2+n:]
@@ -287,7 +285,7 @@ func TestRingConcurrently(t *testing.T) {
 						return
 					}
 					for {
-						if b := r.take(buf, time.Now()); len(b) > 0 {
+						if b, _ := r.take(buf, time.Now()); len(b) > 0 {
 							ends, _ := r.wrote(rand.IntN(len(b)+1), time.Now(), nil, func(*frame, *delivery) {})
 							settleAll(ends)
 						}
@@ -348,7 +346,7 @@ func pushAll(r *ring, l *ledger, seqs ...uint64) []*delivery {
 func writeAll(r *ring) string {
 	var out bytes.Buffer
 	for {
-		b := r.take(make([]byte, 0, 1024), time.Now())
+		b, _ := r.take(make([]byte, 0, 1024), time.Now())
 		out.Write(b)
 		if len(b) == 0 {
 			r.rest()
@@ -541,7 +539,7 @@ func TestRingAllocations(t *testing.T) {
 		for _, e := range out {
 			e.d.settle(e.o)
 		}
-		b := r.take(buf, now)
+		b, _ := r.take(buf, now)
 		ends, _ = r.wrote(len(b), now, ends[:0], sent)
 		r.rest()
 	})
@@ -570,7 +568,7 @@ func TestFanOutAllocations(t *testing.T) {
 		for _, c := range conns {
 			d.open.Store(1)
 			c.push(d)
-			b := c.ring.take(buf, now)
+			b, _ := c.ring.take(buf, now)
 			ends, _ = c.ring.wrote(len(b), now, ends[:0], h.count.sent)
 			h.settle(ends, "")
 			c.ring.rest()
@@ -598,7 +596,7 @@ func BenchmarkPushPop(b *testing.B) {
 	sent := func(*frame, *delivery) {}
 	for b.Loop() {
 		r.push(d, time.Now(), nil)
-		w := r.take(buf, time.Now())
+		w, _ := r.take(buf, time.Now())
 		ends, _ = r.wrote(len(w), time.Now(), ends[:0], sent)
 		r.rest()
 	}

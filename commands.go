@@ -152,9 +152,6 @@ func remarks(s *setting) string {
 	if s.live() {
 		all = append(all, "SIGHUP changes it")
 	}
-	if what := s.tag.Get("later"); what != "" {
-		all = append(all, "no effect yet: this version has no "+what)
-	}
 	if len(all) == 0 {
 		return ""
 	}

@@ -25,7 +25,6 @@ import (
 //	list      comma-separated; the rule is for each part
 //	secret    masked when printed, may come from a file named by <NAME>_FILE; "url": only the user part is secret
 //	live      SIGHUP changes it; any other needs a restart; "unless-empty": from and to empty needs one too
-//	later     what this version has not got yet; until then the setting refuses any value but its default
 type Config struct {
 	ServerHTTPPort         int           `set:"SERVER_HTTP_PORT" default:"8080" min:"0" max:"65535" help:"TCP port of HTTP and WebSocket; 0 = any free one"`
 	ServerGRPCPort         int           `set:"SERVER_GRPC_PORT" default:"50051" min:"0" max:"65535" help:"TCP port that peers dial; 0 = any free one"`
@@ -105,8 +104,8 @@ type Config struct {
 	WebsocketMaxMessage           byteSize      `set:"WEBSOCKET_MAX_MESSAGE" default:"64KiB" min:"64" max:"64MiB" help:"largest inbound message"`
 	WebsocketRateLimit            ratePerSecond `set:"WEBSOCKET_RATE_LIMIT" default:"20/s" min:"0.01/s" live:"true" help:"inbound messages per second and socket"`
 	WebsocketRateBurst            int           `set:"WEBSOCKET_RATE_BURST" default:"40" min:"1" live:"true" help:"inbound messages at once"`
-	WebsocketCompression          string        `set:"WEBSOCKET_COMPRESSION" default:"disabled" oneof:"disabled,no_context_takeover" later:"compression" help:"permessage-deflate: disabled or no_context_takeover"`
-	WebsocketCompressionThreshold byteSize      `set:"WEBSOCKET_COMPRESSION_THRESHOLD" default:"1KiB" min:"0" later:"compression" help:"smallest message that is compressed"`
+	WebsocketCompression          string        `set:"WEBSOCKET_COMPRESSION" default:"disabled" oneof:"disabled,no_context_takeover,context_takeover" help:"permessage-deflate: disabled or no_context_takeover (context_takeover is taken as that)"`
+	WebsocketCompressionThreshold byteSize      `set:"WEBSOCKET_COMPRESSION_THRESHOLD" default:"1KiB" min:"0" help:"smallest message that is compressed"`
 	WebsocketAllowedOrigins       string        `set:"WEBSOCKET_ALLOWED_ORIGINS" default:"" list:"true" check:"origin" live:"true" help:"globs on host[:port] of origins, comma-separated; the request's own host is always allowed"`
 	WebsocketInsecureSkipVerify   bool          `set:"WEBSOCKET_INSECURE_SKIP_VERIFY" default:"false" live:"true" help:"accept any origin; for development"`
 

@@ -150,8 +150,7 @@ func TestFaultsOfValues(t *testing.T) {
 		{"AUTH_TOKEN_AES_KEY=" + zeros + "," + zeros[1:] + "x", `part 2 of 2: a key has 64 hex digits; this one has 64 characters`},
 		{"AUTH_SECRET_TOKEN=hush hush", `an API key holds visible ASCII characters only`},
 		{"AUTH_PUBLIC_KEY_FILE=/nonexistent/key", `open /nonexistent/key: no such file or directory`},
-		{"WEBSOCKET_COMPRESSION=no_context_takeover", `"no_context_takeover": this version has no compression yet; only "disabled" is possible`},
-		{"WEBSOCKET_COMPRESSION_THRESHOLD=2KiB", `"2KiB": this version has no compression yet; only "1KiB" is possible`},
+		{"WEBSOCKET_COMPRESSION=on", `"on" is none of disabled, no_context_takeover, context_takeover`},
 	} {
 		name, value, _ := strings.Cut(test.line, "=")
 		// The line takes the place of the one that env has for it, if any.
@@ -166,9 +165,20 @@ func TestFaultsOfValues(t *testing.T) {
 	}
 }
 
-func TestLaterSettingsTakeTheirDefaultInAnySpelling(t *testing.T) {
-	if _, _, err := loadConfig("", env("WEBSOCKET_COMPRESSION_THRESHOLD=1024", "WEBSOCKET_COMPRESSION=Disabled")); err != nil {
-		t.Error(err)
+func TestAnySpelling(t *testing.T) {
+	cfg, _, err := loadConfig("", env("RESUME_MAX_AGE=60m", "WEBSOCKET_COMPRESSION=No_Context_TakeOver"))
+	if err != nil || cfg.ResumeMaxAge != time.Hour || cfg.WebsocketCompression != "no_context_takeover" {
+		t.Errorf("%+v %v", cfg, err)
+	}
+}
+
+func TestContextTakeoverIsTakenAsNone(t *testing.T) {
+	cfg, warnings, err := loadConfig("", env("WEBSOCKET_COMPRESSION=context_takeover"))
+	if err != nil || cfg.WebsocketCompression == "disabled" {
+		t.Fatal(cfg, err)
+	}
+	if !strings.Contains(strings.Join(warnings, "\n"), "context_takeover is taken as no_context_takeover") {
+		t.Errorf("warnings %q", warnings)
 	}
 }
 
@@ -362,9 +372,6 @@ func TestExampleFile(t *testing.T) {
 		text := "# " + s.tag.Get("help")
 		if s.live() {
 			text += " [live]"
-		}
-		if s.tag.Get("later") != "" {
-			text += " [not yet]"
 		}
 		want = append(want, text+"\n#"+s.name+"="+s.def)
 	}

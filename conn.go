@@ -170,7 +170,7 @@ func (c *conn) serve(u *upgrade, since *uint64) {
 	if !c.setUp(since) {
 		return
 	}
-	in := &inbound{nc: c.nc, early: u.early, max: int(cfg.WebsocketMaxMessage), control: c.control}
+	in := &inbound{nc: c.nc, early: u.early, max: int(cfg.WebsocketMaxMessage), control: c.control, deflate: c.ring.deflate}
 	*u = upgrade{}
 	defer in.idle()
 	c.read(in)

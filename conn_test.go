@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"compress/flate"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -40,7 +41,7 @@ func testSettings(change func(*Config)) *settings {
 		ServerMaxConnections: 100, ServerDrainSpread: 50 * time.Millisecond,
 		WebsocketPingInterval: time.Minute, WebsocketMaxMissedPongs: 2, WebsocketWriteTimeout: 10 * time.Second,
 		WebsocketBlockTimeout: 3 * time.Second, WebsocketBufferSize: 128, WebsocketDropPolicy: "drop_oldest",
-		WebsocketMaxMessage: 64 << 10, WebsocketRateLimit: 1000, WebsocketRateBurst: 1000,
+		WebsocketMaxMessage: 64 << 10, WebsocketCompression: "disabled", WebsocketCompressionThreshold: 1 << 10, WebsocketRateLimit: 1000, WebsocketRateBurst: 1000,
 	}
 	if change != nil {
 		change(c)
@@ -221,6 +222,9 @@ type testClient struct {
 	t  *testing.T
 	nc net.Conn
 	br *bufio.Reader
+
+	deflate bool // compression was negotiated
+	packed  bool // the last frame was compressed
 }
 
 const testKey = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
@@ -240,7 +244,7 @@ func (th *testHub) dialRaw(request string) *testClient {
 	if _, err := io.WriteString(nc, request); err != nil {
 		th.t.Fatal(err)
 	}
-	return &testClient{th.t, nc, bufio.NewReader(nc)}
+	return &testClient{t: th.t, nc: nc, br: bufio.NewReader(nc)}
 }
 
 // dial opens a socket; behind is sent in the same segment as the handshake.
@@ -301,12 +305,16 @@ func (c *testClient) frame() (op byte, payload []byte, err error) {
 	if err != nil {
 		return 0, nil, err
 	}
-	if h[0]&finBit == 0 || h[0]&rsvBits != 0 || h[1]&maskBit != 0 {
+	op, rsv := h[0]&0x0F, h[0]&rsvBits
+	c.packed = rsv == rsv1 && c.deflate && op < opClose
+	if h[0]&finBit == 0 || rsv != 0 && !c.packed || h[1]&maskBit != 0 {
 		return 0, nil, fmt.Errorf("header %x", h)
 	}
 	payload = make([]byte, n)
-	_, err = io.ReadFull(c.br, payload)
-	return h[0] & 0x0F, payload, err
+	if _, err = io.ReadFull(c.br, payload); err == nil && c.packed {
+		payload, err = io.ReadAll(flate.NewReader(io.MultiReader(bytes.NewReader(payload), strings.NewReader(deflateTail))))
+	}
+	return op, payload, err
 }
 
 // serverMessage is any json.v1 message of the server.

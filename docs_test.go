@@ -45,7 +45,7 @@ func wantBlock(t *testing.T, name, page, block string) {
 func TestDocsSettings(t *testing.T) {
 	page := readPage(t, "docs/operations.md")
 	table := "| setting | default | meaning |\n| --- | --- | --- |\n"
-	var secret, live, later []string
+	var secret, live []string
 	for _, s := range settingTable {
 		def := " "
 		if s.def != "" {
@@ -59,16 +59,10 @@ func TestDocsSettings(t *testing.T) {
 		if s.live() {
 			live = append(live, short)
 		}
-		if s.tag.Get("later") != "" {
-			later = append(later, short)
-		}
 	}
 	wantBlock(t, "the table of settings", page, table+"\n")
 	wantBlock(t, "the list of secrets", page, "from `<NAME>_FILE`: "+strings.Join(secret, ", ")+".\n")
 	wantBlock(t, "the list of live settings", page, "Changed by SIGHUP: "+strings.Join(live, ", ")+".\n")
-	if later != nil {
-		wantBlock(t, "the list of later settings", page, "any value but the default is refused: "+strings.Join(later, ", ")+".\n")
-	}
 }
 
 // TestDocsSettingNames: no page names a setting that does not exist.

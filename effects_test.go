@@ -8,8 +8,6 @@ import (
 	"testing"
 )
 
-const notYet = "not yet"
-
 // effects names, for each setting, the test that shows its effect on the running service (here or in dev/e2e).
 var effects = map[string]string{
 	"SERVER_HTTP_PORT":                "TestAddresses",
@@ -83,8 +81,8 @@ var effects = map[string]string{
 	"WEBSOCKET_MAX_MESSAGE":           "TestFaultsByLibrary",
 	"WEBSOCKET_RATE_LIMIT":            "TestRateLimit",
 	"WEBSOCKET_RATE_BURST":            "TestRateLimit",
-	"WEBSOCKET_COMPRESSION":           notYet,
-	"WEBSOCKET_COMPRESSION_THRESHOLD": notYet,
+	"WEBSOCKET_COMPRESSION":           "TestCompression",
+	"WEBSOCKET_COMPRESSION_THRESHOLD": "TestCompression",
 	"WEBSOCKET_ALLOWED_ORIGINS":       "TestOriginsOfPages",
 	"WEBSOCKET_INSECURE_SKIP_VERIFY":  "TestOriginsOfPages",
 	"RESUME_MAX_EVENTS":               "TestResumeTooFar",
@@ -103,18 +101,16 @@ var effects = map[string]string{
 	"PEER_TLS_SERVER_NAME":            "TestPeerTLS",
 }
 
-// A setting without effect is a lie: either a test shows what it does, or it refuses any value but its default.
+// A setting without effect is a lie: a test shows what it does.
 func TestEverySettingHasAnEffect(t *testing.T) {
 	tests := testsIn(t, "*_test.go", "dev/e2e/*_test.go")
 	for _, s := range settingTable {
 		name := strings.TrimPrefix(s.name, settingPrefix)
 		effect, listed := effects[name]
-		switch later := s.tag.Get("later") != ""; {
+		switch {
 		case !listed:
 			t.Errorf("%s: no test is named", name)
-		case later != (effect == notYet):
-			t.Errorf("%s: later %v, but its effect is shown by %q", name, later, effect)
-		case !later && !tests[effect]:
+		case !tests[effect]:
 			t.Errorf("%s: there is no %s", name, effect)
 		}
 	}

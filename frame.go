@@ -8,9 +8,9 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"unicode/utf8"
 
 	"golang.org/x/net/websocket"
@@ -27,6 +27,7 @@ const (
 
 	finBit  byte = 0x80
 	rsvBits byte = 0x70
+	rsv1    byte = 0x40
 	maskBit byte = 0x80
 
 	maxControl = 125 // payload of a control frame, RFC 6455 section 5.5
@@ -53,6 +54,10 @@ const (
 type frame struct {
 	b     []byte // whole RFC 6455 frame, header included; immutable
 	label string // what messages_sent_total counts it as
+
+	pack   sync.Once
+	packed atomic.Bool // z is there
+	z      []byte      // the same frame compressed (RFC 7692), once a socket needed it; immutable
 }
 
 // newEventFrame encodes the json.v1 message of an event around its payload, which stays byte for byte as published.
@@ -140,6 +145,11 @@ func (e *wireError) Error() string { return fmt.Sprintf("%d %s", e.code, e.reaso
 
 func protocolError(reason string) error { return &wireError{closeProtocol, reason} }
 
+var (
+	errTooBig  = &wireError{closeTooBig, "message too big"}
+	errBadText = &wireError{closeBadUTF8, "text is not UTF-8"}
+)
+
 // parseClose checks the payload of a close frame (RFC 6455 sections 5.5.1 and 7.4) and returns its code,
 // closeNoStatus where it has none.
 func parseClose(p []byte) (int, error) {
@@ -187,15 +197,30 @@ func (nowhere) Write(p []byte) (int, error) { return len(p), nil }
 // fragments as messages and checks neither UTF-8 nor RSV bits nor reserved opcodes nor the length of control frames.
 // Used by one goroutine.
 type inbound struct {
-	nc     net.Conn
-	early  []byte       // comes before what nc has
-	one    [1]byte      // where an idle socket waits for the next byte
-	fr     *frameReader // nil while idle
-	max    int          // bytes of a message
-	binary bool         // binary messages are taken
+	nc      net.Conn
+	early   []byte       // comes before what nc has
+	one     [1]byte      // where an idle socket waits for the next byte
+	fr      *frameReader // nil while idle
+	max     int          // bytes of a message
+	binary  bool         // binary messages are taken
+	deflate bool         // permessage-deflate was negotiated
 	// control is given each ping and pong as it comes, between the fragments of a message too. p is its own.
 	control func(op byte, p []byte) error
+
+	// Of the message under way.
+	op      byte      // 0 = none is
+	packed  bool      // it is compressed
+	fin     bool      // its last frame has begun
+	frame   io.Reader // the payload of its current frame,
+	left    int       // of which so much is still to come
+	wire    int       // bytes of its frames so far, the current one whole
+	checked int       // bytes of a text known to be whole runes
+	fail    error     // why it will not be completed
+	last    []byte    // payload of the close frame that errClosing tells of
 }
+
+// errClosing says that a close frame came.
+var errClosing = errors.New("close frame")
 
 // Read gives the frameReader's buffer the connection's bytes.
 func (in *inbound) Read(p []byte) (int, error) {
@@ -248,56 +273,134 @@ func recycle(buf *[]byte) {
 // next returns the next whole message, or the payload of a close frame. The caller gives buf to recycle when it is done
 // with it, whatever err says. Faults of the peer are *wireError, everything else is the connection's end.
 func (in *inbound) next() (op byte, buf *[]byte, err error) {
-	checked := 0 // bytes of a text known to be whole runes
+	in.op, in.wire, in.checked, in.fail = 0, 0, 0, nil
+	if err = in.advance(); err == nil {
+		buf = messages.Get().(*[]byte)
+		*buf = (*buf)[:0]
+		err = in.assemble(buf)
+	}
+	in.frame = nil
+	if errors.Is(err, errClosing) {
+		recycle(buf)
+		return opClose, &in.last, nil
+	}
+	return in.op, buf, err
+}
+
+// assemble reads the message that advance has begun into buf.
+func (in *inbound) assemble(buf *[]byte) error {
+	var err error
+	if in.packed {
+		err = in.inflate(buf)
+	} else {
+		err = in.fill((*payload)(in), buf)
+	}
+	if err == nil && in.op == opText && in.checked != len(*buf) {
+		return errBadText
+	}
+	return err
+}
+
+// advance goes on to the next data frame, over the control frames before it.
+func (in *inbound) advance() error {
 	for {
-		if buf == nil {
+		if in.op == 0 {
 			if err := in.await(); err != nil {
-				return 0, nil, err
+				return err
 			}
 		}
 		h, err := in.header()
 		if err != nil {
-			return 0, buf, err
+			return err
 		}
-		if h.op >= opClose {
-			p, err := in.readControl(h)
-			if err != nil {
-				return 0, buf, err
-			}
-			if h.op == opClose {
-				recycle(buf)
-				return opClose, &p, nil
-			}
-			if err := in.control(h.op, p); err != nil {
-				return 0, buf, err
-			}
-			continue
+		if h.op < opClose {
+			return in.begin(h)
 		}
-		if buf == nil {
-			buf = messages.Get().(*[]byte)
-			*buf = (*buf)[:0]
+		p, err := in.readControl(h)
+		switch {
+		case err != nil:
+			return err
+		case h.op == opClose:
+			in.last = p
+			return errClosing
 		}
-		if op, err = in.begin(op, h, len(*buf)); err != nil {
-			return 0, buf, err
+		if err := in.control(h.op, p); err != nil {
+			return err
 		}
-		if checked, err = in.readData(op, h, buf, checked); err != nil {
-			return 0, buf, err
-		}
-		if !h.fin {
-			continue
-		}
-		if op == opText && checked != len(*buf) {
-			return 0, buf, &wireError{closeBadUTF8, "text is not UTF-8"}
-		}
-		return op, buf, nil
 	}
+}
+
+// payload reads the message under way, over the borders of its frames and up to its end.
+type payload inbound
+
+func (p *payload) Read(b []byte) (int, error) {
+	in := (*inbound)(p)
+	for in.left == 0 && in.fail == nil {
+		if in.fin {
+			return 0, io.EOF
+		}
+		in.failed(in.advance())
+	}
+	if in.fail != nil {
+		return 0, in.fail
+	}
+	n, err := in.frame.Read(b[:min(len(b), in.left)])
+	in.left -= n
+	in.failed(err)
+	return n, in.fail
+}
+
+// failed notes an error, the same for every read to come. The end of the connection is not that of the message.
+func (in *inbound) failed(err error) {
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	in.fail = err
+}
+
+// fill appends all that r has to buf, up to the limit. A text is checked as it comes, so that a fault ends the
+// connection without waiting for the rest. The buffer grows with what arrives, not with what a header promises.
+func (in *inbound) fill(r io.Reader, buf *[]byte) error {
+	for {
+		b := grow(*buf, in.max+1) // one more shows that there is too much
+		n, err := r.Read(b[len(b):min(cap(b), in.max+1)])
+		*buf = b[:len(b)+n]
+		if len(*buf) > in.max {
+			return errTooBig
+		}
+		if in.op == opText {
+			var ok bool
+			if in.checked, ok = checkRunes(*buf, in.checked); !ok {
+				return errBadText
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// grow makes room in b by doubling, but never beyond most: append would overshoot, and copy four times as much.
+func grow(b []byte, most int) []byte {
+	if len(b) < cap(b) {
+		return b
+	}
+	size := max(512, 2*cap(b))
+	if size > most-most/8 { // no last step for a few bytes
+		size = most
+	}
+	return append(make([]byte, 0, size), b...)
 }
 
 // header is what matters of a frame's header.
 type header struct {
-	op  byte
-	fin bool
-	n   uint64
+	op     byte
+	fin    bool
+	packed bool // RSV1 of RFC 7692 section 6
+	n      uint64
 }
 
 // header looks at the next frame's header before the package parses it, because that one hides faults: it clears the
@@ -308,8 +411,12 @@ func (in *inbound) header() (header, error) {
 		return header{}, err
 	}
 	h := header{op: p[0] & 0x0F, fin: p[0]&finBit != 0, n: uint64(p[1] &^ maskBit)}
+	rsv := p[0] & rsvBits
+	if in.deflate && (h.op == opText || h.op == opBinary) { // the first frame of a message, and no other
+		h.packed, rsv = rsv&rsv1 != 0, rsv&^rsv1
+	}
 	switch {
-	case p[0]&rsvBits != 0:
+	case rsv != 0:
 		return h, protocolError("RSV bit without an extension")
 	case h.op > opBinary && h.op < opClose || h.op > opPong:
 		return h, protocolError("reserved opcode")
@@ -338,23 +445,31 @@ func (in *inbound) header() (header, error) {
 	return h, nil
 }
 
-// begin checks what a data frame may be after the frames before it: op is that of the message under way, 0 for none,
-// and have its bytes so far. It returns the message's opcode.
-func (in *inbound) begin(op byte, h header, have int) (byte, error) {
+// begin checks what a data frame may be after the frames before it, and makes it the current one.
+func (in *inbound) begin(h header) error {
+	first := h.op != opContinuation
+	limit := in.max
+	if in.packed && !first || h.packed {
+		// What a compressed message holds is counted when it is inflated. Its own length is bounded as well, generously:
+		// blocks that hold nothing would make a message without end.
+		limit = 2*in.max + 1<<10
+	}
 	switch {
-	case h.op == opContinuation && op == 0:
-		return 0, protocolError("continuation of nothing")
-	case h.op != opContinuation && op != 0:
-		return 0, protocolError("new message inside another")
+	case !first && in.op == 0:
+		return protocolError("continuation of nothing")
+	case first && in.op != 0:
+		return protocolError("new message inside another")
 	case h.op == opBinary && !in.binary:
-		return 0, &wireError{closeUnsupported, "binary messages are not taken"}
-	case h.n > uint64(in.max-have):
-		return 0, &wireError{closeTooBig, "message too big"}
+		return &wireError{closeUnsupported, "binary messages are not taken"}
+	case h.n > uint64(limit-in.wire):
+		return errTooBig
 	}
-	if h.op != opContinuation {
-		op = h.op
+	if first {
+		in.op, in.packed = h.op, h.packed
 	}
-	return op, nil
+	fr, err := in.fr.ws.NewFrameReader()
+	in.frame, in.left, in.fin, in.wire = fr, int(h.n), h.fin, in.wire+int(h.n)
+	return err
 }
 
 // readControl reads a whole control frame.
@@ -372,35 +487,8 @@ func (in *inbound) readControl(h header) ([]byte, error) {
 	return p, err
 }
 
-// readData appends a data frame's payload to buf. A text is checked as it comes, so that a fault ends the connection
-// without waiting for the rest; checked counts the bytes of whole runes. The buffer grows with what arrives, not with
-// what the header promises.
-func (in *inbound) readData(op byte, h header, buf *[]byte, checked int) (int, error) {
-	fr, err := in.fr.ws.NewFrameReader()
-	if err != nil {
-		return 0, err
-	}
-	for left := int(h.n); left > 0; {
-		b := slices.Grow(*buf, min(left, 512))
-		room := b[len(b):min(cap(b), len(b)+left)]
-		n, err := fr.Read(room)
-		*buf = b[:len(b)+n]
-		left -= n
-		if op == opText {
-			if checked, err = checkRunes(*buf, checked, err); err != nil {
-				return 0, err
-			}
-		}
-		if err != nil {
-			return 0, err
-		}
-	}
-	return checked, nil
-}
-
 // checkRunes extends the known whole runes of b beyond checked. An incomplete one at the end is left for later.
-// The error of the read that brought the bytes is passed on if they are well.
-func checkRunes(b []byte, checked int, err error) (int, error) {
+func checkRunes(b []byte, checked int) (int, bool) {
 	for checked < len(b) {
 		if b[checked] < utf8.RuneSelf {
 			checked++
@@ -408,14 +496,11 @@ func checkRunes(b []byte, checked int, err error) (int, error) {
 		}
 		r, size := utf8.DecodeRune(b[checked:])
 		if r == utf8.RuneError && size == 1 {
-			if !utf8.FullRune(b[checked:]) {
-				break
-			}
-			return 0, &wireError{closeBadUTF8, "text is not UTF-8"}
+			return checked, !utf8.FullRune(b[checked:])
 		}
 		checked += size
 	}
-	return checked, err
+	return checked, true
 }
 
 // closeOf says with which code and reason an error of next ends the socket.

@@ -109,6 +109,7 @@ func newHub(cfg *settings, m *Metrics, o *owners, streamSeq func(context.Context
 	h.policy.size = c.WebsocketBufferSize
 	h.policy.block = c.WebsocketDropPolicy == "block"
 	h.policy.blockTimeout = c.WebsocketBlockTimeout
+	h.policy.threshold = int(c.WebsocketCompressionThreshold)
 	h.policy.gaps = func(reason string) { m.gapsTotal.with(reason).Inc() }
 	for range runtime.GOMAXPROCS(0) {
 		h.writers = append(h.writers, newWriter(h))
@@ -288,7 +289,11 @@ func (h *hub) start(w http.ResponseWriter, r *http.Request, cl *claims, l lock, 
 		writeError(w, internalServerError())
 		return
 	}
+	if h.cfg.Load().WebsocketCompression != "disabled" {
+		u.extensions = deflateAnswer(r.Header)
+	}
 	c := h.newConn(u.nc, cl, l, requestID)
+	c.ring.deflate = u.extensions != ""
 	var since *uint64
 	if n, err := strconv.ParseUint(r.URL.Query().Get("since"), 10, 64); err == nil { // checked by the server
 		since = &n

@@ -133,8 +133,6 @@ func (s *setting) set(v reflect.Value, text string) error {
 		return b
 	}
 	switch {
-	case s.tag.Get("later") != "" && !v.Equal(bound("default")):
-		return fmt.Errorf("%q: this version has no %s yet; only %q is possible", text, s.tag.Get("later"), s.def)
 	case s.tag.Get("min") != "" && lessValue(v, bound("min")):
 		return fmt.Errorf("%s is below the least possible, %s", text, s.tag.Get("min"))
 	case s.tag.Get("max") != "" && lessValue(bound("max"), v):
@@ -463,6 +461,9 @@ func (l *loader) warn(c *Config) {
 	}
 	if c.WebsocketInsecureSkipVerify {
 		l.warning("DAISI_WS_WEBSOCKET_INSECURE_SKIP_VERIFY IS ON: any web page may open sockets; for development only")
+	}
+	if c.WebsocketCompression == "context_takeover" {
+		l.warning("DAISI_WS_WEBSOCKET_COMPRESSION: context_takeover is taken as no_context_takeover: a window of its own costs 1.2 MB per socket")
 	}
 	if c.ServerEnableReflection {
 		l.warning("DAISI_WS_SERVER_ENABLE_REFLECTION is on: the gRPC port describes itself to anyone; for development only")

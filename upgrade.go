@@ -133,7 +133,8 @@ type upgrade struct {
 	key   string
 	named bool // the client offered our sub-protocol
 
-	requestID string // told in the answer, as in every other
+	extensions string // the answer to what it offered: compression, or nothing
+	requestID  string // told in the answer, as in every other
 }
 
 // takeOver hijacks a request that checkUpgrade has found well.
@@ -203,7 +204,11 @@ func shake(nc net.Conn, br *bufio.Reader, key string, named bool, header http.He
 func (u *upgrade) shake(timeout time.Duration) error {
 	u.nc.SetWriteDeadline(time.Now().Add(timeout))
 	defer u.nc.SetWriteDeadline(time.Time{})
-	_, err := shake(u.nc, nil, u.key, u.named, http.Header{"X-Request-Id": {u.requestID}})
+	header := http.Header{"X-Request-Id": {u.requestID}}
+	if u.extensions != "" {
+		header["Sec-WebSocket-Extensions"] = []string{u.extensions} // spelt as RFC 6455 does
+	}
+	_, err := shake(u.nc, nil, u.key, u.named, header)
 	return err
 }
 

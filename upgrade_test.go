@@ -131,7 +131,7 @@ func TestTLSSocket(t *testing.T) {
 		}
 		nc.SetDeadline(time.Now().Add(20 * time.Second))
 		io.WriteString(nc, upgradeRequest("/", "")+textFrame(`{"type":"ping"}`))
-		c := &testClient{t, nc, bufio.NewReader(nc)}
+		c := &testClient{t: t, nc: nc, br: bufio.NewReader(nc)}
 		if res, err := http.ReadResponse(c.br, nil); err != nil || res.StatusCode != 101 {
 			t.Fatal(res, err)
 		}

@@ -37,30 +37,35 @@ func (r *ring) kickLocked(now time.Time) bool {
 
 // take collects what is to be written next: the rest of a cut frame, control frames, a gap, items, and last the close
 // frame. It joins them in buf; a frame that is larger goes by itself, uncopied. Whoever has the turn calls it, and wrote
-// or fail afterwards unless it returned nothing.
-func (r *ring) take(buf []byte, now time.Time) []byte {
+// or fail afterwards unless it returned nothing; or once more, if it returned a frame that must be compressed first.
+func (r *ring) take(buf []byte, now time.Time) (_ []byte, raw *frame) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if !r.somethingLocked() {
-		return nil
+		return nil, nil
+	}
+	if r.ready {
+		r.announceLocked(now)
+		if raw := r.rawLocked(cap(buf)); raw != nil {
+			return nil, raw
+		}
 	}
 	r.busy = true
 	if len(r.cut) > cap(buf) {
-		return r.cut
+		return r.cut, nil
 	}
 	out := append(buf[:0], r.cut...)
 	r.taken = min(len(r.ctrl), cap(out)-len(out))
 	out = append(out, r.ctrl[:r.taken]...)
 	if r.ready {
-		r.announceLocked(now)
 		if big := r.takeItemsLocked(&out); big != nil {
-			return big
+			return big, nil
 		}
 	}
 	if r.flight == r.n && r.taken == len(r.ctrl) && len(out)+len(r.last) <= cap(out) {
 		out = append(out, r.last...)
 	}
-	return out
+	return out, nil
 }
 
 // announceLocked turns a noted gap into a message that stands before all events not yet taken, but behind the replies
@@ -84,14 +89,14 @@ func (r *ring) announceLocked(now time.Time) {
 // so nothing may be appended to it.
 func (r *ring) takeItemsLocked(out *[]byte) (big []byte) {
 	for ; r.flight < r.n; r.flight++ {
-		f := r.at(r.flight).f
-		if len(*out)+len(f.b) <= cap(*out) {
-			*out = append(*out, f.b...)
+		b := r.at(r.flight).bytes()
+		if len(*out)+len(b) <= cap(*out) {
+			*out = append(*out, b...)
 			continue
 		}
 		if len(*out) == 0 {
 			r.flight++
-			return f.b
+			return b
 		}
 		break
 	}
@@ -132,12 +137,12 @@ func (r *ring) wroteRestLocked(n int, out []settlement, sent func(*frame, *deliv
 		r.ctrl = nil
 	}
 	for r.flight > 0 && n > 0 {
-		f := r.at(0).f
-		if n < len(f.b) {
-			r.cut, r.pinned = f.b[n:], true
+		b := r.at(0).bytes()
+		if n < len(b) {
+			r.cut, r.pinned = b[n:], true
 			return out
 		}
-		n -= len(f.b)
+		n -= len(b)
 		out = r.writtenLocked(out, sent)
 	}
 	if n > 0 { // of the close frame
@@ -368,7 +373,7 @@ const (
 
 // attempt makes one non-blocking write and settles what it wrote.
 func (c *conn) attempt(fd uintptr, s *scratch) result {
-	b := c.ring.take(s.buf, time.Now())
+	b := c.take(s.buf)
 	if len(b) == 0 {
 		return nothing
 	}
@@ -472,7 +477,7 @@ func (c *conn) flowBlocking() error {
 	joined := scratch{buf: s.buf[: 0 : 16<<10], ends: s.ends}
 	for {
 		c.h.confirm()
-		b := c.ring.take(joined.buf, time.Now())
+		b := c.take(joined.buf)
 		if len(b) == 0 {
 			return nil
 		}
