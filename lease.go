@@ -134,6 +134,11 @@ func (o *owners) tryStart(ctx context.Context) error {
 	if err != nil && !errors.Is(err, redis.Nil) {
 		return fmt.Errorf("read lease of pod %s: %w", o.pod, err)
 	}
+	if o.address == "" {
+		if o.address, err = o.advertise(get); err != nil {
+			return err
+		}
+	}
 	if l, ok := parseLease(cur); ok {
 		ask, cancel := context.WithTimeout(ctx, leaseTimeout)
 		defer cancel()

@@ -178,10 +178,8 @@ func (s *service) start() error {
 	if err != nil {
 		return fmt.Errorf("bind the gRPC port: %w", err)
 	}
-	if s.owners.address, err = advertised(cfg, rpc.Addr().(*net.TCPAddr)); err != nil {
-		return err
-	}
-	slog.Info("listening", "http", web.Addr().String(), "grpc", rpc.Addr().String(), "advertised", s.owners.address)
+	s.owners.advertise = func(ctx context.Context) (string, error) { return advertised(ctx, cfg, rpc.Addr().(*net.TCPAddr)) }
+	slog.Info("listening", "http", web.Addr().String(), "grpc", rpc.Addr().String())
 	s.loop(func() { s.fail(s.peers.serve(rpc)) })
 	s.loop(func() { s.fail(s.server.serve(web)) })
 	if cfg.ServerDebugAddress != "" {
@@ -249,7 +247,8 @@ func (s *service) serveDebug(addr string) {
 }
 
 // advertised is what peers dial: ADVERTISE_ADDRESS, else the address bound, else this machine's on its way to Redis.
-func advertised(cfg *Config, bound *net.TCPAddr) (string, error) {
+// An error is no reason to end: where containers come up together, Redis may have no name yet.
+func advertised(ctx context.Context, cfg *Config, bound *net.TCPAddr) (string, error) {
 	port := strconv.Itoa(bound.Port)
 	if a := cfg.ServerAdvertiseAddress; a != "" {
 		if _, _, err := net.SplitHostPort(a); err == nil {
@@ -261,9 +260,9 @@ func advertised(cfg *Config, bound *net.TCPAddr) (string, error) {
 		return bound.String(), nil
 	}
 	first, _, _ := strings.Cut(cfg.RedisAddress, ",")
-	c, err := net.Dial("udp", first) // sends nothing: the kernel only picks the route
+	c, err := new(net.Dialer).DialContext(ctx, "udp", first) // sends nothing: the kernel only picks the route
 	if err != nil {
-		return "", fmt.Errorf("find the address that peers dial, on the way to Redis at %s: %w; set SERVER_ADVERTISE_ADDRESS", first, err)
+		return "", fmt.Errorf("find the address that peers dial, on the way to Redis at %s: %w", first, err)
 	}
 	defer c.Close()
 	return net.JoinHostPort(c.LocalAddr().(*net.UDPAddr).IP.String(), port), nil

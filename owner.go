@@ -98,9 +98,10 @@ type owners struct {
 	returns  []func()                  // Redis is back: claim everything again
 	watchers []func(map[string]string) // told the addresses of the live pods when they changed
 
-	address   string       // that peers dial; set before start
-	heldAt    atomic.Int64 // when the last successful renewal was sent, since base; 0 = no lease
-	failedAt  atomic.Int64 // when a renewal failed last, since base
+	advertise func(context.Context) (string, error) // finds address; set before start
+	address   string                                // that peers dial; constant once the lease is held
+	heldAt    atomic.Int64                          // when the last successful renewal was sent, since base; 0 = no lease
+	failedAt  atomic.Int64                          // when a renewal failed last, since base
 	base      time.Time
 	away      atomic.Bool // Redis: a renewal failed or took over 1 s, or a log read over 500 ms
 	wakeClaim chan struct{}

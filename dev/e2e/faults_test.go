@@ -310,6 +310,16 @@ func TestStartBeforeDependencies(t *testing.T) {
 	}
 }
 
+// TestNamesThatDoNotResolveYet: where containers come up together, the service may be there before the names of its
+// dependencies are. (It listens on all interfaces, so what peers dial follows from its way to Redis.)
+func TestNamesThatDoNotResolveYet(t *testing.T) {
+	t.Parallel()
+	pod := harness.New(t).Launch("SERVER_BIND_ADDRESS=0.0.0.0", "REDIS_ADDRESS=redis.invalid:6379", "NATS_URL=nats://nats.invalid:4222")
+	pod.WaitListening()
+	notReady(pod, "nats", "redis", "consumer")
+	findLine(pod, `"msg":"waiting for Redis and the pod's lease"`, "redis.invalid")
+}
+
 // consumerBack waits until the service has made the consumer again; made is when the one before was.
 func consumerBack(w *harness.World, made time.Time) {
 	w.T.Helper()

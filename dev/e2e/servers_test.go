@@ -181,7 +181,7 @@ func TestLeaseNamesThePod(t *testing.T) {
 	if !strings.HasSuffix(value, " peers.test:1234") || left <= 0 || left > 3*time.Second {
 		t.Errorf("the lease is %q for %v", value, left)
 	}
-	findLine(p, `"msg":"listening"`, `"pod":"pod-of-mine"`, `"advertised":"peers.test:1234"`)
+	findLine(p, `"msg":"lease taken"`, `"pod":"pod-of-mine"`, `"address":"peers.test:1234"`)
 	c := p.Connect(harness.User("acme", "desk1", "ann"))
 	value, left = wantInRedis(w, "session:acme:desk1:ann")
 	if !strings.Contains(value, "pod-of-mine") || left <= 0 || left > 6*time.Second {
