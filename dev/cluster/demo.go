@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -20,17 +19,17 @@ import (
 	"daisi-ws-service/dev/rig"
 )
 
-// demo is what runs: servers, the service, the publisher and the page.
+// demo is what runs: servers, three pods of the service, the publisher and the page.
 type demo struct {
 	dir   string
 	keys  keys
 	nats  *rig.NATS
 	redis *rig.Redis
-	pod   *rig.Service
+	pods  *fleet
 	nc    *nats.Conn // the publisher's
 	js    jetstream.JetStream
 	book  *book
-	page  net.Listener
+	page  net.Listener // the one address of page and pods
 }
 
 // keys are made for one run and forgotten with it.
@@ -72,22 +71,28 @@ func run(ctx context.Context, dir, listen string, rate float64) (err error) {
 		return unlessInterrupted(ctx, err)
 	}
 	defer d.nc.Close()
-	if d.pod, err = d.startService(ctx, bin.Service); err != nil {
-		return unlessInterrupted(ctx, err)
-	}
-	defer func() { err = errors.Join(err, d.stopService()) }()
+	d.pods = newFleet(3, func(name string) (*rig.Service, error) { return d.startService(bin.Service, name) })
+	ctx, stop := context.WithCancel(ctx)
+	go d.pods.run(ctx)
+	defer func() {
+		stop()
+		<-d.pods.done
+		err = errors.Join(err, d.pods.err)
+	}()
 	web := &http.Server{Handler: d.handler(), ReadHeaderTimeout: 5 * time.Second}
 	go web.Serve(d.page) // ends with Close
 	defer web.Close()
-	if err := d.announce(); err != nil {
+	if !d.pods.waitUp() {
+		return nil // the fleet says why
+	}
+	if err := d.announce(ctx); err != nil {
 		return unlessInterrupted(ctx, err)
 	}
 	published := make(chan error, 1)
 	go func() { published <- d.publish(ctx, rate) }() // ends with ctx
 	select {
 	case err = <-published:
-	case <-d.pod.Done():
-		err = errors.New(d.pod.Fault() + "\n" + d.pod.Log.Text())
+	case <-d.pods.done:
 	}
 	fmt.Println("# ending")
 	return unlessInterrupted(ctx, err)
@@ -117,62 +122,30 @@ func (d *demo) startServers(bin rig.Binaries) error {
 	return err
 }
 
-// startService runs one pod. The page has another origin than the service, so its origin must be allowed.
-func (d *demo) startService(ctx context.Context, bin string) (*rig.Service, error) {
-	_, port, _ := net.SplitHostPort(d.page.Addr().String())
-	pod, err := rig.StartService(bin, "daisi-ws-service", filepath.Join(d.dir, "service.log"), []string{
-		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_ADVERTISE_ADDRESS=127.0.0.1", "SERVER_POD_ID=dev-1",
-		"SERVER_DRAIN_SPREAD=500ms", "NATS_URL=" + d.nats.URL(), "REDIS_ADDRESS=" + d.redis.Address(),
+// startService starts one pod. At the level debug it logs each event that it pulled, which the page shows.
+func (d *demo) startService(bin, name string) (*rig.Service, error) {
+	return rig.StartService(bin, name, filepath.Join(d.dir, name+".log"), []string{
+		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_ADVERTISE_ADDRESS=127.0.0.1", "SERVER_POD_ID=" + name,
+		"SERVER_DRAIN_SPREAD=500ms", "LOG_LEVEL=debug", "NATS_URL=" + d.nats.URL(), "REDIS_ADDRESS=" + d.redis.Address(),
 		"AUTH_SECRET_TOKEN=" + d.keys.general, "AUTH_ADMIN_SECRET_TOKEN=" + d.keys.admin, "AUTH_PUBLIC_KEY=" + d.keys.public,
 		"AUTH_TOKEN_AES_KEY=" + d.keys.token, "AUTH_ADMIN_TOKEN_AES_KEY=" + d.keys.adminToken,
-		"WEBSOCKET_ALLOWED_ORIGINS=127.0.0.1:" + port + ",localhost:" + port,
 	})
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if err = pod.WaitListening(ctx); err == nil {
-		err = pod.WaitReady(ctx)
-	}
-	if err != nil {
-		pod.Kill()
-		return nil, err
-	}
-	return pod, nil
-}
-
-// stopService lets the service drain, and says what was wrong with it.
-func (d *demo) stopService() error {
-	if err := d.pod.Signal(syscall.SIGTERM); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 7*time.Second)
-	defer cancel()
-	status, err := d.pod.Wait(ctx)
-	if err != nil {
-		d.pod.Kill()
-		return err
-	}
-	if status != 0 {
-		return fmt.Errorf("the service ended with status %d:\n%s", status, d.pod.Log.Text())
-	}
-	return nil
 }
 
 // announce prints what to open and to paste: every line that is not a comment is whole.
-func (d *demo) announce() error {
+func (d *demo) announce(ctx context.Context) error {
 	ask := fmt.Sprintf(`{"company_id":%q,"agent_id":%q,"user_id":"you","expires_in_seconds":3600}`, company, agent)
-	token, err := d.mint(context.Background(), strings.Replace(ask, "you", "terminal", 1))
+	token, err := d.mint(ctx, strings.Replace(ask, "you", "terminal", 1))
 	if err != nil {
 		return err
 	}
+	address := d.page.Addr()
 	fmt.Println("# the page; open it in two tabs and see them fight for one session:")
-	fmt.Printf("http://%s/\n", d.page.Addr())
+	fmt.Printf("http://%s/\n", address)
 	fmt.Println("# mint a token, as a back end does:")
-	fmt.Printf("curl -sS -X POST -H 'X-API-Key: %s' -d '%s' http://%s/generate-token\n", d.keys.general, ask, d.pod.HTTP)
+	fmt.Printf("curl -sS -X POST -H 'X-API-Key: %s' -d '%s' http://%s/generate-token\n", d.keys.general, ask, address)
 	fmt.Println("# a socket in the terminal; it reads commands, such as: select " + d.book.chats[0].ID)
-	fmt.Printf("%s 'ws://%s/ws/%s/%s?x-api-key=%s&token=%s'\n", filepath.Join(d.dir, "ws"), d.pod.HTTP, company, agent, d.keys.public, token.Token)
-	fmt.Printf("# health, metrics: http://%s/ready http://%s/metrics; log: %s; ^C ends it all\n", d.pod.HTTP, d.pod.HTTP, d.pod.Log.Path)
+	fmt.Printf("%s 'ws://%s/ws/%s/%s?x-api-key=%s&token=%s'\n", filepath.Join(d.dir, "ws"), address, company, agent, d.keys.public, token.Token)
+	fmt.Println("# all three speak to whatever pod is next; the page shows the pods and ends one; ^C ends it all")
 	return nil
 }

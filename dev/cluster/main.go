@@ -1,6 +1,6 @@
-// Command cluster is the demo behind make dev: the service on a NATS and a Redis of its own, a publisher of realistic
-// events, and a page that shows them arrive. Everything listens on 127.0.0.1 and lives in one temporary folder; an
-// interrupt ends it with status 0 and leaves nothing behind.
+// Command cluster is the demo behind make dev: three pods of the service, behind one address, on a NATS and a Redis of
+// their own; a publisher of realistic events; and a page that shows them arrive, and which pod brought them. Everything
+// listens on 127.0.0.1 and lives in one temporary folder; an interrupt ends it with status 0 and leaves nothing behind.
 package main
 
 import (

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -19,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coder/websocket"
 	"golang.org/x/sys/unix"
 
 	"daisi-ws-service/dev/harness"
@@ -161,10 +163,150 @@ func TestMakeDev(t *testing.T) {
 		t.Errorf("%s: %s", ws, got)
 	}
 
-	terminal.Write([]byte{3}) // ^C
-	socket := regexp.MustCompile(`ws://([^/]+)/`).FindStringSubmatch(ws)[1]
 	u, _ := url.Parse(page)
-	d.wantGone(t, 0, u.Host, socket)
+	socket := regexp.MustCompile(`ws://[^']+`).FindString(ws)
+	if !strings.HasPrefix(socket, "ws://"+u.Host+"/") || !strings.Contains(curl, "http://"+u.Host+"/") {
+		t.Errorf("not one address for all: %s, %s, %s", page, curl, ws)
+	}
+	wantPods(t, page, socket)
+
+	terminal.Write([]byte{3}) // ^C
+	addresses := []string{u.Host}
+	for _, m := range regexp.MustCompile(`(?m)^# pod-\d: http://([^/]+)/`).FindAllStringSubmatch(d.out.String(), -1) {
+		addresses = append(addresses, m[1])
+	}
+	if len(addresses) < 4 {
+		t.Errorf("want the addresses of three pods, got %v", addresses[1:])
+	}
+	d.wantGone(t, 0, addresses...)
+}
+
+// demoPods is what the page asks for to show the pods.
+type demoPods struct {
+	Pods   []struct{ Name, State string }
+	Pulled map[uint64]string
+}
+
+func podsOf(t *testing.T, page string) (p demoPods) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(get(t, page+"pods")), &p); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func (p demoPods) ready() (names []string) {
+	for _, pod := range p.Pods {
+		if pod.State == "ready" {
+			names = append(names, pod.Name)
+		}
+	}
+	return names
+}
+
+// wantPods opens a socket as the page does: events that another pod pulled reach it; when its pod is killed, another one
+// takes it over and replays what was missed, and the fleet is whole again after a while.
+func wantPods(t *testing.T, page, socket string) {
+	t.Helper()
+	if got := podsOf(t, page).ready(); len(got) != 3 {
+		t.Fatalf("want three pods that are ready, got %v", got)
+	}
+	next, first := openSocket(t, socket)
+	serving := servingPod(t, page, first)
+	var last uint64
+	seen := map[uint64]bool{}
+	harness.Eventually(t, harness.Patience, "an event that another pod than "+serving+" pulled", func() bool {
+		m, err := next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m.Type == "event" {
+			last, seen[m.Seq] = m.Seq, true
+		}
+		for seq, by := range podsOf(t, page).Pulled {
+			if seen[seq] && by != serving {
+				return true
+			}
+		}
+		return false
+	})
+
+	resp, err := http.Post(page+"end", "application/json", strings.NewReader(`{"pod":"`+serving+`","kill":true}`))
+	if err != nil || resp.StatusCode != http.StatusNoContent {
+		t.Fatalf("POST end: %v, %v", resp, err)
+	}
+	resp.Body.Close()
+	for err == nil {
+		_, err = next()
+	}
+	next, second := openSocket(t, socket+fmt.Sprintf("&since=%d", last))
+	if second.Payload.Gap || second.replayed == 0 {
+		t.Errorf("after the end of its pod: %+v, want a replay", second)
+	}
+	if other := servingPod(t, page, second); other == serving {
+		t.Errorf("served by %s, which was killed a moment ago", other)
+	}
+	if m, err := next(); err != nil || m.Type != "event" || m.Replay {
+		t.Errorf("got %+v (%v), want a live event", m, err)
+	}
+	harness.Eventually(t, time.Minute, serving+" to be there again", func() bool { return len(podsOf(t, page).ready()) == 3 })
+}
+
+// servingPod asks which pod has the socket. Pods learn of each other with the renewals of their leases.
+func servingPod(t *testing.T, page string, ready wsMessage) string {
+	t.Helper()
+	var serving struct{ Pod string }
+	harness.Eventually(t, harness.Patience, "the pod of session "+ready.Payload.SessionID, func() bool {
+		return json.Unmarshal([]byte(get(t, page+"serving?session="+ready.Payload.SessionID)), &serving) == nil && serving.Pod != ""
+	})
+	return serving.Pod
+}
+
+// wsMessage is what a socket of the demo sends.
+type wsMessage struct {
+	Type    string
+	Seq     uint64
+	Replay  bool
+	Payload struct {
+		SessionID string `json:"session_id"`
+		Gap       bool
+	}
+
+	replayed int // of ready: events before it
+}
+
+// openSocket returns ready, and what reads the messages after it. It tries as a client does: the killed pod's place may
+// not be known to the proxy yet.
+func openSocket(t *testing.T, address string) (next func() (wsMessage, error), ready wsMessage) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), harness.Patience)
+	t.Cleanup(cancel)
+	c, _, err := websocket.Dial(ctx, address, nil)
+	for err != nil && ctx.Err() == nil {
+		c, _, err = websocket.Dial(ctx, address, nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.CloseNow() })
+	c.SetReadLimit(-1)
+	next = func() (m wsMessage, err error) {
+		_, data, err := c.Read(ctx)
+		if err == nil {
+			json.Unmarshal(data, &m) // an event's payload may have anything in these fields
+		}
+		return m, err
+	}
+	for n := 0; ; n++ {
+		m, err := next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m.Type == "ready" {
+			m.replayed = n
+			return next, m
+		}
+	}
 }
 
 // TestMakeDevInterrupted: without a terminal, a SIGINT to the whole group, or to make alone, ends the demo too. make
@@ -217,13 +359,13 @@ func TestDemoAlone(t *testing.T) {
 // wantPage looks at the page as a browser would, and mints a token the way it does.
 func wantPage(t *testing.T, page string) {
 	t.Helper()
-	for path, want := range map[string]string{"": "<!doctype html>", "app.js": "new WebSocket", "style.css": "body", "chats": `"chat_id"`} {
+	for path, want := range map[string]string{"": "<!doctype html>", "app.js": "select", "client.js": "new WebSocket", "style.css": "body", "chats": `"chat_id"`} {
 		if got := get(t, page+path); !strings.Contains(got, want) {
 			t.Errorf("GET %s%s: %.200s", page, path, got)
 		}
 	}
 	for _, secret := range []string{"http://", "https://"} {
-		for _, path := range []string{"", "app.js", "style.css"} {
+		for _, path := range []string{"", "app.js", "client.js", "style.css"} {
 			if strings.Contains(get(t, page+path), secret) {
 				t.Errorf("%s%s names an external resource", page, path)
 			}

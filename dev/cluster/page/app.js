@@ -1,18 +1,18 @@
 "use strict";
-// The demo page: one socket, spoken to as docs/protocol.md tells clients to.
+// The demo page: what comes over the socket (client.js), and which pods brought it.
 
 const $ = (id) => document.getElementById(id);
 const now = () => performance.timeOrigin + performance.now();
 
-const chats = new Map();   // chat id -> row, li
-const seen = new Set();    // sequences of this session: an event may come twice
-const latencies = [];      // of the last 200 events
-let socket = null;         // the one that counts; events of older ones are ignored
-let attempt = 0;           // of reconnecting, since the last ready
-let retryTimer = 0;
+const chats = new Map();    // chat id -> row, li, messages by sequence
+const unpulled = new Map(); // sequence -> elements that will say which pod pulled the event
+const latencies = [];       // of the last 200 events
+const near = { n: 0 }, far = { n: 0 }; // events pulled by the pod that serves this page, and by the others
 let selected = "";
-let twice = 0;
-let readySeq = 0;          // events up to here waited for this socket: their latency says nothing
+let serving = "";           // pod of this page's socket
+let podsShown = "";
+let came = 0, twice = 0;
+let readySeq = 0;           // events up to here waited for this socket: their latency says nothing
 
 async function loadChats() {
   const rows = await (await fetch("chats")).json();
@@ -26,13 +26,13 @@ function applyChat(id, name, text, unread, seq, at) {
   if (row && seq < row.seq) return;
   if (!row) {
     const li = document.createElement("li");
-    for (const part of ["name", "unread", "text"]) {
+    for (const part of ["name", "unread", "text", "by"]) {
       const span = document.createElement("span");
       span.className = part;
       li.append(span);
     }
     li.onclick = () => select(id);
-    row = { li };
+    row = { li, messages: new Map() };
     chats.set(id, row);
   }
   Object.assign(row, { id, name, text, unread, seq, at });
@@ -55,48 +55,57 @@ function sortChats() {
   }
 }
 
+// select asks for the last messages of a chat too: this page has no other place to load them from.
 function select(id) {
   selected = id;
-  $("messages").replaceChildren();
-  for (const row of chats.values()) row.li.classList.toggle("selected", row.id === id);
-  $("title").textContent = chats.get(id).name + " · " + id;
-  send({ type: "select_chat", payload: { chat_id: id } });
+  const row = chats.get(id);
+  $("messages").replaceChildren(...sortedBySeq(row.messages));
+  $("messages").scrollTop = $("messages").scrollHeight;
+  for (const r of chats.values()) r.li.classList.toggle("selected", r === row);
+  $("title").textContent = row.name + " · " + id;
+  client.select(id, Math.max(0, client.top - 400));
 }
 
-function onEvent(m) {
-  if (seen.has(m.seq)) {
-    $("twice").textContent = ++twice;
+const sortedBySeq = (messages) => [...messages].sort(([a], [b]) => a - b).map(([, li]) => li);
+
+function onEvent(m, known) {
+  if (known) {
+    if (!m.replay) $("twice").textContent = ++twice;
     return;
   }
-  seen.add(m.seq);
-  const latency = now() - Date.parse(m.payload.event_time);
-  count(m.seq, m.replay || m.seq <= readySeq ? null : latency);
-  const row = m.payload.row_data;
+  const latency = m.replay || m.seq <= readySeq ? null : now() - Date.parse(m.payload.event_time);
+  count(latency);
+  const row = m.payload.row_data, by = [document.createElement("b")];
+  const chat = chats.get(m.payload.chat_id);
   if (m.event_type === "chat") {
     applyChat(m.payload.chat_id, row.push_name, row.last_message.text, row.unread_count, m.seq, Date.parse(m.payload.event_time));
     sortChats();
-  } else if (m.event_type === "message" && m.payload.chat_id === selected) {
-    showMessage(row.message_obj.conversation, row.flow === "OUT", `${latency.toFixed(1)} ms · ${m.seq}`);
+    by.push(chats.get(m.payload.chat_id).li.children[3]);
+  } else if (m.event_type === "message" && chat) {
+    const small = document.createElement("small");
+    small.append(latency === null ? "replayed" : latency.toFixed(1) + " ms", ` · ${m.seq} · pulled by `, by[0]);
+    showMessage(chat, m.seq, row.message_obj.conversation, row.flow === "OUT", small);
   }
+  unpulled.set(m.seq, by);
+  if (unpulled.size > 300) unpulled.delete(unpulled.keys().next().value);
 }
 
-function showMessage(text, out, small) {
+function showMessage(chat, seq, text, out, small) {
   const li = document.createElement("li");
   li.className = out ? "out" : "";
-  li.textContent = text;
-  const note = document.createElement("small");
-  note.textContent = small;
-  li.append(note);
+  li.append(text, small);
+  chat.messages.set(seq, li);
+  if (chat.messages.size > 200) chat.messages.delete(Math.min(...chat.messages.keys()));
+  if (chat.id !== selected) return;
   const list = $("messages");
   const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
-  list.append(li);
-  if (list.children.length > 200) list.firstChild.remove();
+  list.replaceChildren(...sortedBySeq(chat.messages));
   if (atEnd) list.scrollTop = list.scrollHeight;
 }
 
-function count(seq, latency) {
-  $("count").textContent = seen.size;
-  $("seq").textContent = seq;
+function count(latency) {
+  $("count").textContent = ++came;
+  $("seq").textContent = client.top;
   if (latency === null) return;
   latencies.push(latency);
   if (latencies.length > 200) latencies.shift();
@@ -105,79 +114,80 @@ function count(seq, latency) {
   $("p99").textContent = sorted[Math.floor(sorted.length * 0.99)].toFixed(1) + " ms";
 }
 
-async function connect() {
-  clearTimeout(retryTimer);
-  leave();
-  state("busy", "connecting");
-  let minted;
+const client = new Client({
+  async address() {
+    const minted = await (await post("token", { user: $("user").value })).json();
+    // errors=close: a page cannot read the HTTP status of a refused upgrade, but it can read a close code.
+    const query = new URLSearchParams({ "x-api-key": minted.key, token: minted.token, errors: "close" });
+    return `ws://${location.host}/ws/acme/desk1?${query}`;
+  },
+  ready(m) {
+    const { seq, session_id, resumed, gap } = m.payload;
+    const first = readySeq === 0;
+    readySeq = seq;
+    $("session").textContent = session_id;
+    $("resumed").textContent = gap ? "a gap" : resumed;
+    notice("");
+    if (first) loadChats(); // from now on the page lives on events, and on what is resumed
+  },
+  event: onEvent,
+  gap(p) { notice(`gap after ${p.since} (${p.reason}): resuming`); },
+  reload() {
+    notice("what was missed cannot be replayed: the chats are loaded again");
+    loadChats();
+  },
+  error(p) { notice(`${p.code}: ${p.message}`); },
+  state(cls, text) {
+    state(cls, text);
+    if (cls !== "on") setServing("");
+    if (text.includes("4402")) notice("Another tab took this session. Reconnect takes it back.");
+  },
+});
+
+async function post(path, body) {
+  const resp = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  if (!resp.ok) throw new Error(await resp.text());
+  return resp;
+}
+
+function setServing(pod) {
+  serving = pod;
+  $("serving").textContent = pod || "-";
+}
+
+// watchPods shows the pods, and which of them pulled the events that came: that is known when they have been acked.
+async function watchPods() {
   try {
-    const resp = await fetch("token", {
-      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ user: $("user").value }),
-    });
-    if (!resp.ok) throw new Error(await resp.text());
-    minted = await resp.json();
-  } catch (err) {
-    return retry("no token: " + err.message);
+    // Asked until it is known: pods learn of each other with the renewals of their leases.
+    if (!serving && client.open()) setServing((await (await fetch("serving?session=" + $("session").textContent)).json()).pod);
+    const { pods, pulled } = await (await fetch("pods")).json();
+    const shown = JSON.stringify([pods, serving]);
+    if (shown !== podsShown) $("pods").replaceChildren(...pods.map(podRow)); // a button that is replaced takes no click
+    podsShown = shown;
+    for (const [seq, notes] of unpulled) {
+      if (!pulled[seq]) continue;
+      for (const note of notes) note.textContent = pulled[seq];
+      unpulled.delete(seq);
+      (pulled[seq] === serving ? near : far).n++;
+    }
+    $("near").textContent = near.n;
+    $("far").textContent = far.n;
+  } catch { /* the demo has ended, or is busy */ }
+  setTimeout(watchPods, 500);
+}
+
+function podRow(pod) {
+  const span = document.createElement("span");
+  span.className = "pod " + pod.state + (pod.name === serving ? " serving" : "");
+  span.append(`${pod.name} ${pod.state} `);
+  for (const [text, kill] of [["SIGTERM", false], ["kill -9", true]]) {
+    const button = document.createElement("button");
+    button.textContent = text;
+    button.disabled = pod.state !== "ready";
+    button.onclick = () => post("end", { pod: pod.name, kill }).catch((err) => notice(err.message));
+    span.append(button);
   }
-  // errors=close: a page cannot read the HTTP status of a refused upgrade, but it can read a close code.
-  const query = new URLSearchParams({ "x-api-key": minted.key, token: minted.token, errors: "close" });
-  const s = socket = new WebSocket(`${minted.socket}/ws/acme/desk1?${query}`, "json.v1");
-  s.onmessage = (e) => { if (s === socket) onMessage(JSON.parse(e.data)); };
-  s.onclose = (e) => { if (s === socket) onClose(e.code, e.reason); };
-}
-
-// leave closes the socket without a new one in mind.
-function leave() {
-  const s = socket;
-  socket = null;
-  if (s) s.close(1000);
-}
-
-function send(m) {
-  if (socket && socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(m));
-}
-
-function onMessage(m) {
-  switch (m.type) {
-    case "ready":
-      attempt = 0;
-      readySeq = m.payload.seq;
-      state("on", "connected");
-      notice("");
-      $("session").textContent = m.payload.session_id;
-      loadChats(); // what changed while there was no socket
-      if (selected) send({ type: "select_chat", payload: { chat_id: selected } });
-      break;
-    case "event":
-      onEvent(m);
-      break;
-    case "gap":
-      notice(`gap after ${m.payload.since} (${m.payload.reason}): the chats are loaded again`);
-      loadChats();
-      break;
-    case "error":
-      notice(`${m.payload.code}: ${m.payload.message}`);
-      break;
-  }
-}
-
-// Not as you are: a bad request, key, token or a session that another took. The rest is worth another try.
-const final = new Set([1000, 4400, 4401, 4402, 4403]);
-
-function onClose(code, reason) {
-  socket = null;
-  const why = `${code} ${reason}`.trim();
-  if (!final.has(code)) return retry(why, Number(/retry-after-ms=(\d+)/.exec(reason)?.[1] ?? NaN));
-  state("off", "closed: " + why);
-  notice(code === 4402 ? "Another tab took this session. Reconnect takes it back." : "");
-}
-
-// retry waits as long as the service asked for, or a random part of a doubling time: all clients of a pod that ended come at once else.
-function retry(why, asked) {
-  const wait = asked >= 0 ? asked : Math.random() * Math.min(30000, 500 * 2 ** attempt);
-  attempt++;
-  state("busy", `${why}: again in ${(wait / 1000).toFixed(1)} s`);
-  retryTimer = setTimeout(connect, wait);
+  return span;
 }
 
 function state(cls, text) {
@@ -190,7 +200,8 @@ function notice(text) {
   $("notice").textContent = text;
 }
 
-$("connect").onclick = connect;
-$("disconnect").onclick = () => { clearTimeout(retryTimer); leave(); state("off", "not connected"); };
+$("connect").onclick = () => client.connect();
+$("disconnect").onclick = () => { client.disconnect(); state("off", "not connected"); setServing(""); };
 $("tab").onclick = () => window.open(location.href);
-loadChats().then(connect);
+loadChats().then(() => client.connect());
+watchPods();
