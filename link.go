@@ -257,8 +257,14 @@ func (l *link) endLocked(why ending, err error) []flight {
 		level = slog.LevelInfo
 	}
 	slog.Log(l.ctx, level, "connection to a peer ended", "peer", q.key.pod, "reason", string(why), "in_flight", len(lost), "err", err)
-	if len(lost) > 0 && (why == endUnopened || why == endBroken) {
+	switch {
+	case len(lost) == 0:
+	case why == endUnopened || why == endBroken:
 		q.reportLocked(l.generation, false)
+	case why == endUnhealthy: // if the probe was among them, there must be another
+		was := q.breaker.state
+		q.breaker.withdraw(l.generation)
+		q.noteLocked(was)
 	}
 	l.cancel(fmt.Errorf("connection ended: %s", why))
 	return lost

@@ -478,6 +478,32 @@ func TestUnhealthyPeer(t *testing.T) {
 	})
 }
 
+// TestUnhealthyProbe: a probe whose connection ends for the peer's health tells nothing, and the next event is one: else the
+// breaker would wait for ever for the answer.
+func TestUnhealthyProbe(t *testing.T) {
+	cfg := peerConfig()
+	cfg.PeerHealthInterval = time.Second
+	peerBubble(t, cfg, func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		n.refuse = 10
+		for seq := uint64(1); seq <= 5; seq++ {
+			l := newPeerLedger(t)
+			a.push("pod-b", "eb", "b", l.delivery(seq))
+			l.want(1, failed)
+		}
+		wantBreaker(t, a, breakerOpen, 1)
+		b.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+		time.Sleep(30 * time.Second)
+		probe := newPeerLedger(t)
+		a.push("pod-b", "eb", "b", probe.delivery(6))
+		time.Sleep(3 * time.Second)
+		probe.want(1, failed)
+		wantBreaker(t, a, breakerOpen, 2)
+		b.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
+		a.push("pod-b", "eb", "b", newPeerLedger(t).delivery(7))
+		wantBreaker(t, a, breakerHalfOpen, 2)
+	})
+}
+
 // TestPeerGone: a pod without a lease, or at another address, loses its connection, its breaker and its series; what was in
 // flight to it fails.
 func TestPeerGone(t *testing.T) {
