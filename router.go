@@ -482,6 +482,9 @@ func (p *pulled) end(v verdict, outcome string) {
 // fromPeer hands an event that a peer pulled to the sockets here, and to nobody else: what a peer sent is never
 // forwarded again.
 func (r *router) fromPeer(d *delivery) {
+	// A socket looks whether it has had the event, though it is JetStream's first delivery: 1. a peer sends it, and the
+	// network holds it up; 2. the peer gives it up, and the redelivery is written; 3. the network lets it through.
+	d.count = max(d.count, 2)
 	d.open.Store(1)
 	var p pulled
 	p.event = d.event
