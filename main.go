@@ -144,7 +144,7 @@ func newService(cfg *Config) (*service, error) {
 	s.consumer.accept, s.consumer.anew, s.consumer.limit = s.router.accept, s.router.forgetSeq, s.peers.setMaxPayload
 	s.owners.identify = s.peers.identify
 	s.owners.noteSeq = func() uint64 { return max(s.router.lastSeen.Load(), s.consumer.known.Load()) }
-	s.peers.deliver, s.peers.lost = s.router.fromPeer, s.owners.forgetPod
+	s.peers.deliver, s.peers.lost, s.peers.share = s.router.fromPeer, s.owners.forgetPod, s.router.parked.share
 	s.owners.onPods(s.peers.keep)
 	s.owners.onConfirm(s.sessions.confirm)
 	s.owners.onReturn(s.sessions.reclaim)

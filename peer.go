@@ -33,6 +33,9 @@ const (
 	// messageSlack is what a message between pods holds besides payloads.
 	messageSlack = 64 << 10
 
+	// streamWindow is what a peer may send ahead: with HTTP/2's 64 KiB, 200 ms of way there and back allow 500 events/s.
+	streamWindow = 4 << 20
+
 	// A peer that vanished without a word is noticed after both together, used or not.
 	keepaliveTime    = 10 * time.Second
 	keepaliveTimeout = 5 * time.Second
@@ -58,8 +61,12 @@ type peers struct {
 	// wrong. It must not block. Set before serve; may be nil.
 	lost func(pod string)
 
+	// share is how many events this pod may hold in all. Set before serve; nil: no bound.
+	share func() int64
+
 	network    func(ctx context.Context, addr string) (net.Conn, error) // dials; tests put their own here
 	maxPayload atomic.Int64
+	stuckNow   atomic.Int64 // what stuck says
 	server     *grpc.Server
 	health     *health.Server
 	up         atomic.Bool
@@ -88,6 +95,8 @@ func newPeers(cfg *settings, m *Metrics, podID string, epoch func() string) *pee
 		grpc.Creds(p.certs.serverCredentials()),
 		grpc.MaxRecvMsgSize(natsMaxPayload+messageSlack),
 		grpc.MaxConcurrentStreams(32),
+		grpc.InitialWindowSize(streamWindow),
+		grpc.InitialConnWindowSize(streamWindow),
 		grpc.MaxHeaderListSize(16<<10),
 		grpc.ConnectionTimeout(proofTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),

@@ -123,7 +123,7 @@ func failAll(flights []flight) {
 func (q *peer) take(epoch string, d *delivery) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if l := q.link; q.gone || l != nil && len(l.queue)+len(l.flights) >= q.ps.cfg.Load().PeerWindow {
+	if l := q.link; q.gone || l != nil && len(l.queue)+len(l.flights) >= q.ps.window() {
 		return false
 	}
 	q.lookAtEpochLocked(epoch)
@@ -198,7 +198,7 @@ func (q *peer) connectLocked() {
 func (p *peers) watch() {
 	c := p.cfg.Load()
 	shortest := min(c.PeerTimeout, c.PeerIdleTimeout, c.PeerHealthInterval)
-	tick := time.NewTicker(max(min(shortest/8, 250*time.Millisecond), 5*time.Millisecond))
+	tick := time.NewTicker(max(min(shortest/8, slowTick), 5*time.Millisecond))
 	defer tick.Stop()
 	for {
 		select {
@@ -208,11 +208,47 @@ func (p *peers) watch() {
 			p.mu.Lock()
 			all := slices.Collect(maps.Values(p.pool))
 			p.mu.Unlock()
+			stuck := 0
 			for _, q := range all {
 				q.look(now)
+				stuck += q.stuckAt(now)
 			}
+			p.stuckNow.Store(int64(stuck))
 		}
 	}
+}
+
+// window is how many events may be in flight to one peer: a quarter of this pod's share of the consumer at the most, so
+// that a sick one leaves room for those that wait for anything else.
+func (p *peers) window() int {
+	n := p.cfg.Load().PeerWindow
+	if p.share != nil {
+		n = min(n, max(1, int(p.share()/4)))
+	}
+	return n
+}
+
+// stuck is the number of events that wait for peers which do not take or settle them at once, as of the last look.
+func (p *peers) stuck() int { return int(p.stuckNow.Load()) }
+
+func (q *peer) stuckAt(now time.Time) (n int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.link == nil {
+		return 0
+	}
+	old := func(f flight) bool { return now.Sub(f.since) >= slowTick }
+	for _, f := range q.link.flights {
+		if old(f) {
+			n++
+		}
+	}
+	for _, f := range q.link.queue {
+		if old(f) {
+			n++
+		}
+	}
+	return n
 }
 
 // look fails what is overdue, and ends or checks the link when it is time to.

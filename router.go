@@ -71,7 +71,7 @@ func newRouter(cfg *settings, m *Metrics, o *owners, h *hub, p *peers) *router {
 
 // accept is the consumer's callback: the library calls it for one message at a time. It only appends, so that no socket
 // ever holds the flow up; it waits when half of this pod's share is in hand without being stuck in a slow socket's
-// ring, which is when router and writers are behind.
+// ring or at a sick peer, which is when router and writers are behind.
 func (r *router) accept(msg jetstream.Msg) {
 	at := time.Now()
 	if r.full() {
@@ -115,7 +115,7 @@ func (r *router) waitRoom() {
 // oldest events, but only if it is the rings that hold so much. A burst of redeliveries that is not even dispatched passes
 // by itself, and cost one stuck socket all that waited for it.
 func (r *router) full() bool {
-	if r.inHand.Load()-int64(r.hub.stuck()) >= r.parked.share()/2 {
+	if r.inHand.Load()-int64(r.hub.stuck()+r.peers.stuck()) >= r.parked.share()/2 {
 		return true
 	}
 	for limit := 4 * int64(r.cfg.Load().NATSPrefetchBytes); r.bytes.Load() > limit; {
