@@ -326,6 +326,13 @@ func (c *Client) which(wanted func(Message) bool) []Message {
 	return all
 }
 
+// Inbox is everything that has come and was not taken, in order; it stays there.
+func (c *Client) Inbox() []Message {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.inbox)
+}
+
 // Forget empties the inbox.
 func (c *Client) Forget() {
 	c.mu.Lock()
