@@ -40,8 +40,9 @@ type router struct {
 	floor     time.Time
 	floorLeft int
 
-	mu    sync.Mutex // guards queue
+	mu    sync.Mutex // guards all below
 	queue []arrival
+	ended bool // nobody looks into the queue any more
 }
 
 // arrival is a message as it came off the network, or a delivery whose owners are looked up a second time.
@@ -88,14 +89,18 @@ func (r *router) accept(msg jetstream.Msg) {
 	r.enqueue(arrival{msg: msg, at: at})
 }
 
-func (r *router) enqueue(a arrival) {
+// enqueue says false when run has ended: a would never have its turn.
+func (r *router) enqueue(a arrival) bool {
 	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ended {
+		return false
+	}
 	r.queue = append(r.queue, a)
-	first := len(r.queue) == 1
-	r.mu.Unlock()
-	if first {
+	if len(r.queue) == 1 {
 		poke(r.more)
 	}
+	return true
 }
 
 // waitRoom returns when there is room, or the router stops.
@@ -133,6 +138,7 @@ func (r *router) run(ctx context.Context) {
 	for stopped := false; ; {
 		r.mu.Lock()
 		batch, r.queue = r.queue, batch[:0]
+		r.ended = stopped && len(batch) == 0
 		r.mu.Unlock()
 		switch {
 		case len(batch) > 0:
@@ -401,7 +407,9 @@ func (p *pulled) lookAgain() {
 	p.second = true
 	p.count++
 	p.worst.Store(uint32(written))
-	p.r.enqueue(arrival{p: p})
+	if !p.r.enqueue(arrival{p: p}) {
+		p.fail() // a drain: the other pods look again
+	}
 }
 
 // fail has the event come again to all its targets, or gives it up when it is too old, or this pod holds too many.
