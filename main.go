@@ -270,9 +270,14 @@ func advertised(ctx context.Context, cfg *Config, bound *net.TCPAddr) (string, e
 
 // reload reads the settings again on SIGHUP: live ones are in force at once, a faulty file changes nothing.
 func (s *service) reload(file string, environ []string, level *slog.LevelVar) {
-	changed, restart, err := s.cfg.reload(file, environ)
+	var changed, restart []string
+	// First those whose names only a restart changes: the file may name others, which are good, and nothing is in force yet.
+	err := s.peers.reloadTLS()
 	if err == nil {
-		err = errors.Join(s.server.reloadTLS(), s.peers.reloadTLS())
+		changed, restart, err = s.cfg.reload(file, environ)
+	}
+	if err == nil {
+		err = s.server.reloadTLS() // of files that were found good a moment ago
 	}
 	if err != nil {
 		s.m.configReloadsTotal.with("failure").Inc()
