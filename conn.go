@@ -161,8 +161,7 @@ func (c *conn) serve(u *upgrade, since *uint64) {
 		}
 	}()
 	c.lock.bind(c.close)
-	cfg := c.h.cfg.Load()
-	if err := u.shake(cfg.WebsocketWriteTimeout); err != nil {
+	if err := u.shake(c.h.cfg.Load().WebsocketWriteTimeout); err != nil {
 		c.lost() // the ring was never opened: no writer has its turn
 		return
 	}
@@ -170,10 +169,19 @@ func (c *conn) serve(u *upgrade, since *uint64) {
 	if !c.setUp(since) {
 		return
 	}
-	in := &inbound{nc: c.nc, early: u.early, max: int(cfg.WebsocketMaxMessage), control: c.control, deflate: c.ring.deflate}
-	*u = upgrade{}
+	in := c.inbound(u)
 	defer in.idle()
-	c.read(in)
+	c.read(in, c.message)
+}
+
+// inbound reads what the client sends, from what net/http had read already on. Nothing of u is kept.
+func (c *conn) inbound(u *upgrade) *inbound {
+	in := &inbound{
+		nc: c.nc, early: u.early, max: int(c.h.cfg.Load().WebsocketMaxMessage),
+		deflate: c.ring.deflate, control: c.control,
+	}
+	*u = upgrade{}
+	return in
 }
 
 // begin is the moment from which the socket counts as open.
@@ -291,8 +299,8 @@ func (c *conn) streamSeq() (uint64, error) {
 	return c.h.streamSeq(ctx)
 }
 
-// read handles messages until the connection ends or the socket is closed; what comes after a close is not looked at.
-func (c *conn) read(in *inbound) {
+// read has messages handled until the connection ends or the socket is closed; what comes after a close is not looked at.
+func (c *conn) read(in *inbound, handle func(op byte, p []byte)) {
 	for {
 		op, buf, err := in.next()
 		if c.closing() {
@@ -308,7 +316,7 @@ func (c *conn) read(in *inbound) {
 			c.closedByClient(*buf)
 			return
 		}
-		c.message(*buf)
+		handle(op, *buf)
 		recycle(buf)
 		c.ring.waitRoom()
 	}

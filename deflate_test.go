@@ -240,7 +240,7 @@ const raw = finBit | rsv1 | opText
 // What is in the table below are the examples of RFC 7692 section 7.2.3, and what may go wrong with them.
 func TestInflate(t *testing.T) {
 	long := strings.Repeat("hello ", 20_000)
-	cut := func(s string, first byte, size int) string { // in frames
+	split := func(s string, first byte, size int) string { // in frames
 		var b strings.Builder
 		for ; len(s) > size; s = s[size:] {
 			b.WriteString(clientFrame(first&^finBit, s[:size]) + clientFrame(finBit|opPing, ""))
@@ -254,23 +254,23 @@ func TestInflate(t *testing.T) {
 		code int
 	}{
 		"one block":                   {clientFrame(raw, "\xf2\x48\xcd\xc9\xc9\x07\x00"), "Hello", 0},
-		"in fragments":                {cut("\xf2\x48\xcd\xc9\xc9\x07\x00", raw, 3), "Hello", 0},
-		"in fragments of a byte":      {cut("\xf2\x48\xcd\xc9\xc9\x07\x00", raw, 1), "Hello", 0},
+		"in fragments":                {split("\xf2\x48\xcd\xc9\xc9\x07\x00", raw, 3), "Hello", 0},
+		"in fragments of a byte":      {split("\xf2\x48\xcd\xc9\xc9\x07\x00", raw, 1), "Hello", 0},
 		"last fragment empty":         {clientFrame(rsv1|opText, "\xf2\x48\xcd\xc9\xc9\x07\x00") + clientFrame(finBit|cont, ""), "Hello", 0},
 		"stored":                      {clientFrame(raw, "\x00\x05\x00\xfa\xff\x48\x65\x6c\x6c\x6f\x00"), "Hello", 0},
 		"BFINAL":                      {clientFrame(raw, "\xf3\x48\xcd\xc9\xc9\x07\x00\x00"), "Hello", 0},
 		"BFINAL at the very end":      {clientFrame(raw, "\xf3\x48\xcd\xc9\xc9\x07\x00"), "Hello", 0},
 		"BFINAL and another block":    {clientFrame(raw, "\xf3\x48\xcd\xc9\xc9\x07\x00\xf2\x48\xcd\xc9\xc9\x07\x00"), "HelloHello", 0},
 		"BFINAL, then its window":     {clientFrame(raw, "\xf3\x48\xcd\xc9\xc9\x07\x00\xf2\x00\x11\x00\x00"), "HelloHello", 0},
-		"BFINAL thrice, in fragments": {cut(strings.Repeat("\xf3\x48\xcd\xc9\xc9\x07\x00", 3)+"\x00", raw, 5), "HelloHelloHello", 0},
+		"BFINAL thrice, in fragments": {split(strings.Repeat("\xf3\x48\xcd\xc9\xc9\x07\x00", 3)+"\x00", raw, 5), "HelloHelloHello", 0},
 		"two blocks":                  {clientFrame(raw, "\xf2\x48\x05\x00\x00\x00\xff\xff\xca\xc9\xc9\x07\x00"), "Hello", 0},
 		"empty":                       {clientFrame(raw, "\x00"), "", 0},
 		"empty, of nothing":           {clientFrame(raw, ""), "", 0},
-		"empty, in fragments":         {cut("\x00", raw, 1), "", 0},
+		"empty, in fragments":         {split("\x00", raw, 1), "", 0},
 		"not compressed":              {clientFrame(finBit|opText, "Hello"), "Hello", 0},
 		"long":                        {clientFrame(raw, deflated(long, 9)), long, 0},
 		"long, not compressible":      {clientFrame(raw, deflated(long, flate.NoCompression)), long, 0},
-		"long, Huffman, in fragments": {cut(deflated(long, flate.HuffmanOnly), raw, 700), long, 0},
+		"long, Huffman, in fragments": {split(deflated(long, flate.HuffmanOnly), raw, 700), long, 0},
 		"two messages":                {packedFrame("a") + packedFrame("bcd"), "a|bcd", 0},
 
 		"the window of the one before": {clientFrame(raw, "\xf2\x48\xcd\xc9\xc9\x07\x00") + clientFrame(raw, "\xf2\x00\x11\x00\x00"), "Hello", 1002},

@@ -18,7 +18,7 @@ var rooms = map[string][]string{
 	"github.com/nats-io/nats.go":         {"consumer.go", "past.go", "router.go"},
 	"github.com/redis/go-redis/v9":       {"auth.go", "lease.go", "lock.go", "main.go", "owner.go", "session.go"},
 	"google.golang.org/grpc":             {"link.go", "peer.go", "pool.go", "trust.go"},
-	"golang.org/x/net/websocket":         {"frame.go", "upgrade.go"},
+	"golang.org/x/net/websocket":         {"inbound.go", "upgrade.go"},
 	"github.com/VictoriaMetrics/metrics": {"hub.go", "metrics.go", "peer.go", "pool.go"},
 	"daisi-ws-service/proto":             {"link.go", "peer.go", "pool.go", "roster.go", "trust.go"},
 }

@@ -281,6 +281,15 @@ func (h *hub) serve(w http.ResponseWriter, r *http.Request, cl *claims, sess *se
 
 // start is serve for whatever locks a session.
 func (h *hub) start(w http.ResponseWriter, r *http.Request, cl *claims, l lock, requestID string) {
+	var since *uint64
+	if n, err := strconv.ParseUint(r.URL.Query().Get("since"), 10, 64); err == nil { // checked by the server
+		since = &n
+	}
+	h.launch(w, r, cl, l, requestID, func(c *conn, u *upgrade) { c.run(u, since) })
+}
+
+// launch takes the connection over and lets a new socket live its life on a goroutine of its own.
+func (h *hub) launch(w http.ResponseWriter, r *http.Request, cl *claims, l lock, requestID string, life func(*conn, *upgrade)) {
 	u, err := takeOver(w, r)
 	if err != nil {
 		slog.Warn("socket not opened", "request_id", requestID, "err", err)
@@ -294,10 +303,6 @@ func (h *hub) start(w http.ResponseWriter, r *http.Request, cl *claims, l lock, 
 	}
 	c := h.newConn(u.nc, cl, l, requestID)
 	c.ring.deflate = u.extensions != ""
-	var since *uint64
-	if n, err := strconv.ParseUint(r.URL.Query().Get("since"), 10, 64); err == nil { // checked by the server
-		since = &n
-	}
 	if !h.register(c) {
 		u.nc.Close()
 		l.release()
@@ -306,7 +311,7 @@ func (h *hub) start(w http.ResponseWriter, r *http.Request, cl *claims, l lock, 
 	}
 	go func() { // counted by register
 		defer h.unregister(c)
-		c.run(u, since)
+		life(c, u)
 	}()
 }
 

@@ -7,7 +7,7 @@
 //	event.go     a message's subject and payload, and the delivery that counts its targets
 //	router.go    consumer -> owners -> sockets here and peers there -> ack or NAK; parked.go what was NAKed
 //	owner.go     who owns a route; lease.go this pod's lease, the others', and the log that keeps the cache exact
-//	frame.go     the outbound frame, encoded once; deflate.go compressed once; buffer.go the send ring and the shared writers
+//	frame.go     the outbound frame, encoded once; deflate.go compressed once; inbound.go messages of clients; buffer.go the send ring and the shared writers
 //	conn.go      one socket: read loop, json.v1, heartbeat, closing
 //	session.go   exclusive sessions in Redis; auth.go keys and tokens; server.go HTTP
 //	peer.go      the talk among pods; roster.go their sessions, for operators

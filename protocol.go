@@ -69,8 +69,8 @@ type request struct {
 	} `json:"payload"`
 }
 
-// message handles one text message.
-func (c *conn) message(p []byte) {
+// message handles one text message; binary ones do not get here.
+func (c *conn) message(_ byte, p []byte) {
 	var req request
 	err := json.Unmarshal(p, &req)
 	label := "invalid"
