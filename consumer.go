@@ -34,6 +34,7 @@ type consumer struct {
 
 	alive    atomic.Int64  // last sign of life of the consumer, Unix ns
 	received atomic.Uint64 // messages since the start
+	waits    atomic.Bool   // the flow's callback has not returned: it may wait for room
 	stop     chan struct{} // closed by drain
 	stopped  chan struct{} // closed when run has returned
 
@@ -248,7 +249,9 @@ func (c *consumer) seen() { c.alive.Store(time.Now().UnixNano()) }
 func (c *consumer) take(msg jetstream.Msg) {
 	c.seen()
 	c.received.Add(1)
+	c.waits.Store(true)
 	c.accept(msg)
+	c.waits.Store(false)
 }
 
 // watch polls the consumer while it flows: an ended or stalled flow shows nothing by itself when the stream is idle.
@@ -325,7 +328,8 @@ func (c *consumer) poll(ctx context.Context, cons jetstream.Consumer, stalled *u
 	c.known.Store(max(c.known.Load(), info.Delivered.Stream))
 	c.raiseFloor(ctx, info.AckFloor.Stream)
 	got := c.received.Load()
-	if info.NumPending > 0 && info.NumWaiting == 0 && info.NumAckPending < info.Config.MaxAckPending {
+	// While the callback waits for room nothing is asked for, and rightly so: a second flow would call accept beside it.
+	if info.NumPending > 0 && info.NumWaiting == 0 && info.NumAckPending < info.Config.MaxAckPending && !c.waits.Load() {
 		if *stalled == got+1 {
 			return errors.New("events wait in the stream and nothing asks for them: starting anew")
 		}
