@@ -327,7 +327,12 @@ func (s *service) drain(signals <-chan os.Signal) error {
 	step("stop HTTP", 2*time.Second, s.server.shutdown)
 	step("leave NATS", 2*time.Second, s.consumer.close)
 	s.cancel()
-	s.loops.Wait()
+	ended := make(chan struct{})
+	go func() { // ends with the loops, or with the process
+		s.loops.Wait()
+		close(ended)
+	}()
+	step("end the loops", time.Second, until(ended)) // one may wait for a Redis that is silent
 	slog.Info("drained", "seconds", time.Since(began).Seconds(), "in_hand", s.router.inHand.Load())
 	return s.rdb.Close()
 }
