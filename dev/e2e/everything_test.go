@@ -161,7 +161,7 @@ func wantFlow(f *harness.Flow, clients []*harness.Client) time.Duration {
 		for _, seq := range mine {
 			m, err := c.TryTake(ctx, func(m harness.Message) bool { return m.Type == "event" && m.Seq == seq })
 			if err != nil {
-				w.T.Fatalf("event %d of %s did not come: %v", seq, c.Dial.Agent, err)
+				w.T.Fatalf("event %d of %s did not come: %v; beside events it got %v; the pods say\n%s", seq, c.Dial.Agent, err, c.Others(), w.Fate(seq))
 			}
 			at = append(at, m.At)
 		}

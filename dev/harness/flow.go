@@ -125,7 +125,7 @@ func (f *Flow) await(p *pending) error {
 			p.Seq = ack.Sequence
 			return nil
 		case <-p.ack.Err():
-		case <-time.After(2 * time.Second): // the answer was lost with the connection
+		case <-time.After(max(10*time.Millisecond, time.Until(p.At.Add(2*time.Second)))): // the answer was lost with the connection
 		}
 	}
 	for give := time.Now().Add(2 * Patience); ; {

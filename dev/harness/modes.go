@@ -2,6 +2,8 @@ package harness
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/nats-io/nats.go"
@@ -144,4 +146,19 @@ func notCurrent(c *jetstream.ClusterInfo, nodes int) string {
 		}
 	}
 	return ""
+}
+
+// Fate is what the pods have logged about the event seq: with LOG_LEVEL=debug, how each of its deliveries ended.
+func (w *World) Fate(seq uint64) string {
+	var b strings.Builder
+	files, _ := filepath.Glob(filepath.Join(w.dir, "pod-*.log"))
+	for _, file := range files {
+		text, _ := os.ReadFile(file)
+		for line := range strings.Lines(string(text)) {
+			if strings.Contains(line, fmt.Sprintf(`"seq":%d,`, seq)) {
+				fmt.Fprintf(&b, "%s: %s", filepath.Base(file), line)
+			}
+		}
+	}
+	return b.String()
 }
