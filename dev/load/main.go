@@ -1,9 +1,12 @@
 // Command load measures one pod on embedded servers: real NATS, Redis and service processes, and its own clients. It
 // prints what it measured, and fails when an event was lost.
 //
-//	go -C dev run ./load throughput   events per second through one pod until nothing is pending
+//	go -C dev run ./load throughput   events per second until nothing is pending
 //	go -C dev run ./load latency      from publish to client, p50 and p99, at a steady rate
 //	go -C dev run ./load memory       resident memory per idle socket
+//
+// With -wrong there are two pods, and one pulls every event: NATS is out of reach for the other, which has the sockets
+// (throughput: all of them; latency: those of every second agent, measured beside the rest in the same run).
 package main
 
 import (
@@ -32,6 +35,7 @@ type plan struct {
 	sockets int
 	settle  time.Duration
 	procs   int
+	wrong   bool
 }
 
 func main() {
@@ -51,6 +55,7 @@ func run() error {
 	flag.IntVar(&p.sockets, "sockets", 10_000, "memory: sockets, each of an agent of its own")
 	flag.DurationVar(&p.settle, "settle", 60*time.Second, "memory: pause between the last connect and the reading")
 	flag.IntVar(&p.procs, "procs", 2, "GOMAXPROCS of the pod")
+	flag.BoolVar(&p.wrong, "wrong", false, "throughput, latency: every event is pulled by the pod that has not the socket")
 	flag.Parse()
 	measure, ok := map[string]func(context.Context, *bench, plan) error{
 		"throughput": throughput, "latency": latency, "memory": memory,
@@ -75,7 +80,9 @@ type bench struct {
 	dir    string
 	nats   *rig.NATS
 	redis  *rig.Redis
-	pod    *rig.Service
+	pod    *rig.Service // pulls
+	other  *rig.Service // with -wrong
+	way    *rig.Proxy   // from other to NATS
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	stream jetstream.Stream
@@ -118,32 +125,57 @@ func newBench(ctx context.Context, p plan) (*bench, error) {
 	if b.stream, err = b.js.CreateStream(ctx, jetstream.StreamConfig{Name: "wa_stream", Subjects: []string{"wa.>"}, AllowDirect: true}); err != nil {
 		return b, err
 	}
-	settings := []string{
-		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_POD_ID=load",
-		"NATS_URL=" + b.nats.URL(), "REDIS_ADDRESS=" + b.redis.Address(),
-		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=load-admin-key", "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
-	}
-	os.Setenv("GOMAXPROCS", fmt.Sprint(p.procs)) // of the pod: this process has read its own
-	if b.pod, err = rig.StartService(bin.Service, "pod", filepath.Join(dir, "pod.log"), settings); err != nil {
+	os.Setenv("GOMAXPROCS", fmt.Sprint(p.procs)) // of the pods: this process has read its own
+	if b.pod, err = b.startPod(ctx, bin, "load-1", b.nats.URL()); err != nil || !p.wrong {
 		return b, err
 	}
-	wait, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if err = b.pod.WaitListening(wait); err == nil {
-		err = b.pod.WaitReady(wait)
+	if b.way, err = rig.StartProxy(b.nats.Address()); err != nil {
+		return b, err
 	}
+	b.other, err = b.startPod(ctx, bin, "load-2", "nats://"+b.way.Address())
 	return b, err
 }
 
+// startPod starts a pod and waits until it is ready; on an error too, it must be ended.
+func (b *bench) startPod(ctx context.Context, bin rig.Binaries, id, natsURL string) (*rig.Service, error) {
+	pod, err := rig.StartService(bin.Service, id, filepath.Join(b.dir, id+".log"), []string{
+		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_POD_ID=" + id,
+		"NATS_URL=" + natsURL, "REDIS_ADDRESS=" + b.redis.Address(), "SERVER_DEBUG_ADDRESS=" + os.Getenv("LOAD_DEBUG_ADDRESS"),
+		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=load-admin-key", "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
+	})
+	if err != nil {
+		return pod, err
+	}
+	wait, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if err = pod.WaitListening(wait); err == nil {
+		err = pod.WaitReady(wait)
+	}
+	return pod, err
+}
+
+// cut takes NATS from the pod that has the sockets, which stay open.
+func (b *bench) cut() {
+	if b.way != nil {
+		b.way.Cut()
+	}
+}
+
 func (b *bench) close() {
-	if b.pod != nil {
-		b.pod.Signal(syscall.SIGTERM)
+	for _, pod := range []*rig.Service{b.pod, b.other} {
+		if pod == nil {
+			continue
+		}
+		pod.Signal(syscall.SIGTERM)
 		ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
-		if code, err := b.pod.Wait(ctx); err != nil || code != 0 {
+		if code, err := pod.Wait(ctx); err != nil || code != 0 {
 			fmt.Fprintf(os.Stderr, "load: pod ended with status %d, %v\n", code, err)
 		}
 		cancel()
-		b.pod.Kill()
+		pod.Kill()
+	}
+	if b.way != nil {
+		b.way.Close()
 	}
 	if b.nc != nil {
 		b.nc.Close()

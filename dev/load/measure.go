@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
+
+	"daisi-ws-service/dev/rig"
 )
 
 // payload is a published JSON object of about size bytes that names its number and when it was published.
@@ -34,7 +37,7 @@ func throughput(ctx context.Context, b *bench, p plan) error {
 	var mu sync.Mutex
 	seen := make([]uint8, p.events)
 	duplicates := 0
-	c, err := connect(ctx, b, p.agents, func(_ int, m []byte) {
+	c, err := connect(ctx, p.agents, func(int) *rig.Service { return cmp.Or(b.other, b.pod) }, func(_ int, m []byte) {
 		n := field(m, "n")
 		mu.Lock()
 		if seen[n]++; seen[n] > 1 {
@@ -46,6 +49,7 @@ func throughput(ctx context.Context, b *bench, p plan) error {
 		return err
 	}
 	defer c.close()
+	b.cut()
 	if _, err := b.stream.PauseConsumer(ctx, "ws_fanout", time.Now().Add(10*time.Minute)); err != nil {
 		return fmt.Errorf("pause the consumer: %w", err)
 	}
@@ -89,8 +93,8 @@ func throughput(ctx context.Context, b *bench, p plan) error {
 			lost++
 		}
 	}
-	fmt.Printf("throughput: %d events of %d bytes to %d agents in %.2f s: %.0f events/s, pod CPU %.2f s (%.1f us/event), lost %d, duplicates %d\n",
-		p.events, p.size, p.agents, took.Seconds(), float64(p.events)/took.Seconds(), cpu, cpu/float64(p.events)*1e6, lost, duplicates)
+	fmt.Printf("throughput%s: %d events of %d bytes to %d agents in %.2f s: %.0f events/s, pulling pod CPU %.2f s (%.1f us/event), lost %d, duplicates %d\n",
+		across(p), p.events, p.size, p.agents, took.Seconds(), float64(p.events)/took.Seconds(), cpu, cpu/float64(p.events)*1e6, lost, duplicates)
 	if lost > 0 {
 		return fmt.Errorf("%d events were acked and did not arrive", lost)
 	}
@@ -100,17 +104,25 @@ func throughput(ctx context.Context, b *bench, p plan) error {
 // latency publishes at a steady rate and measures from just before the publish until the client has the message.
 func latency(ctx context.Context, b *bench, p plan) error {
 	var mu sync.Mutex
-	var all []time.Duration
-	c, err := connect(ctx, b, p.agents, func(_ int, m []byte) {
+	var all [2][]time.Duration // of agents with a socket at the pod that pulls, and at the other
+	group := func(i int) int {
+		if p.wrong {
+			return i % 2
+		}
+		return 0
+	}
+	at := func(i int) *rig.Service { return []*rig.Service{b.pod, b.other}[group(i)] }
+	c, err := connect(ctx, p.agents, at, func(i int, m []byte) {
 		d := time.Duration(time.Now().UnixNano() - field(m, "at"))
 		mu.Lock()
-		all = append(all, d)
+		all[group(i)] = append(all[group(i)], d)
 		mu.Unlock()
 	})
 	if err != nil {
 		return err
 	}
 	defer c.close()
+	b.cut()
 	total := p.rate * p.seconds
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
@@ -130,21 +142,32 @@ func latency(ctx context.Context, b *bench, p plan) error {
 	}
 	mu.Lock()
 	defer mu.Unlock()
-	slices.Sort(all)
-	if len(all) < total {
-		return fmt.Errorf("%d of %d events arrived", len(all), total)
+	if n := len(all[0]) + len(all[1]); n < total {
+		return fmt.Errorf("%d of %d events arrived", n, total)
 	}
-	at := func(q float64) time.Duration { return all[int(q*float64(len(all)-1))].Round(10 * time.Microsecond) }
-	fmt.Printf("latency: %d events/s for %d s, %d agents: p50 %s, p90 %s, p99 %s, p99.9 %s, max %s\n",
-		p.rate, p.seconds, p.agents, at(.5), at(.9), at(.99), at(.999), at(1))
+	for i, where := range []string{"here", "across pods"} {
+		if d := all[i]; len(d) > 0 {
+			slices.Sort(d)
+			q := func(q float64) time.Duration { return d[int(q*float64(len(d)-1))].Round(10 * time.Microsecond) }
+			fmt.Printf("latency, %s: %d events/s in all for %d s, %d agents: p50 %s, p90 %s, p99 %s, p99.9 %s, max %s\n",
+				where, p.rate, p.seconds, p.agents, q(.5), q(.9), q(.99), q(.999), q(1))
+		}
+	}
 	return nil
+}
+
+func across(p plan) string {
+	if p.wrong {
+		return " across pods"
+	}
+	return ""
 }
 
 // memory reads the pod's resident size without sockets, and again some time after the last connect.
 func memory(ctx context.Context, b *bench, p plan) error {
 	before := residentKiB(b.pod.PID())
 	began := time.Now()
-	c, err := connect(ctx, b, p.sockets, func(int, []byte) {})
+	c, err := connect(ctx, p.sockets, func(int) *rig.Service { return b.pod }, func(int, []byte) {})
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+
+	"daisi-ws-service/dev/rig"
 )
 
 // agentID names the i-th agent.
@@ -37,8 +39,8 @@ type crowd struct {
 	readers  sync.WaitGroup
 }
 
-// connect opens n sockets, 64 at a time, each read by a goroutine that hands every event to got.
-func connect(ctx context.Context, b *bench, n int, got func(agent int, message []byte)) (*crowd, error) {
+// connect opens n sockets, 64 at a time, the i-th at the pod that at names, each read by a goroutine that hands every event to got.
+func connect(ctx context.Context, n int, at func(i int) *rig.Service, got func(agent int, message []byte)) (*crowd, error) {
 	c := &crowd{conns: make([]*websocket.Conn, n)}
 	var wg sync.WaitGroup
 	errs := make(chan error, n)
@@ -48,7 +50,7 @@ func connect(ctx context.Context, b *bench, n int, got func(agent int, message [
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			url := fmt.Sprintf("ws://%s/ws/acme/%s", b.pod.HTTP, agentID(i))
+			url := fmt.Sprintf("ws://%s/ws/acme/%s", at(i).HTTP, agentID(i))
 			ws, _, err := dialer.DialContext(ctx, url, http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(agentID(i))}})
 			if err != nil {
 				errs <- fmt.Errorf("socket %d: %w", i, err)
