@@ -169,7 +169,11 @@ func (l *link) next() *peerpb.Batch {
 	}
 	b := &peerpb.Batch{Epoch: l.queue[0].epoch}
 	size, now := 0, time.Now()
-	for len(b.Events) < len(l.queue) && len(b.Events) < batchEvents && size < batchBytes {
+	most := min(batchEvents, len(l.queue), q.ps.window()-len(l.flights))
+	if most <= 0 {
+		return nil // an answer makes room, and wakes the writer
+	}
+	for len(b.Events) < most && size < batchBytes {
 		f := l.queue[len(b.Events)]
 		if size += len(f.d.payload); f.epoch != b.Epoch || len(b.Events) > 0 && size > batchBytes {
 			break
@@ -233,6 +237,9 @@ func (l *link) answered(a *peerpb.Answers, done []flight) []flight {
 	for _, n := range a.GetSettled() {
 		done = append(done, l.flights[n])
 		delete(l.flights, n)
+	}
+	if len(l.queue) > 0 {
+		poke(l.wake)
 	}
 	return done
 }

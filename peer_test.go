@@ -426,8 +426,8 @@ func TestPeerFaultyEvents(t *testing.T) {
 	}
 }
 
-// TestPeerWindowFull: with the window full a push fails at once, whatever the others wait for, and a place is free again
-// as soon as one of them is settled.
+// TestPeerWindowFull: never more than the window is in flight. More may wait for a moment; once the peer is slow, a push
+// fails at once, whatever the others wait for, and passes again as soon as they are settled.
 func TestPeerWindowFull(t *testing.T) {
 	cfg := peerConfig()
 	cfg.PeerWindow = 8
@@ -437,17 +437,22 @@ func TestPeerWindowFull(t *testing.T) {
 		p.deliver = func(d *delivery) { d.open.Store(1); held <- d }
 	})
 	waiting, over, next := newPeerLedger(t), newPeerLedger(t), newPeerLedger(t)
-	for seq := uint64(1); seq <= 8; seq++ {
+	for seq := uint64(1); seq <= 12; seq++ {
 		a.push("pod-b", "eb", addr, waiting.delivery(seq))
+	}
+	wantEventually(t, "the peer is slow", func() bool { return a.stuck() == 12 })
+	if n := len(held); n != 8 {
+		t.Errorf("%d events in flight, want the window, 8", n)
 	}
 	for seq := uint64(1); seq <= 100; seq++ {
 		a.push("pod-b", "eb", addr, over.delivery(seq))
 	}
 	over.want(100, failed)
-	for range 8 {
+	for range 12 {
 		(<-held).settle(written)
 	}
-	waiting.want(8, written)
+	waiting.want(12, written)
+	wantEventually(t, "the peer is slow no more", func() bool { return a.stuck() == 0 })
 	a.push("pod-b", "eb", addr, next.delivery(1))
 	(<-held).settle(duplicate)
 	next.want(1, duplicate)

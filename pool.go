@@ -30,13 +30,15 @@ type peer struct {
 	mu      sync.Mutex // guards all below, and the link's fields that say so
 	gone    bool       // takes nothing any more
 	epoch   string     // of the last push
+	slow    bool       // at the last look, events waited for longer than a moment
 	breaker breaker
 	link    *link // nil while nothing was sent for long; made by the next push
 }
 
 // push sends d to the sockets of pod, which has epoch and is dialled at addr, and settles it exactly once, now or
 // later. Never blocks; any goroutine may call. A full window, an open breaker and a peer that is gone settle it as
-// failed: the event comes again.
+// failed: the event comes again. A full window counts only once the peer is slow: while it settles what it gets at once,
+// more than a window waits for it but for a moment, and the router's accept bounds how much.
 func (p *peers) push(pod, epoch, addr string, d *delivery) {
 	if q := p.get(peerKey{pod, addr}); q == nil || !q.take(epoch, d) {
 		d.settle(failed)
@@ -123,7 +125,7 @@ func failAll(flights []flight) {
 func (q *peer) take(epoch string, d *delivery) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if l := q.link; q.gone || l != nil && len(l.queue)+len(l.flights) >= q.ps.window() {
+	if l := q.link; q.gone || q.slow && l != nil && len(l.queue)+len(l.flights) >= q.ps.window() {
 		return false
 	}
 	q.lookAtEpochLocked(epoch)
@@ -234,6 +236,7 @@ func (p *peers) stuck() int { return int(p.stuckNow.Load()) }
 func (q *peer) stuckAt(now time.Time) (n int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	defer func() { q.slow = n > 0 }()
 	if q.link == nil {
 		return 0
 	}
