@@ -179,3 +179,20 @@ func TestDocsAudit(t *testing.T) {
 		}
 	}
 }
+
+// TestDocsTests: the end-to-end tests that docs/guarantees.md names for its promises exist.
+func TestDocsTests(t *testing.T) {
+	tests := ""
+	files, err := filepath.Glob("dev/e2e/*_test.go")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no tests under dev/e2e: %v", err)
+	}
+	for _, f := range files {
+		tests += readPage(t, f)
+	}
+	for _, n := range regexp.MustCompile("`(Test\\w+)`").FindAllStringSubmatch(readPage(t, "docs/guarantees.md"), -1) {
+		if !strings.Contains(tests, "\nfunc "+n[1]+"(") {
+			t.Errorf("docs/guarantees.md names %s, which is no test", n[1])
+		}
+	}
+}

@@ -123,8 +123,9 @@ class Client {
   closed(code, reason) {
     this.socket = null;
     const why = `${code} ${reason}`.trim();
-    // Not as you are: a bad request, a key or token, or a session that another took. The rest is worth another try.
-    if ([1000, 4400, 4401, 4402, 4403].includes(code)) {
+    // Not as you are: a bad request, a key or token, or a session that another took. The rest is worth another try, an
+    // expired token too: address comes with a new one.
+    if ([1000, 4400, 4401, 4402, 4403].includes(code) && reason !== "token-expired") {
       this.on.state("off", "closed: " + why);
       return;
     }
