@@ -260,3 +260,120 @@ func waitStopped(t *testing.T, p *rig.Process) {
 	t.Helper()
 	harness.Eventually(t, harness.Patience, p.Name+" to stand still", p.Stopped)
 }
+
+// TestClaimsOfADeadPod: what a killed pod had claimed is nobody's within its lease and 2 s, and readers remove it from Redis.
+func TestClaimsOfADeadPod(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	const lease = 3 * time.Second
+	w := harness.New(t, harness.Settings("POD_LEASE="+lease.String(), shortDelays))
+	pods := startPods(w, 3)
+	rdb := w.RedisClient()
+	dead, alive := pods[0], pods[1:]
+	ann, bob := dead.Connect(harness.User("acme", "desk1", "ann")), alive[0].Connect(harness.User("acme", "desk1", "bob"))
+	ann.SelectChat("c1")
+	dead.Connect(harness.User("acme", "desk2", "cid"))
+	dead.Connect(harness.Admin("root", "acme", ""))
+	var first []uint64
+	for range 30 { // the others learn of the owner
+		w.Message("acme", "desk1", "c1")
+		w.Chat("acme", "desk2")
+		w.Agent("acme", "desk1")
+		first = append(first, w.Chat("acme", "desk1"))
+	}
+	w.Settled()
+	dead.Kill()
+	killed := time.Now()
+	outcome := func(kind, outcome string) (n float64) {
+		for _, p := range alive {
+			n += p.Metric("dws_events_total", `kind="`+kind+`"`, `outcome="`+outcome+`"`)
+		}
+		return n
+	}
+	var due []uint64
+	for outcome("message", "unselected") == 0 || outcome("agent", "unselected") == 0 || outcome("chat", "nak_no_owner") == 0 {
+		if took := time.Since(killed); took > lease+2*time.Second+harness.Patience {
+			t.Fatalf("the claims of a dead pod are believed for %v", took)
+		}
+		w.Message("acme", "desk1", "c1")
+		w.Chat("acme", "desk2")
+		w.Agent("acme", "desk1")
+		due = append(due, w.Chat("acme", "desk1"))
+	}
+	if took := time.Since(killed); took > lease+2*time.Second {
+		t.Errorf("the claims of the dead pod were ignored only %v after its end, its lease was %v", took, lease)
+	}
+	// Of what it had claimed nothing is left, but for what nobody has read since.
+	wantMembers := func(key string, want ...string) {
+		t.Helper()
+		var got []string
+		defer func() {
+			if t.Failed() {
+				t.Logf("%s holds %v, want those of %v", key, got, want)
+			}
+		}()
+		harness.Eventually(t, harness.Patience, "the members of "+key, func() bool {
+			got, _ = rdb.SMembers(t.Context(), key).Result()
+			slices.Sort(got)
+			return slices.EqualFunc(got, want, func(member, pod string) bool { return member == pod || strings.HasPrefix(member, pod+"#") })
+		})
+	}
+	wantMembers("route:acme:desk1:general", bob.Pod.ID)
+	wantMembers("route:acme:desk1:messages:c1")
+	wantMembers("route:acme:desk2:general")
+	wantMembers("route:acme:*:agents")
+	wantMembers("pods", alive[0].ID, alive[1].ID)
+	w.SettledTo(due[len(due)-1])
+	w.Settled()
+	wantExactly(bob, append(first, due...))
+	for _, p := range alive {
+		p.WantLedgers()
+	}
+}
+
+// TestNextLifeOfAPod: a pod is killed and comes back under its id. Of the users who were on it one comes back: the other's agent
+// has no claim of its former life any more, and the colleague on another pod gets each event without a delay.
+func TestNextLifeOfAPod(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	w := harness.New(t, harness.Settings("POD_LEASE=3s"))
+	other, first := w.Start(), w.Start("SERVER_POD_ID=blue")
+	bob := other.Connect(harness.User("acme", "desk1", "bob"))
+	first.Connect(harness.User("acme", "desk1", "ann"))
+	first.Connect(harness.User("acme", "desk2", "eve"))
+	var due []uint64
+	for range 10 {
+		due = append(due, w.Chat("acme", "desk1"))
+		w.Chat("acme", "desk2")
+	}
+	w.Settled()
+	first.Kill()
+	second := w.Start("SERVER_POD_ID=blue")
+	eve := second.Connect(harness.User("acme", "desk2", "eve"))
+	var hers []uint64
+	for range 20 { // the other pod looks desk2 up, and so hears of the new lease, before its own next renewal
+		hers = append(hers, w.Chat("acme", "desk2"))
+	}
+	harness.Eventually(t, harness.Patience, "the first events for the new life", func() bool { return len(counts(eve)) == len(hers) })
+	// One renewal later no event may fail for the sake of the old life.
+	failures := func() float64 { return ended(other, "nak_failed") + ended(second, "nak_failed") }
+	harness.Eventually(t, harness.Patience, "events that do not fail", func() bool {
+		before := failures()
+		for range 10 {
+			due = append(due, w.Chat("acme", "desk1"))
+		}
+		for _, seq := range due[len(due)-10:] {
+			harness.Eventually(t, harness.Patience, "bob's events", func() bool { return counts(bob)[seq] > 0 })
+		}
+		return failures() == before
+	})
+	w.Settled()
+	wantExactly(bob, due)
+	wantExactly(eve, hers)
+	for _, p := range []*harness.Pod{other, second} {
+		p.WantLedgers()
+		if n := ended(p, "expired") + ended(p, "shed"); n != 0 {
+			t.Errorf("%s gave %v events up", p.ID, n)
+		}
+	}
+}
