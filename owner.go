@@ -619,8 +619,12 @@ func (o *owners) holds(ctx context.Context, pod, epoch string) (bool, error) {
 	return ok && l.epoch == epoch, nil
 }
 
-// forget drops what is believed of r, after a peer said that it does not own it.
+// forget drops what is believed of r, after a peer said that it does not own it. While Redis is away it does nothing, as
+// does forgetPod: there would be no new answer, and the other owners that were last known would get nothing either.
 func (o *owners) forget(r route) {
+	if o.away.Load() {
+		return
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	delete(o.cache, r)
@@ -628,6 +632,9 @@ func (o *owners) forget(r route) {
 
 // forgetPod drops every answer that names pod, after a dial to it failed or a stream from it broke.
 func (o *owners) forgetPod(pod string) {
+	if o.away.Load() {
+		return
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for r, a := range o.cache {

@@ -319,3 +319,21 @@ func TestNobodySinceTheReleaseOnly(t *testing.T) {
 		t.Errorf("nobody %v since %v ago, want since now: the release is under way", l.nobody, now.Sub(l.since))
 	}
 }
+
+// TestOwnersLastKnownStay: while Redis is away, neither an absent socket nor a broken stream takes the other owners away.
+func TestOwnersLastKnownStay(t *testing.T) {
+	o := newTestOwners(t)
+	r := route{routeGeneral, "c", "a", ""}
+	o.cache[r] = &answer{peers: []member{{"pod-2", "x"}, {"pod-3", "y"}}}
+	o.away.Store(true)
+	o.forget(r)
+	o.forgetPod("pod-2")
+	if l := o.find(r, time.Now()); !l.known || len(l.peers) != 2 {
+		t.Errorf("known %v, peers %v, want both", l.known, l.peers)
+	}
+	o.away.Store(false)
+	o.forgetPod("pod-2")
+	if o.find(r, time.Now()).known {
+		t.Error("with Redis there, an answer that names a lost pod is kept")
+	}
+}
