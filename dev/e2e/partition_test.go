@@ -44,7 +44,7 @@ func TestBreakerOfAPeer(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			w := harness.New(t, harness.Settings("PEER_TIMEOUT="+timeout.String(), "PEER_BREAKER_OPEN="+open.String(), "NATS_NAK_DELAY=500ms"))
+			w := harness.New(t, harness.Settings("PEER_TIMEOUT="+timeout.String(), "PEER_BREAKER_OPEN="+open.String(), "NATS_NAK_DELAY=500ms", calm))
 			well := w.Start()
 			sick, proxy := behindProxy(w)
 			ann := sick.Connect(harness.User("acme", "desk1", "ann"))
@@ -120,6 +120,7 @@ func TestRedisAwayThreePods(t *testing.T) {
 			pods := startPods(w, 3)
 			ann, bob := pods[0].Connect(harness.User("acme", "desk1", "ann")), pods[1].Connect(harness.User("acme", "desk1", "bob"))
 			cid, root := pods[2].Connect(harness.User("acme", "desk2", "cid")), pods[1].Connect(harness.Admin("root", "", ""))
+			eve := pods[2].Connect(harness.User("acme", "desk1", "eve"))
 			ann.SelectChat("c1")
 			cid.SelectChat("c2")
 			all := []*harness.Client{ann, bob, cid, root}
@@ -164,6 +165,8 @@ func TestRedisAwayThreePods(t *testing.T) {
 					return strings.Contains(string(p.Do("GET", "/ready", nil, nil).Body), `"redis":"disconnected"`)
 				})
 			}
+			serve(25)
+			eve.Abort() // one owner of desk1 leaves: the others are as well known as before
 			serve(25)
 			ofNobody := w.Message("acme", "desk1", "c9")
 			pods[0].WantRefused(harness.User("acme", "desk3", "eve"), 503, "Unavailable")

@@ -263,7 +263,7 @@ func (i *impostor) Deliver(stream peerpb.Peer_DeliverServer) error {
 // event nor a proof. The event waits, and comes when the pod itself is there again.
 func TestImpostorLearnsNothing(t *testing.T) {
 	t.Parallel()
-	w := harness.New(t, harness.Settings("NATS_NAK_DELAY=100ms"))
+	w := harness.New(t, harness.Settings("NATS_NAK_DELAY=100ms", calm))
 	well := w.Start()
 	there, proxy := behindProxy(w)
 	ann := there.Connect(harness.User("acme", "desk1", "ann"))
@@ -358,7 +358,7 @@ func TestPeerTLS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := harness.New(t, harness.Settings("PEER_TLS_CERT_FILE="+cert, "PEER_TLS_KEY_FILE="+key, "PEER_TLS_CA_FILE="+ca.File, "NATS_NAK_DELAY=100ms"))
+	w := harness.New(t, harness.Settings("PEER_TLS_CERT_FILE="+cert, "PEER_TLS_KEY_FILE="+key, "PEER_TLS_CA_FILE="+ca.File, "NATS_NAK_DELAY=100ms", calm))
 	pods := startPods(w, 2)
 	ann, bob := pods[0].Connect(harness.User("acme", "desk1", "ann")), pods[1].Connect(harness.User("acme", "desk1", "bob"))
 	var due []uint64

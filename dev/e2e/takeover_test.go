@@ -47,7 +47,7 @@ func wantHolder(rdb *redis.Client, session string, c *harness.Client) {
 func TestSecondTabOnAnotherPod(t *testing.T) {
 	t.Parallel()
 	const rounds = 50
-	w := harness.New(t)
+	w := harness.New(t, harness.Settings(calm))
 	pods := startPods(w, 2)
 	rdb := w.RedisClient()
 	for who, d := range map[string]harness.Dial{"acme:desk1:ann": harness.User("acme", "desk1", "ann"), "admin:root": harness.Admin("root", "acme", "")} {
@@ -86,7 +86,7 @@ func TestSecondTabOnAnotherPod(t *testing.T) {
 func TestThreePodsFight(t *testing.T) {
 	t.Parallel()
 	const rounds = 25
-	w := harness.New(t)
+	w := harness.New(t, harness.Settings(calm))
 	pods := startPods(w, 3)
 	rdb := w.RedisClient()
 	var stays *harness.Client
@@ -180,6 +180,40 @@ func TestTakeOverFromAKilledPod(t *testing.T) {
 			wantHolder(rdb, "acme:desk1:ann", c)
 			c.WaitEvent(w.Chat("acme", "desk1"))
 		})
+	}
+}
+
+// TestDeafPod: a pod that does not hear the kill, since its subscription is broken at that moment, loses the session by force
+// after 1 s, and closes the socket when it next renews the lock.
+func TestDeafPod(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	const interval = time.Second
+	w := harness.New(t, harness.Settings("SESSION_REFRESH_INTERVAL="+interval.String(), "SESSION_TTL=4s"))
+	pods := startPods(w, 2)
+	rdb := w.RedisClient()
+	old := pods[0].Connect(harness.User("acme", "desk1", "ann"))
+	d := harness.User("acme", "desk1", "ann")
+	d.Token = harness.UserToken(t, "acme", "desk1", "ann", time.Hour)
+	// It subscribes again, but not within the milliseconds until the kill is sent.
+	if n, err := rdb.Do(t.Context(), "CLIENT", "KILL", "TYPE", "pubsub").Int(); err != nil || n != 2 {
+		t.Fatalf("%d subscriptions broken (%v), want those of both pods", n, err)
+	}
+	began := time.Now()
+	c := pods[1].Connect(d)
+	if took := time.Since(began); took < 900*time.Millisecond || took > 4*time.Second {
+		t.Errorf("ready after %v, want a silence of 1 s before", took)
+	}
+	wantHolder(rdb, "acme:desk1:ann", c)
+	old.WantClose(4402, "session-lost")
+	if took := time.Since(began); took > 4*time.Second+interval {
+		t.Errorf("the socket that lost its session was closed %v after the newcomer came", took)
+	}
+	w.Settled()
+	c.WaitEvent(w.Chat("acme", "desk1"))
+	wantHolder(rdb, "acme:desk1:ann", c)
+	for _, p := range pods {
+		p.WantLedgers()
 	}
 }
 

@@ -32,8 +32,7 @@ type Flow struct {
 
 	cancel context.CancelFunc
 	done   chan struct{} // closed when all that was published is acknowledged
-	once   sync.Once
-	all    []Published // read it after done
+	all    []Published   // read it after done
 	err    error
 }
 
