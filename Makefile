@@ -3,8 +3,9 @@ SHELL := /bin/sh
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 TESTFLAGS ?=
 RUN ?= .
+FUZZTIME ?= 20s
 
-.PHONY: build dev test e2e lint generate check-generated
+.PHONY: build dev test e2e lint generate check-generated fuzz
 
 build: ## bin/daisi-ws-service: static, the same bytes from the same commit
 	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/daisi-ws-service .
@@ -21,6 +22,12 @@ test: ## all tests, with servers that they start themselves
 
 e2e: ## one end-to-end test: make e2e RUN=TestX (DWS_RACE=1: the service with the race detector)
 	CGO_ENABLED=0 go -C dev test -count=1 -timeout 30m -v $(TESTFLAGS) -run '$(RUN)' ./e2e
+
+fuzz: ## every fuzz target for FUZZTIME, one after the other; what fails is left under testdata/fuzz
+	@for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9]*\)(.*/\1/p' *_test.go); do \
+		echo "$$target"; \
+		CGO_ENABLED=0 go test -run '^$$' -fuzz "^$$target\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 1s . || exit 1; \
+	done
 
 lint: ## gofmt, vet and the pinned staticcheck, in both modules
 	@files=$$(gofmt -l .); test -z "$$files" || { echo "gofmt would change: $$files"; exit 1; }

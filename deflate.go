@@ -44,7 +44,8 @@ func deflateAnswer(h http.Header) string {
 // meetOffer answers one offer (RFC 7692 section 7.1), "" declines it.
 func meetOffer(offer string) string {
 	parts := splitUnquoted(offer, ';')
-	if !strings.EqualFold(parts[0], "permessage-deflate") {
+	// Unicode has letters that fold to ASCII ones.
+	if !strings.EqualFold(parts[0], "permessage-deflate") || strings.ContainsFunc(offer, func(r rune) bool { return r > '~' }) {
 		return ""
 	}
 	answer := "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
