@@ -324,6 +324,19 @@ func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error
 	return nil
 }
 
+// refreshPods is readPods between two renewals.
+func (o *owners) refreshPods(ctx context.Context) error {
+	o.leaseMu.Lock()
+	defer o.leaseMu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, leaseTimeout)
+	defer cancel()
+	names, err := o.rdb.SMembers(ctx, podsKey).Result()
+	if err != nil {
+		return fmt.Errorf("read the names of all pods: %w", err)
+	}
+	return o.readPods(ctx, names)
+}
+
 // readPods reads the leases of all pods named in the set: those that hold are the live pods. Answers that name a pod
 // whose lease has gone or changed are dropped, since an expiry writes no log entry.
 func (o *owners) readPods(ctx context.Context, names []string) error {

@@ -586,8 +586,12 @@ func (o *owners) peer(m member) (addr string, ok bool) {
 	return l.addr, l.epoch == m.epoch
 }
 
-// otherPods returns the addresses of the other live pods, by id.
-func (o *owners) otherPods() map[string]string {
+// otherPods returns the addresses of the other live pods, by id. It asks Redis first: a pod that has just started is not
+// known before the next renewal.
+func (o *owners) otherPods(ctx context.Context) map[string]string {
+	if err := o.refreshPods(ctx); err != nil {
+		slog.Debug("live pods not read anew", "err", err)
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	addrs := map[string]string{}

@@ -75,7 +75,7 @@ func (r *roster) gather(ctx context.Context, ask *peerpb.List) (all []rosterEntr
 		}
 	}
 	var wg sync.WaitGroup
-	for pod, addr := range r.owners.otherPods() {
+	for pod, addr := range r.owners.otherPods(ctx) {
 		wg.Go(func() {
 			answer, err := r.peers.list(ctx, pod, addr, ask)
 			add(pod, answer, err)
