@@ -79,7 +79,9 @@ func (c *consumer) connectNATS(cfg *Config) (*nats.Conn, error) {
 		nats.ReconnectBufSize(-1),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
 			c.up.Store(false)
-			slog.Warn("NATS disconnected: sockets stay open", "err", err)
+			if err != nil { // nil: closed by ourselves, at the end of a drain
+				slog.Warn("NATS disconnected: sockets stay open", "err", err)
+			}
 		}),
 		nats.ConnectHandler(connected), nats.ReconnectHandler(connected),
 		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) { c.noteRefusal(err) }),
@@ -320,6 +322,9 @@ func (c *consumer) poll(ctx context.Context, cons jetstream.Consumer, stalled *u
 	if err != nil {
 		c.setState(fmt.Sprintf("no answer about the consumer: %v", err))
 		return nil
+	}
+	if !info.Created.Equal(cons.CachedInfo().Created) { // maybe with its stream, while this pod was disconnected
+		return fmt.Errorf("consumer %s was made anew by someone", c.cfg.Load().NATSConsumerName)
 	}
 	c.seen()
 	c.setState("active")

@@ -87,10 +87,11 @@ func podKey(id string) string { return "pod:" + id }
 
 const podsKey = "pods"
 
-// takeLease sets the lease where there is none, or where it is the caller's own of before (ARGV: new, own, ms).
+// takeLease sets the lease where there is none, or where it is the caller's own of before, or one of its own that it
+// tried to take without hearing of the success (ARGV: new, own, ms, tried).
 var takeLease = redis.NewScript(`
 local cur = redis.call('GET', KEYS[1])
-if cur and cur ~= ARGV[2] then return 0 end
+if cur and cur ~= ARGV[2] and cur ~= ARGV[4] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
 return 1`)
 
@@ -283,7 +284,7 @@ func (o *owners) instancesChanged(ctx context.Context) bool {
 	o.instances = ids
 	for id := range ids {
 		if old != nil && !old[id] {
-			slog.Warn("Redis was restarted or failed over")
+			slog.Warn("Redis was restarted, failed over, or lost writes")
 			return true
 		}
 	}
@@ -294,7 +295,8 @@ func (o *owners) instancesChanged(ctx context.Context) bool {
 // to it by compare-and-set, every route is claimed again, and then every socket gets a gap.
 func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error {
 	next := lease{randomID(6), o.address}
-	n, err := takeLease.Run(ctx, o.rdb, []string{podKey(o.pod)}, next.String(), own.String(), o.leaseMS()).Int()
+	n, err := takeLease.Run(ctx, o.rdb, []string{podKey(o.pod)}, next.String(), own.String(), o.leaseMS(), o.tried).Int()
+	o.tried = next.String()
 	if err != nil {
 		o.m.redisErrorsTotal.with("lease").Inc()
 		return fmt.Errorf("take lease of pod %s: %w", o.pod, err)
@@ -685,12 +687,13 @@ func (o *owners) releaseAll(ctx context.Context) error {
 // floorKey holds the consumer's ack floor, for making it again after someone deleted it.
 func floorKey(stream, consumer string) string { return "ack_floor:" + stream + ":" + consumer }
 
-// raiseFloor keeps the highest floor of one stream (ARGV: creation of the stream, floor).
+// raiseFloor keeps the highest floor of the newest stream of the name (ARGV: its creation, in nanoseconds of 19 digits, which
+// compare as text; floor).
 var raiseFloor = redis.NewScript(`
 local cur = redis.call('GET', KEYS[1])
 if cur then
   local created, floor = cur:match('^(%S+) (%d+)$')
-  if created == ARGV[1] and tonumber(floor) >= tonumber(ARGV[2]) then return 0 end
+  if created > ARGV[1] or created == ARGV[1] and tonumber(floor) >= tonumber(ARGV[2]) then return 0 end
 end
 redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. ARGV[2])
 return 1`)

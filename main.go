@@ -80,12 +80,12 @@ func run(file string, environ []string, logs io.Writer) error {
 	for _, w := range warnings {
 		slog.Warn(w)
 	}
+	signals := make(chan os.Signal, 4) // before the first wait for a dependency: a SIGTERM then still ends in a drain
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	s, err := newService(cfg)
 	if err != nil {
 		return err
 	}
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	if err := s.start(); err != nil {
 		return err
 	}

@@ -107,7 +107,8 @@ type owners struct {
 	wakeClaim chan struct{}
 	wakeLease chan struct{}
 
-	leaseMu sync.Mutex // serialises renewals; guards givenUp
+	leaseMu sync.Mutex // serialises renewals, and guards tried
+	tried   string     // the lease that was last to be taken
 	givenUp bool
 
 	// readMu serialises reads of the log and the look-ups that follow one. So no look-up is under way while an entry is

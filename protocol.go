@@ -138,6 +138,9 @@ func (c *conn) selectChat(req *request) {
 			c.h.detach(c, c.chatRoute(chat))
 		}
 		c.notSelected("read the stream's sequence", err)
+		if info.Gap { // of a chat that was selected before too, live events were left to the replay
+			c.gap(*req.Payload.Since, "owner")
+		}
 		return
 	}
 	c.confirmChat(chat, fresh, newReply("chat_selected", struct {
