@@ -1,13 +1,16 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"compress/flate"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"strings"
 	"testing"
@@ -386,5 +389,39 @@ func BenchmarkDeflate(b *testing.B) {
 			}
 			b.ReportMetric(100*float64(n)/float64(msg.Len()), "%")
 		})
+	}
+}
+
+// With TLS each socket's own goroutine writes, and compresses where it is the first to need it.
+func TestCompressedTLS(t *testing.T) {
+	th := newTestHub(t, withDeflate)
+	srv := httptest.NewTLSServer(http.HandlerFunc(th.handle))
+	defer srv.Close()
+	var clients []*testClient
+	for range 8 {
+		nc, err := tls.Dial("tcp", srv.Listener.Addr().String(), &tls.Config{InsecureSkipVerify: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		nc.SetDeadline(time.Now().Add(20 * time.Second))
+		c := &testClient{t: t, nc: nc, br: bufio.NewReader(nc), deflate: true}
+		c.send(upgradeRequest("/", "Sec-WebSocket-Extensions: permessage-deflate\r\n"))
+		if res, err := http.ReadResponse(c.br, nil); err != nil || res.Header.Get("Sec-WebSocket-Extensions") != deflateYes {
+			t.Fatal(res, err)
+		}
+		c.want("ready")
+		clients = append(clients, c)
+	}
+	var l ledger
+	for seq := range uint64(20) {
+		th.publish(&l, kindChat, "", seq+1, 50_000)
+	}
+	for _, c := range clients {
+		for seq := range uint64(20) {
+			if m := c.want("event"); m.Seq != seq+1 || !c.packed {
+				t.Fatalf("want event %d compressed, got %d, %v", seq+1, m.Seq, c.packed)
+			}
+		}
 	}
 }

@@ -36,6 +36,7 @@ type plan struct {
 	settle  time.Duration
 	procs   int
 	wrong   bool
+	deflate string
 }
 
 func main() {
@@ -56,6 +57,7 @@ func run() error {
 	flag.DurationVar(&p.settle, "settle", 60*time.Second, "memory: pause between the last connect and the reading")
 	flag.IntVar(&p.procs, "procs", 2, "GOMAXPROCS of the pod")
 	flag.BoolVar(&p.wrong, "wrong", false, "throughput, latency: every event is pulled by the pod that has not the socket")
+	flag.StringVar(&p.deflate, "compression", "disabled", "of the pods; the clients always offer it")
 	flag.Parse()
 	measure, ok := map[string]func(context.Context, *bench, plan) error{
 		"throughput": throughput, "latency": latency, "memory": memory,
@@ -77,15 +79,16 @@ func run() error {
 
 // bench is the processes under measurement.
 type bench struct {
-	dir    string
-	nats   *rig.NATS
-	redis  *rig.Redis
-	pod    *rig.Service // pulls
-	other  *rig.Service // with -wrong
-	way    *rig.Proxy   // from other to NATS
-	nc     *nats.Conn
-	js     jetstream.JetStream
-	stream jetstream.Stream
+	dir     string
+	deflate string
+	nats    *rig.NATS
+	redis   *rig.Redis
+	pod     *rig.Service // pulls
+	other   *rig.Service // with -wrong
+	way     *rig.Proxy   // from other to NATS
+	nc      *nats.Conn
+	js      jetstream.JetStream
+	stream  jetstream.Stream
 }
 
 const (
@@ -100,7 +103,7 @@ func newBench(ctx context.Context, p plan) (*bench, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &bench{dir: dir}
+	b := &bench{dir: dir, deflate: p.deflate}
 	bin, err := rig.Build(ctx, dir, false)
 	if err != nil {
 		return b, err
@@ -141,6 +144,7 @@ func (b *bench) startPod(ctx context.Context, bin rig.Binaries, id, natsURL stri
 	pod, err := rig.StartService(bin.Service, id, filepath.Join(b.dir, id+".log"), []string{
 		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_POD_ID=" + id,
 		"NATS_URL=" + natsURL, "REDIS_ADDRESS=" + b.redis.Address(), "SERVER_DEBUG_ADDRESS=" + os.Getenv("LOAD_DEBUG_ADDRESS"),
+		"WEBSOCKET_COMPRESSION=" + b.deflate, "WEBSOCKET_COMPRESSION_THRESHOLD=0",
 		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=load-admin-key", "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
 	})
 	if err != nil {

@@ -45,7 +45,7 @@ func connect(ctx context.Context, n int, at func(i int) *rig.Service, got func(a
 	var wg sync.WaitGroup
 	errs := make(chan error, n)
 	slots := make(chan struct{}, 64)
-	dialer := websocket.Dialer{ReadBufferSize: 1024, WriteBufferSize: 256, NetDialContext: (&net.Dialer{}).DialContext}
+	dialer := websocket.Dialer{ReadBufferSize: 1024, WriteBufferSize: 256, EnableCompression: true, NetDialContext: (&net.Dialer{}).DialContext}
 	for i := range n {
 		slots <- struct{}{}
 		wg.Go(func() {
