@@ -107,7 +107,7 @@ type owners struct {
 	wakeClaim chan struct{}
 	wakeLease chan struct{}
 
-	leaseMu sync.Mutex // serialises renewals, and guards tried
+	leaseMu sync.Mutex // serialises renewals; guards givenUp and tried
 	tried   string     // the lease that was last to be taken
 	givenUp bool
 
