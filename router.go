@@ -23,6 +23,8 @@ type router struct {
 	hub    *hub
 	peers  *peers
 	parked *parked
+	// connected says, without waiting, whether NATS can be told something; set before run.
+	connected func() bool
 
 	newest   atomic.Int64  // newest store time received, ns: the stream's own clock
 	lastSeen atomic.Uint64 // highest sequence received
@@ -62,6 +64,8 @@ type pulled struct {
 	owned      [4]bool  // a live owner was found by that route
 	second     bool     // its owners are looked up a second time, since a peer had no socket for it
 }
+
+var errDisconnected = errors.New("NATS is not connected")
 
 func newRouter(cfg *settings, m *Metrics, o *owners, h *hub, p *peers) *router {
 	r := &router{cfg: cfg, m: m, owners: o, hub: h, peers: p}
@@ -471,7 +475,12 @@ const (
 	term
 )
 
+// tell does not try while NATS is away: the library keeps its lock during an attempt to reconnect, and a shared writer
+// would wait for it, up to NATS_CONNECT_TIMEOUT.
 func (p *pulled) tell(v verdict) error {
+	if !p.r.connected() {
+		return errDisconnected
+	}
 	switch v {
 	case ack:
 		return p.msg.Ack()

@@ -28,6 +28,7 @@ func TestWhatComesBehindTheDrain(t *testing.T) {
 	m := newMetrics()
 	o := newTestOwners(t)
 	r := newRouter(cfg, m, o, newHub(cfg, m, o, nil), &peers{cfg: cfg})
+	r.connected = func() bool { return true }
 	r.stop()
 	r.run(t.Context())
 	msg := &returned{}
