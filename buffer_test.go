@@ -39,6 +39,7 @@ type ringModel struct {
 	out    []byte // everything written
 	turn   bool   // the writer has it
 	closed bool
+	packed int // frames written compressed
 }
 
 func (m *ringModel) kick(kick bool) {
@@ -125,7 +126,14 @@ func (m *ringModel) close() {
 
 // write is one turn of the writer: a write of any length, sometimes a failing one.
 func (m *ringModel) write() {
-	b, _ := m.r.take(make([]byte, 0, 64), time.Now())
+	b, raw := m.r.take(make([]byte, 0, 64), time.Now())
+	for raw != nil {
+		for m.rnd.IntN(2) == 0 {
+			m.other()
+		}
+		raw.deflate()
+		b, raw = m.r.take(make([]byte, 0, 64), time.Now())
+	}
 	for m.rnd.IntN(2) == 0 {
 		m.other()
 	}
@@ -171,7 +179,7 @@ func (m *ringModel) check() {
 // frames parses what was written; a cut frame may stand at the end.
 func (m *ringModel) frames() (events []uint64, types []string) {
 	for b := m.out; len(b) >= 2 && len(b) >= 2+int(b[1]); {
-		n := int(b[1])
+		n, first := int(b[1]), b[0]
 		if n > 125 {
 			if len(b) < 4 || len(b) < 4+int(b[2])<<8+int(b[3]) {
 				break
@@ -179,11 +187,12 @@ func (m *ringModel) frames() (events []uint64, types []string) {
 			n = int(b[2])<<8 + int(b[3])
 			b = b[2:]
 		}
-		op, p := b[0]&0x0F, b[2:2+n]
-		if n > 125 {
-			op = opText
-		}
+		op, p := first&0x0F, b[2:2+n]
 		b = b[2+n:]
+		if first&rsv1 != 0 && m.r.deflate {
+			p, _ = slowInflate(p, 1<<10)
+			m.packed++
+		}
 		switch op {
 		case opPing, opPong:
 			types = append(types, "ping")
@@ -239,11 +248,13 @@ func (m *ringModel) finish() {
 }
 
 func TestRingModel(t *testing.T) {
+	packed := 0
 	for _, block := range []bool{false, true} {
 		for seed := range uint64(150) {
 			synctest.Test(t, func(t *testing.T) {
 				m := &ringModel{t: t, rnd: rand.New(rand.NewPCG(seed, 1))}
 				m.r, m.p = newTestRing(4, block)
+				m.r.deflate, m.p.threshold = seed%2 == 0, m.rnd.IntN(120)
 				m.turn = true // greet kicked
 				for range 300 {
 					if m.turn && m.rnd.IntN(3) == 0 {
@@ -253,11 +264,15 @@ func TestRingModel(t *testing.T) {
 					}
 				}
 				m.finish()
+				packed += m.packed
 			})
 			if t.Failed() {
 				t.Fatalf("block %v, seed %d", block, seed)
 			}
 		}
+	}
+	if packed < 1000 {
+		t.Errorf("%d frames were compressed", packed)
 	}
 }
 

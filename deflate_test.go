@@ -425,3 +425,46 @@ func TestCompressedTLS(t *testing.T) {
 		}
 	}
 }
+
+// An idle socket that has compressed and decompressed holds no more than one that never did: all is back in the pools,
+// which the garbage collector empties.
+func TestIdleCompressedSocket(t *testing.T) {
+	captureLog(t)
+	const sockets = 100
+	cost := func(deflate bool) int {
+		th := newTestHub(t, func(c *Config) { withDeflate(c); c.WebsocketCompressionThreshold = 0 })
+		heap := func() int {
+			var m runtime.MemStats
+			for range 3 { // a pool lives through two
+				runtime.GC()
+			}
+			runtime.ReadMemStats(&m)
+			return int(m.HeapAlloc)
+		}
+		before := heap()
+		for range sockets {
+			c := th.dialRaw(upgradeRequest("/", map[bool]string{true: "Sec-WebSocket-Extensions: permessage-deflate\r\n"}[deflate]))
+			if _, err := http.ReadResponse(c.br, nil); err != nil {
+				t.Fatal(err)
+			}
+			c.deflate = deflate
+			c.want("ready")
+			ping := `{"type":"ping"}`
+			if deflate {
+				c.send(packedFrame(ping))
+			} else {
+				c.send(textFrame(ping))
+			}
+			if c.want("pong"); c.packed != deflate {
+				t.Fatal("compressed", c.packed)
+			}
+			c.br = nil
+		}
+		return (heap() - before) / sockets
+	}
+	plain, deflated := cost(false), cost(true)
+	t.Logf("%d bytes per socket and its client, %d with compression", plain, deflated)
+	if deflated > plain+1<<10 {
+		t.Errorf("%d bytes per socket and its client, %d with compression", plain, deflated)
+	}
+}
