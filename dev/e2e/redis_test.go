@@ -26,6 +26,25 @@ func aclRules(t *testing.T, password string) []string {
 	return append([]string{"--user", "daisi", "on"}, rules...)
 }
 
+// wantNoRefusal asks the servers themselves which errors they have answered with: none but what is part of the protocol
+// (and ERR, for what a client library tries with newer servers). A script with keys of two slots is CROSSSLOT, a missing
+// right NOPERM.
+func wantNoRefusal(t *testing.T, servers ...*redis.Client) {
+	t.Helper()
+	for _, c := range servers {
+		stats, err := c.Info(t.Context(), "errorstats").Result()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(stats) {
+			name, _, isError := strings.Cut(strings.TrimPrefix(line, "errorstat_"), ":")
+			if isError && !slices.Contains([]string{"NOSCRIPT", "MOVED", "ASK", "ERR"}, name) {
+				t.Errorf("%s refused something: %s", c.Options().Addr, line)
+			}
+		}
+	}
+}
+
 // leavesNothing ends the pods and compares what is left in Redis, but for what lives as long as the stream.
 func leavesNothing(w *harness.World, rdb redis.UniversalClient, pods ...*harness.Pod) {
 	w.T.Helper()
@@ -69,6 +88,7 @@ func TestRedisLeastRights(t *testing.T) {
 	if n, err := w.RedisClient().DBSize(t.Context()).Result(); err != nil || n != 0 {
 		t.Errorf("database 0 holds %d keys, %v", n, err)
 	}
+	wantNoRefusal(t, admin)
 	denied, err := admin.ACLLog(t.Context(), 10).Result()
 	if err != nil || len(denied) > 0 {
 		t.Errorf("denied: %v, %v", denied, err)
@@ -162,6 +182,7 @@ func TestRedisCluster(t *testing.T) {
 	for i, node := range cluster.Nodes {
 		c := redis.NewClient(&redis.Options{Addr: node.Address()})
 		defer c.Close()
+		wantNoRefusal(t, c)
 		patterns, err := c.PubSubNumPat(t.Context()).Result()
 		if err != nil {
 			t.Fatal(err)
