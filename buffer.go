@@ -145,6 +145,13 @@ func (r *ring) push(d *delivery, now time.Time, out []settlement) (_ []settlemen
 	return out, r.kickLocked(now)
 }
 
+// behind says whether the ring is full only because its shared writer has not come to it yet: the socket takes what it gets.
+func (r *ring) behind() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.state == queued && r.waitingLocked() >= r.policy.size
+}
+
 // acceptLocked appends an event, making room as the policy says.
 func (r *ring) acceptLocked(it item, now time.Time, out []settlement) []settlement {
 	if r.waitingLocked() >= r.policy.size {
