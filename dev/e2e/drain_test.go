@@ -233,13 +233,11 @@ func TestDrainWithStuckSocket(t *testing.T) {
 			t.Parallel()
 			s := newStuck(t, "WEBSOCKET_DROP_POLICY="+policy, "SERVER_DRAIN_SPREAD=100ms")
 			s.ann.Pause()
-			seqs := flood(t, s.w, "desk1")
+			flood(t, s.w, "desk1")
 			harness.Eventually(t, harness.Patience, "the flood to be given out", func() bool { return s.w.ConsumerInfo().NumPending == 0 })
-			begin := time.Now()
 			s.pod.Terminate()
 			s.bob.WantClose(1001, "drain retry-after-ms=*")
 			s.pod.WantExit(0, harness.Patience)
-			t.Logf("drained in %v", time.Since(begin))
 			least := ringSize // under drop_oldest, all before these were dropped
 			if policy == "block" {
 				least = floodEvents - kernelTakes
@@ -249,7 +247,8 @@ func TestDrainWithStuckSocket(t *testing.T) {
 			}
 			next := s.w.Start("WEBSOCKET_DROP_POLICY=" + policy)
 			again := next.Connect(harness.User("acme", "desk1", "ann"))
-			again.WaitEvent(seqs[len(seqs)-1])
+			// Sixteen wait for an agent without a socket; what comes to the next pod before its client does is shed beyond these.
+			harness.Eventually(t, harness.Patience, "what was pending to come to the next socket", func() bool { return len(seqsOf(again)) >= 16 })
 		})
 	}
 }

@@ -28,13 +28,11 @@ var floodEvents = map[bool]int{false: 2048, true: 512}[harness.Race]
 var slow = harness.Settings("WEBSOCKET_BUFFER_SIZE=32", "NATS_PREFETCH_BYTES=2MiB", "NATS_NAK_DELAY=300ms",
 	"WEBSOCKET_BLOCK_TIMEOUT=500ms", "PEER_TIMEOUT=1s", "SERVER_SHUTDOWN_TIMEOUT=60s")
 
-// flood publishes as many contact events for an agent as floodEvents says, as fast as the stream takes them, and
-// returns their sequences.
-func flood(t *testing.T, w *harness.World, agent string) []uint64 {
+// publishMany publishes n events as fast as the stream takes them, and returns their sequences.
+func publishMany(t *testing.T, w *harness.World, n int, subject string, payload []byte) []uint64 {
 	t.Helper()
-	payload := slices.Concat([]byte(`{"event_id":"x","company_id":"acme","row_data":{"pad":"`), bytes.Repeat([]byte("x"), floodSize), []byte(`"}}`))
-	acks := make([]jetstream.PubAckFuture, 0, floodEvents)
-	seqs := make([]uint64, 0, floodEvents)
+	acks := make([]jetstream.PubAckFuture, 0, n)
+	seqs := make([]uint64, 0, n)
 	collect := func(keep int) {
 		for len(acks) > keep {
 			select {
@@ -48,8 +46,8 @@ func flood(t *testing.T, w *harness.World, agent string) []uint64 {
 			acks = acks[1:]
 		}
 	}
-	for range floodEvents {
-		ack, err := w.JS.PublishAsync(w.Prefix+".acme."+agent+".contacts", payload)
+	for range n {
+		ack, err := w.JS.PublishAsync(w.Prefix+"."+subject, payload)
 		if err != nil {
 			t.Fatalf("publish: %v", err)
 		}
@@ -58,6 +56,13 @@ func flood(t *testing.T, w *harness.World, agent string) []uint64 {
 	}
 	collect(0)
 	return seqs
+}
+
+// flood publishes as many contact events for an agent as floodEvents says.
+func flood(t *testing.T, w *harness.World, agent string) []uint64 {
+	t.Helper()
+	payload := slices.Concat([]byte(`{"event_id":"x","company_id":"acme","row_data":{"pad":"`), bytes.Repeat([]byte("x"), floodSize), []byte(`"}}`))
+	return publishMany(t, w, floodEvents, "acme."+agent+".contacts", payload)
 }
 
 // neighbour is a user of another agent on the same pod.
@@ -279,4 +284,21 @@ func TestStuckClientIsClosed(t *testing.T) {
 		t.Errorf("only %d events came again to the next socket", n)
 	}
 	s.pod.WantLedgers()
+}
+
+// TestBurstReachesItsReader: far more events than a ring holds come at once, as after an outage. A client that reads them gets
+// them all: what the rings give up is for clients that do not keep up, not for a router that is faster than the writers.
+func TestBurstReachesItsReader(t *testing.T) {
+	t.Parallel()
+	const events = 5000
+	w := harness.New(t)
+	pod := w.Start()
+	c := pod.Connect(harness.User("acme", "desk1", "ann"))
+	publishMany(t, w, events, "acme.desk1.chats", []byte(`{"event_id":"x","company_id":"acme","row_data":{}}`))
+	w.Settled()
+	harness.Eventually(t, harness.Patience, "the last event", func() bool { return seqsOf(c)[events] > 0 })
+	if got := len(seqsOf(c)); got != events {
+		t.Errorf("%d of %d events came; dropped: %v", got, events, ended(pod, "dropped"))
+	}
+	pod.WantLedgers()
 }
