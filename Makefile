@@ -4,8 +4,12 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 TESTFLAGS ?=
 RUN ?= .
 FUZZTIME ?= 20s
+SEED ?= 1
+DURATION ?= 60s
+POLICY ?= drop_oldest
+CHAOSFLAGS ?=
 
-.PHONY: build dev test e2e lint generate check-generated fuzz
+.PHONY: build dev test e2e chaos lint generate check-generated fuzz
 
 build: ## bin/daisi-ws-service: static, the same bytes from the same commit
 	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/daisi-ws-service .
@@ -28,6 +32,9 @@ fuzz: ## every fuzz target for FUZZTIME, one after the other; what fails is left
 		echo "$$target"; \
 		CGO_ENABLED=0 go test -run '^$$' -fuzz "^$$target\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 1s . || exit 1; \
 	done
+
+chaos: ## three pods, clients that resume, faults drawn from SEED for DURATION; fails when an event is lost
+	CGO_ENABLED=0 go -C dev run -buildvcs=false ./chaos -seed $(SEED) -duration $(DURATION) -policy $(POLICY) $(CHAOSFLAGS)
 
 lint: ## gofmt, vet and the pinned staticcheck, in both modules
 	@files=$$(gofmt -l .); test -z "$$files" || { echo "gofmt would change: $$files"; exit 1; }

@@ -1,0 +1,207 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// kinds are all faults that there are.
+var kinds = []string{"kill", "term", "stop", "redis", "redisloss", "nats", "cut", "far", "hole", "slow", "reset", "vanish", "consumer"}
+
+// fault is one of the schedule; what is below is known when it was made.
+type fault struct {
+	kind   string
+	at     time.Duration
+	target int           // a pod, or a client
+	lasts  time.Duration // how long it is down, still, cut, slow
+	began  time.Time
+	healed time.Time
+	hurt   []*client // the clients concerned
+}
+
+func (f *fault) String() string {
+	switch f.kind {
+	case "kill", "term", "stop", "cut", "far", "hole":
+		return fmt.Sprintf("%s pod-%d %.1fs", f.kind, f.target, f.lasts.Seconds())
+	case "slow", "reset", "vanish":
+		return fmt.Sprintf("%s user-%d %.1fs", f.kind, f.target, f.lasts.Seconds())
+	}
+	return fmt.Sprintf("%s %.1fs", f.kind, f.lasts.Seconds())
+}
+
+// schedule draws the faults of a seed. They overlap, but for two of one target.
+func schedule(p plan) ([]*fault, error) {
+	for _, k := range p.kinds {
+		if !slices.Contains(kinds, k) {
+			return nil, fmt.Errorf("no fault is called %q; there are %v", k, kinds)
+		}
+	}
+	rng := rand.New(rand.NewPCG(p.seed, 0))
+	free := map[string]time.Duration{}
+	var list []*fault
+	for at := 2 * time.Second; at < p.duration-time.Second && len(p.kinds) > 0; at += time.Duration(500+rng.IntN(2500)) * time.Millisecond {
+		f := &fault{kind: p.kinds[rng.IntN(len(p.kinds))], at: at, target: rng.IntN(pods)}
+		f.lasts = time.Duration(200+rng.IntN(2800)) * time.Millisecond
+		rest := 4 * time.Second
+		switch f.kind {
+		case "stop":
+			f.lasts = time.Duration(1000+rng.IntN(7000)) * time.Millisecond
+		case "cut", "far", "hole":
+			f.lasts = time.Duration(1000+rng.IntN(5000)) * time.Millisecond
+		case "slow":
+			f.target, f.lasts = rng.IntN(max(p.clients/4, 1))*4, time.Duration(2000+rng.IntN(5000))*time.Millisecond
+		case "reset", "vanish":
+			f.target, f.lasts, rest = rng.IntN(p.clients), 0, 0
+		case "redis", "redisloss", "nats", "consumer":
+			f.target = 0
+		}
+		if free[f.place()] <= at {
+			free[f.place()] = at + f.lasts + rest
+			list = append(list, f)
+		}
+	}
+	return list, nil
+}
+
+// place is what only one fault at a time can be made to.
+func (f *fault) place() string {
+	switch f.kind {
+	case "kill", "term", "stop":
+		return fmt.Sprint("pod", f.target)
+	case "cut", "far", "hole":
+		return fmt.Sprint("way", f.target)
+	case "slow", "reset", "vanish":
+		return fmt.Sprint("client", f.target)
+	case "redisloss":
+		return "redis"
+	}
+	return f.kind
+}
+
+// makeFaults makes each when it is time, and returns when all are healed.
+func makeFaults(ctx context.Context, w *world, cr *crowd, pub *publisher, list []*fault) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	places := map[string]*sync.Mutex{} // a restart may take longer than was foreseen
+	for _, f := range list {
+		wait(ctx, time.Until(w.began.Add(f.at)))
+		if ctx.Err() != nil {
+			return
+		}
+		if places[f.place()] == nil {
+			places[f.place()] = &sync.Mutex{}
+		}
+		place := places[f.place()]
+		wg.Go(func() {
+			place.Lock()
+			defer place.Unlock()
+			f.began, f.hurt = time.Now(), cr.list
+			w.say("%s", f)
+			if err := f.make(ctx, w, cr, pub); err != nil {
+				w.complain(fmt.Sprintf("%s: %v", f, err))
+			}
+			f.healed = time.Now()
+		})
+	}
+}
+
+// make makes the fault and heals it.
+func (f *fault) make(ctx context.Context, w *world, cr *crowd, pub *publisher) error {
+	switch f.kind {
+	case "kill", "term", "stop":
+		f.hurt = cr.on(f.target)
+		return f.pod(ctx, w)
+	case "cut", "far", "hole":
+		f.way(ctx, w)
+	case "slow", "reset", "vanish":
+		c := cr.list[f.target]
+		f.hurt = []*client{c}
+		if f.kind == "slow" {
+			c.pause(f.lasts)
+			pub.burst(ctx, c.agent)
+			wait(ctx, time.Until(f.began.Add(f.lasts)))
+		} else {
+			c.vanish(f.kind == "reset")
+		}
+	case "redis", "redisloss":
+		w.blame(w.redis.Process())
+		w.redis.Kill()
+		wait(ctx, f.lasts)
+		if f.kind == "redisloss" {
+			if err := w.redis.LoseData(); err != nil {
+				return err
+			}
+		}
+		return w.redis.Restart()
+	case "nats":
+		w.blame(w.nats.Process())
+		w.nats.Kill()
+		wait(ctx, f.lasts)
+		return w.nats.Restart()
+	case "consumer":
+		within, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		return f.deleteConsumer(within, w)
+	}
+	return nil
+}
+
+func (f *fault) pod(ctx context.Context, w *world) error {
+	s := w.pod(f.target)
+	w.blame(s.Process)
+	switch f.kind {
+	case "stop":
+		if err := s.Signal(syscall.SIGSTOP); err != nil {
+			return err
+		}
+		wait(ctx, f.lasts)
+		return s.Signal(syscall.SIGCONT)
+	case "kill":
+		s.Kill()
+	case "term":
+		s.Signal(syscall.SIGTERM)
+		within, cancel := context.WithTimeout(ctx, 40*time.Second)
+		code, err := s.Wait(within)
+		cancel()
+		if err != nil || code != 0 {
+			w.complain(fmt.Sprintf("%s: drained pod ended with status %d, %v", f, code, err))
+			s.Kill()
+		}
+	}
+	wait(ctx, f.lasts)
+	return w.startPod(ctx, f.target)
+}
+
+// way breaks what the other pods send to the pod.
+func (f *fault) way(ctx context.Context, w *world) {
+	way := w.ways[f.target]
+	switch f.kind {
+	case "cut":
+		way.Cut()
+	case "far":
+		way.Latency(time.Duration(f.lasts) / 4)
+	case "hole":
+		way.BlackHole()
+	}
+	wait(ctx, f.lasts)
+	way.Latency(0)
+	way.Restore()
+}
+
+// deleteConsumer tries until NATS answers: it may be away itself.
+func (f *fault) deleteConsumer(ctx context.Context, w *world) error {
+	for {
+		try, cancel := context.WithTimeout(ctx, 2*time.Second)
+		err := w.js.DeleteConsumer(try, "wa_stream", "ws_fanout")
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			return nil // deleted, or the server was away all the time
+		}
+		wait(ctx, 200*time.Millisecond)
+	}
+}

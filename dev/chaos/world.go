@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"daisi-ws-service/dev/rig"
+)
+
+const (
+	apiKey   = "chaos-general-key"
+	adminAPI = "chaos-admin-key"
+	tokenKey = "11111111111111111111111111111111aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+	adminKey = "22222222222222222222222222222222bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+	pods     = 3
+)
+
+// world is the processes that the faults are made in.
+type world struct {
+	dir    string
+	bin    rig.Binaries
+	policy string
+	nats   *rig.NATS
+	redis  *rig.Redis
+	ways   [pods]*rig.Proxy // between the pods
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	began  time.Time
+
+	mu     sync.Mutex // guards pods and faults
+	pods   [pods]*rig.Service
+	faulty []string // what processes did that they never may
+}
+
+// newWorld starts everything; on an error too, what it returns must be closed.
+func newWorld(ctx context.Context, p plan) (*world, error) {
+	dir, err := os.MkdirTemp("", "dws-chaos-")
+	if err != nil {
+		return nil, err
+	}
+	w := &world{dir: dir, policy: p.policy, began: time.Now()}
+	if w.bin, err = rig.Build(ctx, dir, false); err != nil {
+		return w, err
+	}
+	for _, sub := range []string{"nats", "redis"} {
+		if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
+			return w, err
+		}
+	}
+	if w.nats, err = rig.StartNATS(w.bin.NATS, filepath.Join(dir, "nats")); err != nil {
+		return w, err
+	}
+	if w.redis, err = rig.StartRedis(filepath.Join(dir, "redis")); err != nil {
+		return w, err
+	}
+	if w.nc, err = w.nats.Connect(); err != nil {
+		return w, err
+	}
+	if w.js, err = jetstream.New(w.nc); err != nil {
+		return w, err
+	}
+	if _, err = w.js.CreateStream(ctx, jetstream.StreamConfig{Name: "wa_stream", Subjects: []string{"wa.>"}, AllowDirect: true}); err != nil {
+		return w, err
+	}
+	for i := range pods {
+		if w.ways[i], err = rig.StartProxy("127.0.0.1:1"); err != nil {
+			return w, err
+		}
+		if err := w.startPod(ctx, i); err != nil {
+			return w, err
+		}
+		if err := w.pod(i).WaitReady(ctx); err != nil {
+			return w, err
+		}
+	}
+	return w, nil
+}
+
+func podID(i int) string { return fmt.Sprintf("pod-%d", i) }
+
+// startPod starts the i-th pod, again under the same id and address. Times are shorter than the defaults so that every
+// time-out runs out in a run of a minute; the past is long enough that no client ever has to reload.
+func (w *world) startPod(ctx context.Context, i int) error {
+	s, err := rig.StartService(w.bin.Service, podID(i), filepath.Join(w.dir, podID(i)+".log"), []string{
+		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_POD_ID=" + podID(i),
+		"SERVER_ADVERTISE_ADDRESS=" + w.ways[i].Address(), "SERVER_DRAIN_SPREAD=2s", "LOG_LEVEL=debug",
+		"NATS_URL=" + w.nats.URL(), "NATS_RECONNECT_WAIT=200ms", "NATS_ACK_WAIT=12s", "REDIS_ADDRESS=" + w.redis.Address(),
+		"PEER_TIMEOUT=2s", "PEER_BREAKER_OPEN=3s", "WEBSOCKET_WRITE_TIMEOUT=4s", "WEBSOCKET_BLOCK_TIMEOUT=2s",
+		"WEBSOCKET_BUFFER_SIZE=32", "WEBSOCKET_DROP_POLICY=" + w.policy, "RESUME_MAX_EVENTS=1000000",
+		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=" + adminAPI, "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
+	})
+	if err != nil {
+		return err
+	}
+	within, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if err := s.WaitListening(within); err != nil {
+		s.Kill()
+		return err
+	}
+	w.ways[i].Retarget(s.GRPC)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.pods[i] = s
+	return nil
+}
+
+func (w *world) pod(i int) *rig.Service {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.pods[i]
+}
+
+// blame notes what a process did that it never may.
+func (w *world) blame(p *rig.Process) {
+	if fault := p.Fault(); fault != "" {
+		w.complain(fault)
+	}
+}
+
+func (w *world) complain(what string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.faulty = append(w.faulty, what)
+}
+
+// at is a time as the report tells it.
+func (w *world) at(t time.Time) string { return fmt.Sprintf("%7.3fs", t.Sub(w.began).Seconds()) }
+
+func (w *world) say(format string, args ...any) {
+	fmt.Printf("%s  %s\n", w.at(time.Now()), fmt.Sprintf(format, args...))
+}
+
+// close ends all processes, and removes their logs and data unless they are to be kept.
+func (w *world) close(keep bool) {
+	for i := range pods {
+		if s := w.pod(i); s != nil {
+			s.Kill()
+		}
+		if w.ways[i] != nil {
+			w.ways[i].Close()
+		}
+	}
+	if w.nc != nil {
+		w.nc.Close()
+	}
+	if w.nats != nil {
+		w.nats.Stop()
+	}
+	if w.redis != nil {
+		w.redis.Stop()
+	}
+	if !keep {
+		os.RemoveAll(w.dir)
+	}
+}
