@@ -79,6 +79,10 @@ func TestRedisLeastRights(t *testing.T) {
 
 	admin := redis.NewClient(&redis.Options{Addr: w.Redis.Address(), DB: 7})
 	defer admin.Close()
+	harness.Eventually(t, harness.Patience, "what is done only now and then", func() bool {
+		stats, err := admin.Info(t.Context(), "commandstats").Result()
+		return err == nil && strings.Contains(stats, "cmdstat_pexpire:") && strings.Contains(stats, "cmdstat_ping:")
+	})
 	cached, err := admin.Keys(t.Context(), "token_cache:*").Result()
 	if err != nil || len(cached) == 0 {
 		t.Errorf("tokens cached: %q, %v", cached, err)
@@ -378,7 +382,7 @@ func TestRedisSentinel(t *testing.T) {
 				promoted := time.Since(begin)
 				for _, p := range pods {
 					harness.Eventually(t, harness.Patience, p.ID+" to follow", func() bool {
-						return strings.Count(p.Log.Text(), "Redis was restarted or failed over") > turn
+						return strings.Count(p.Log.Text(), "Redis was restarted, failed over") > turn
 					})
 				}
 				rdb := redis.NewClient(&redis.Options{Addr: masterOf(t, s).Address(), Password: rig.ReplicaPassword})

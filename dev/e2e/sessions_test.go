@@ -95,12 +95,12 @@ func TestSecondTab(t *testing.T) {
 
 // TestTabsUnderFlow: while tabs replace each other, events go on. Each reaches one of them: one that died with its socket, or
 // came when the old tab had gone and the new one was not there yet, comes again. Of the latter kind the service keeps 16 per
-// agent, so a round has fewer.
+// agent, counted until a NAK's delay has surely ended, so a round has far fewer.
 func TestTabsUnderFlow(t *testing.T) {
 	t.Parallel()
 	w := harness.New(t, harness.Settings("NATS_NAK_DELAY=100ms"))
 	pod := w.Start()
-	const rounds, burst = 50, 10
+	const rounds, burst = 50, 6
 	tabs := []*harness.Client{pod.Connect(harness.User("acme", "desk1", "ann"))}
 	var seqs []uint64
 	for i := range rounds {
