@@ -405,6 +405,24 @@ func TestRedeliveries(t *testing.T) {
 	wantEnd(t, &l, fourth) // long forgotten: it is written again
 }
 
+// What a replay has queued is not written again when JetStream gives it out again.
+func TestRedeliveryOfAReplayedEvent(t *testing.T) {
+	r, _ := newTestRing(4, false)
+	var l ledger
+	d := newDelivery(&l, kindChat, "", 7, 2, 10)
+	r.replaying(leaveAll, time.Now())
+	r.replay(d.event, time.Now())
+	r.goLive()
+	r.resumed(newReply("resumed", nil), time.Now(), nil)
+	if ends, _ := r.push(d, time.Now(), nil); len(ends) != 1 || ends[0].o != duplicate {
+		t.Fatalf("settled %v", ends)
+	}
+	b, _ := r.take(make([]byte, 0, 1024), time.Now())
+	if bytes.Count(b, []byte(`"seq":7`)) != 1 || !bytes.Contains(b, []byte("resumed")) {
+		t.Fatalf("%q", b)
+	}
+}
+
 func TestDropOldest(t *testing.T) {
 	r, _ := newTestRing(2, false)
 	var l ledger

@@ -91,7 +91,7 @@ func (c *conn) passes(ctx context.Context, since uint64, subjects []string) (n i
 			return errClosed
 		}
 		c.missed.Store(0) // it takes what is written, though its pongs wait to be read
-		c.kick(c.ring.reply(ev.frame, time.Now()))
+		c.kick(c.ring.replay(ev, time.Now()))
 		c.h.m.resumeEventsTotal.with().Inc()
 		return nil
 	}
@@ -121,6 +121,19 @@ func (r *ring) replaying(what string, now time.Time) (kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.leave, r.ready = what, true
+	return r.kickLocked(now)
+}
+
+// replay queues an event of the past like a reply. If JetStream gives it out again later (it had no owner, and is still
+// retried), it is a duplicate: what is queued here stands before it, and is written or asked for by the next resume.
+func (r *ring) replay(ev *event, now time.Time) (kick bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return false
+	}
+	r.insertLocked(r.n, item{f: ev.frame, at: now})
+	r.written.add(ev.seq)
 	return r.kickLocked(now)
 }
 
