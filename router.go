@@ -251,12 +251,17 @@ func (r *router) decode(a arrival) *pulled {
 	if err = errors.Join(err, mdErr, checkPayload(a.msg.Data())); err != nil {
 		ev.kind = kindUnknown
 	}
+	again := false // a consumer that was made again begins to count again, at its ack floor
 	if mdErr == nil {
 		ev.seq, ev.stored, p.deliveries = md.Sequence.Stream, md.Timestamp, md.NumDelivered
+		again = ev.seq <= r.lastSeen.Load()
 		r.lastSeen.Store(max(r.lastSeen.Load(), ev.seq))
 		r.newest.Store(max(r.newest.Load(), md.Timestamp.UnixNano()))
 	}
 	p.count = p.deliveries
+	if again {
+		p.count = max(p.count, 2)
+	}
 	if p.deliveries > 1 {
 		r.m.redeliveredTotal.with().Inc()
 	}
