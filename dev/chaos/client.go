@@ -179,7 +179,7 @@ func (c *client) netDial(ctx context.Context, network, addr string) (net.Conn, e
 		if !c.slow {
 			return nil
 		}
-		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 8<<10) })
+		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 32<<10) })
 	}}
 	return d.DialContext(ctx, network, addr)
 }

@@ -188,6 +188,7 @@ func (v *verdict) report(list []*fault) (bad bool) {
 		bad = true
 	}
 	v.explain(list)
+	v.worstPause()
 	if bad = bad || n > 0; bad {
 		fmt.Println("FAILED; logs in", v.w.dir)
 	} else {
@@ -214,6 +215,29 @@ func (f *fault) cost() (longest time.Duration, who string) {
 		}
 	}
 	return longest, who
+}
+
+// worstPause prints the journal of the client that waited longest, if that was longer than any fault explains.
+func (v *verdict) worstPause() {
+	var worst *client
+	var from time.Time
+	longest := 20 * time.Second
+	for _, c := range v.cr.list {
+		for i := 1; i < len(c.fresh); i++ {
+			if d := c.fresh[i].Sub(c.fresh[i-1]); d > longest {
+				worst, from, longest = c, c.fresh[i-1], d
+			}
+		}
+	}
+	if worst == nil {
+		return
+	}
+	fmt.Printf("\n%s had nothing new for %.1f s from %s:\n", worst.name, longest.Seconds(), v.w.at(from))
+	for _, e := range worst.journal {
+		if e.at.After(from.Add(-10*time.Second)) && e.at.Before(from.Add(longest+time.Second)) {
+			fmt.Printf("  %s  %s\n", v.w.at(e.at), e.what)
+		}
+	}
 }
 
 // explain prints all that is known of the first lost events.
