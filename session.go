@@ -379,13 +379,6 @@ func (s *session) abandon() {
 	s.set.queueDrop(s.key, s.id)
 }
 
-// each calls f for every session that is held and not yet released. f may use it freely.
-func (s *sessions) each(f func(*session)) {
-	for _, sess := range s.all() {
-		f(sess)
-	}
-}
-
 // all lists the held sessions, slot by slot.
 func (s *sessions) all() []*session {
 	var list []*session
