@@ -325,16 +325,18 @@ func TestClaimsOfADeadPod(t *testing.T) {
 		return n
 	}
 	var due []uint64
-	for outcome("message", "unselected") == 0 || outcome("agent", "unselected") == 0 || outcome("chat", "nak_no_owner") == 0 {
-		if took := time.Since(killed); took > lease+2*time.Second+harness.Patience {
-			t.Fatalf("the claims of a dead pod are believed for %v", took)
-		}
+	last, slowest := killed, time.Duration(0) // of the looks below
+	harness.Eventually(t, harness.Patience, "the claims of a dead pod not to be believed", func() bool {
+		slowest, last = max(slowest, time.Since(last)), time.Now()
 		w.Message("acme", "desk1", "c1")
 		w.Chat("acme", "desk2")
 		w.Agent("acme", "desk1")
-		due = append(due, w.Chat("acme", "desk1"))
-	}
-	if took := time.Since(killed); took > lease+2*time.Second {
+		if len(due) < 100 { // they fail for the dead owner's sake, and come again to the other: it remembers 256
+			due = append(due, w.Chat("acme", "desk1"))
+		}
+		return outcome("message", "unselected") > 0 && outcome("agent", "unselected") > 0 && outcome("chat", "nak_no_owner") > 0
+	})
+	if took := time.Since(killed); took > lease+2*time.Second+2*slowest { // the machine may stand still for a while
 		t.Errorf("the claims of the dead pod were ignored only %v after its end, its lease was %v", took, lease)
 	}
 	// Of what it had claimed nothing is left, but for what nobody has read since.
