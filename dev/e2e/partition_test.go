@@ -192,17 +192,19 @@ func TestRedisAwayThreePods(t *testing.T) {
 					t.Errorf("%s: gap since %d", c.Dial.User, g.Since)
 				}
 			}
+			// Where Redis lost its data there are two gaps, and the first comes before everything is claimed again: what another
+			// pod pulls until then is announced by the second, and this client does not resume.
+			wantClaims(w, pods, "route:acme:desk1:general", pods[0], pods[1])
+			wantClaims(w, pods, "route:acme:desk2:general", pods[2])
+			wantClaims(w, pods, "route:acme:desk1:messages:c1", pods[0])
+			wantClaims(w, pods, "route:acme:desk2:messages:c2", pods[2])
+			wantClaims(w, pods, "route:*:*:agents", pods[1])
 			serve(10) // the selection is what it was
 			harness.Eventually(t, harness.Patience, "the event of nobody to end", func() bool { return unselected() == 11 })
 			if took := time.Since(back); took < interval {
 				t.Errorf("nobody was believed %v after Redis was back, want at least %v", took, interval)
 			}
 			w.SettledTo(ofNobody)
-			wantClaims(w, pods, "route:acme:desk1:general", pods[0], pods[1])
-			wantClaims(w, pods, "route:acme:desk2:general", pods[2])
-			wantClaims(w, pods, "route:acme:desk1:messages:c1", pods[0])
-			wantClaims(w, pods, "route:acme:desk2:messages:c2", pods[2])
-			wantClaims(w, pods, "route:*:*:agents", pods[1])
 			rdb := w.RedisClient()
 			wantHolder(rdb, "acme:desk1:ann", ann)
 			wantHolder(rdb, "acme:desk2:cid", cid)

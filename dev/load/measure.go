@@ -84,7 +84,10 @@ func throughput(ctx context.Context, b *bench, p plan) error {
 	}
 	took := time.Since(began)
 	cpu = cpuSeconds(b.pod.PID()) - cpu
-	time.Sleep(300 * time.Millisecond) // what is acked was written, but the clients here may not have read it yet
+	// What is acked was written, but the clients here may not have read it yet.
+	for wait := time.Now().Add(5 * time.Second); c.received.Load() < int64(p.events) && time.Now().Before(wait); {
+		time.Sleep(10 * time.Millisecond)
+	}
 	mu.Lock()
 	defer mu.Unlock()
 	lost := 0
