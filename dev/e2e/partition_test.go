@@ -308,7 +308,7 @@ func TestSickPeer(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			harness.NeedRealRedis(t)
 			// A share as small as eight pods have it by default.
-			w := harness.New(t, harness.Settings("NATS_MAX_ACK_PENDING=4096", "NATS_NAK_DELAY=500ms"))
+			w := harness.New(t, harness.Settings("NATS_MAX_ACK_PENDING=4096", "NATS_NAK_DELAY=500ms", "PEER_BREAKER_OPEN=10s"))
 			redis := w.Proxy(w.Redis.Address())
 			well := w.Start()
 			sick, peer := behindProxy(w, "REDIS_ADDRESS="+redis.Address())
