@@ -208,6 +208,11 @@ func TestResumeJoinsTheFlow(t *testing.T) {
 		return r
 	}
 	for i := range 25 {
+		harness.Eventually(t, harness.Patience, "the flow to go on", func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return len(published) > 3*i
+		})
 		c := pods[i%2].Dial(harness.User("acme", "desk1", "ann").With("since", since(at)))
 		r := confirmed(c, "ready")
 		if i%3 == 0 {
@@ -224,7 +229,7 @@ func TestResumeJoinsTheFlow(t *testing.T) {
 	c := pods[0].Dial(harness.User("acme", "desk1", "ann").With("since", since(at)))
 	take(c, confirmed(c, "ready"))
 	lost := slices.DeleteFunc(slices.Clone(published), func(seq uint64) bool { return seen[seq] })
-	if len(lost) > 0 || len(published) < 25 {
+	if len(lost) > 0 || len(published) < 60 {
 		t.Errorf("%d published, of which %v did not arrive", len(published), lost)
 	}
 }
