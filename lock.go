@@ -234,12 +234,7 @@ func (s *sessions) queueDrop(key, socket string) {
 }
 
 // notify wakes work; a wake-up that is still pending will do.
-func (s *sessions) notify() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
-}
+func (s *sessions) notify() { poke(s.wake) }
 
 // reclaim has all locks renewed at once: Redis is back, may have lost data, or the epoch is new. It does not block.
 func (s *sessions) reclaim() {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -544,10 +545,7 @@ func (o *owners) storeLocked(r route, a *answer) {
 // leasesOf returns the live pods, having read anew the leases of members with an unknown pod or epoch.
 func (o *owners) leasesOf(ctx context.Context, sets []*redis.StringSliceCmd) (map[string]lease, error) {
 	o.mu.Lock()
-	live := make(map[string]lease, len(o.pods))
-	for id, l := range o.pods {
-		live[id] = l
-	}
+	live := maps.Clone(o.pods)
 	o.mu.Unlock()
 	ask := map[string]*redis.StringCmd{}
 	p := o.pipe()

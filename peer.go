@@ -338,12 +338,7 @@ func (in *intake) settle(number uint64, o outcome) {
 	in.notify()
 }
 
-func (in *intake) notify() {
-	select {
-	case in.wake <- struct{}{}:
-	default: // the handler has yet to look: it will see this too
-	}
-}
+func (in *intake) notify() { poke(in.wake) }
 
 // answer sends what there is to tell, in one message. Only the handler calls it.
 func (in *intake) answer() error {

@@ -141,10 +141,7 @@ func (q *peer) take(epoch string, d *delivery) bool {
 	l, now := q.link, time.Now()
 	l.queue = append(l.queue, flight{d, epoch, now, generation})
 	l.generation, l.used = generation, now
-	select {
-	case l.wake <- struct{}{}:
-	default: // the writer has yet to look
-	}
+	poke(l.wake)
 	return true
 }
 

@@ -206,11 +206,17 @@ func (r *ring) selected(chat string, f *frame, now time.Time, out []settlement) 
 	if old != "" && old != chat {
 		out = r.siftLocked(func(d *delivery) bool { return d.kind == kindMessage && d.chat == old }, duplicate, out)
 	}
+	out = r.confirmLocked(f, held, now, out)
+	return out, old, true, r.kickLocked(now)
+}
+
+// confirmLocked queues a confirmation and, behind it, the events that were held for it.
+func (r *ring) confirmLocked(f *frame, held []item, now time.Time, out []settlement) []settlement {
 	r.insertLocked(r.n, item{f: f, at: now})
 	for _, it := range held {
 		out = r.acceptLocked(it, now, out)
 	}
-	return out, old, true, r.kickLocked(now)
+	return out
 }
 
 // selection is the chat whose messages this socket gets now, "" for none.

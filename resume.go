@@ -156,9 +156,6 @@ func (r *ring) resumed(f *frame, now time.Time, out []settlement) (_ []settlemen
 	if r.closed {
 		return out, false // close has settled them
 	}
-	r.insertLocked(r.n, item{f: f, at: now})
-	for _, it := range held {
-		out = r.acceptLocked(it, now, out)
-	}
+	out = r.confirmLocked(f, held, now, out)
 	return out, r.kickLocked(now)
 }

@@ -297,10 +297,7 @@ func (w *writer) add(c *conn) {
 	first := len(w.dirty) == 1
 	w.mu.Unlock()
 	if first {
-		select {
-		case w.wake <- struct{}{}:
-		default:
-		}
+		poke(w.wake)
 	}
 }
 
