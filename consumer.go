@@ -22,7 +22,7 @@ type consumer struct {
 	m      *Metrics
 	owners *owners
 	accept func(jetstream.Msg) // the router's; called by the library, one message at a time
-	anew   func()              // the stream was made anew: its sequences start again
+	anew   func(last uint64)   // the stream was made anew: its sequences, up to last as far as was known, start again
 	limit  func(bytes int)     // told the largest payload that the server allows
 	nc     *nats.Conn
 	js     jetstream.JetStream
@@ -380,8 +380,7 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 	if !c.created.Equal(info.Created) {
 		if !c.created.IsZero() {
 			slog.Warn("the stream was made anew: it is read from its beginning", "stream", cfg.NATSStreamName)
-			c.known.Store(0)
-			c.anew()
+			c.anew(c.known.Swap(0))
 		}
 		c.floor = 0 // of another stream; what Redis noted is compared in startOf
 	}
@@ -497,7 +496,7 @@ func (c *consumer) streamSeq(ctx context.Context) (uint64, error) {
 		return c.seq, fmt.Errorf("last sequence of stream %s: %w", c.cfg.Load().NATSStreamName, err)
 	}
 	c.seq, c.seqAt = s.CachedInfo().State.LastSeq, asked
-	c.known.Store(c.seq)
+	c.known.Store(max(c.known.Load(), c.seq))
 	return c.seq, nil
 }
 

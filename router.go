@@ -590,10 +590,14 @@ func (r *router) leaving() bool {
 }
 
 // forgetSeq lets the sequences start again: the stream was made anew. A socket that has had number 7 of the old one
-// must not take a redelivery of the new number 7 for a duplicate.
-func (r *router) forgetSeq() {
-	r.lastSeen.Store(0)
-	r.hub.each(func(c *conn) { c.ring.forgetWritten() })
+// must not take a redelivery of the new number 7 for a duplicate, nor its client the new number 7 itself: to resume from a
+// sequence beyond the new stream's end is answered with "gap":true, and the client reloads.
+func (r *router) forgetSeq(last uint64) {
+	last = max(last, r.lastSeen.Swap(0))
+	r.hub.each(func(c *conn) {
+		c.ring.forgetWritten()
+		c.gap(last, "owner")
+	})
 }
 
 // settleAll waits until nothing is in hand, or ctx ends.

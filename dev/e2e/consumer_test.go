@@ -88,12 +88,15 @@ func TestStreamMadeAnew(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.MakeStream(func(*jetstream.StreamConfig) {})
+	gap := ann.WantGap("owner") // her numbers are the old stream's, which would make her drop new events
+	ann.Send(map[string]any{"type": "resume", "payload": map[string]any{"since": gap.Since}})
+	if _, r := replayed(t, ann, "resumed"); !r.Gap || gap.Since < 50 {
+		t.Errorf("a resume from %d, beyond the new stream's end, is answered with %+v, want a gap", gap.Since, r)
+	}
 	for i := range 5 {
 		if seq := w.Chat("acme", "desk0"); seq != uint64(i+1) {
 			t.Fatalf("event %d of the new stream has sequence %d", i+1, seq)
 		}
-	}
-	for i := range 5 {
 		ann.WantEvent(uint64(i + 1))
 	}
 	w.Settled()
