@@ -74,28 +74,25 @@ func (e echo) handle(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	cl := &claims{company: "c", agent: "a", user: "u", expires: time.Now().AddDate(100, 0, 0)}
-	e.launch(w, r, cl, lock{id: "echo", release: func() {}}, "echo", func(c *conn, u *upgrade) {
-		c.echo(u)
-		c.linger()
-		c.finish()
-	})
+	e.launch(w, r, cl, lock{id: "echo", release: func() {}}, "echo", (*conn).echo)
 }
 
 // echo is serve without session and greeting: handshake, ring, writers and message assembly are the service's.
 func (c *conn) echo(u *upgrade) {
 	if err := u.shake(c.h.cfg.Load().WebsocketWriteTimeout); err != nil {
 		c.lost()
+		c.leave()
 		return
 	}
 	c.begin()
 	c.ring.replaying("", time.Now()) // messages may be written, though `ready` was not
 	in := c.inbound(u)
 	in.binary = true
-	defer in.idle()
-	c.read(in, func(op byte, p []byte) {
+	in.message = func(op byte, p []byte) {
 		b := appendHeader(make([]byte, 0, 10+len(p)), op, len(p))
 		c.kick(c.ring.reply(&frame{b: append(b, p...), label: "echo"}, time.Now()))
-	})
+	}
+	c.attend(in)
 }
 
 // client dials an echo server of the test's own.

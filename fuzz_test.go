@@ -53,6 +53,9 @@ func hear(data []byte, deflate bool, limit, step int) heard {
 	for {
 		op, buf, err := in.next()
 		switch {
+		case err == errNothingYet:
+			in.wait()
+			continue
 		case err != nil:
 			h.code, _ = closeOf(err)
 			recycle(buf)

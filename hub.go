@@ -311,7 +311,8 @@ func (h *hub) start(w http.ResponseWriter, r *http.Request, cl *claims, l lock, 
 	h.launch(w, r, cl, l, requestID, func(c *conn, u *upgrade) { c.run(u, since) })
 }
 
-// launch takes the connection over and lets a new socket live its life on a goroutine of its own.
+// launch takes the connection over and lets a new socket live its life, which begins on a goroutine of its own and finds its
+// end in conn.leave.
 func (h *hub) launch(w http.ResponseWriter, r *http.Request, cl *claims, l lock, requestID string, life func(*conn, *upgrade)) {
 	u, err := takeOver(w, r)
 	if err != nil {
@@ -332,10 +333,7 @@ func (h *hub) launch(w http.ResponseWriter, r *http.Request, cl *claims, l lock,
 		h.free()
 		return
 	}
-	go func() { // counted by register
-		defer h.unregister(c)
-		life(c, u)
-	}()
+	go life(c, u) // counted by register
 }
 
 // register makes c one of the hub's sockets. It says false after the end of a drain.

@@ -78,12 +78,15 @@ type inbound struct {
 	nc      net.Conn
 	early   []byte       // comes before what nc has
 	one     [1]byte      // where an idle socket waits for the next byte
+	broken  error        // what wait met instead
 	fr      *frameReader // nil while idle
 	max     int          // bytes of a message
 	binary  bool         // binary messages are taken
 	deflate bool         // permessage-deflate was negotiated
 	// control is given each ping and pong as it comes, between the fragments of a message too. p is its own.
 	control func(op byte, p []byte) error
+	// message is given each whole message; p is good until it returns.
+	message func(op byte, p []byte)
 
 	// Of the message under way.
 	op      byte      // 0 = none is
@@ -97,8 +100,10 @@ type inbound struct {
 	last    []byte    // payload of the close frame that errClosing tells of
 }
 
-// errClosing says that a close frame came.
-var errClosing = errors.New("close frame")
+var (
+	errClosing    = errors.New("close frame")
+	errNothingYet = errors.New("nothing has come") // between two messages: call wait
+)
 
 // Read gives the frameReader's buffer the connection's bytes.
 func (in *inbound) Read(p []byte) (int, error) {
@@ -112,19 +117,26 @@ func (in *inbound) Read(p []byte) (int, error) {
 	return in.nc.Read(p)
 }
 
-// await returns once there is something to read, with a frameReader at hand. It waits without one.
-func (in *inbound) await() error {
-	if in.fr != nil && in.fr.br.Buffered() > 0 {
-		return nil
-	}
-	in.idle()
-	if len(in.early) == 0 {
-		if _, err := io.ReadFull(in.nc, in.one[:]); err != nil {
-			return err
-		}
+// wait returns once there is something to read, or the connection's end. It needs little stack.
+func (in *inbound) wait() {
+	if _, in.broken = io.ReadFull(in.nc, in.one[:]); in.broken == nil {
 		in.early = in.one[:]
 	}
-	in.fr = frameReaders.Get().(*frameReader)
+}
+
+// start makes a frameReader ready if there is something to read.
+func (in *inbound) start() error {
+	switch {
+	case in.fr != nil && in.fr.br.Buffered() > 0:
+		return nil
+	case in.broken != nil:
+		return in.broken
+	case len(in.early) == 0:
+		return errNothingYet
+	}
+	if in.fr == nil {
+		in.fr = frameReaders.Get().(*frameReader)
+	}
 	in.fr.br.Reset(in)
 	return nil
 }
@@ -148,7 +160,7 @@ func recycle(buf *[]byte) {
 	}
 }
 
-// next returns the next whole message, or the payload of a close frame. The caller gives buf to recycle when it is done
+// next returns the next whole message, or the payload of a close frame; errNothingYet if no byte of one has come. The caller gives buf to recycle when it is done
 // with it, whatever err says. Faults of the peer are *wireError, everything else is the connection's end.
 func (in *inbound) next() (op byte, buf *[]byte, err error) {
 	in.op, in.wire, in.checked, in.fail = 0, 0, 0, nil
@@ -183,7 +195,7 @@ func (in *inbound) assemble(buf *[]byte) error {
 func (in *inbound) advance() error {
 	for {
 		if in.op == 0 {
-			if err := in.await(); err != nil {
+			if err := in.start(); err != nil {
 				return err
 			}
 		}
