@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/http/httputil"
 	"sync"
 	"syscall"
 	"time"
@@ -36,7 +35,7 @@ type pod struct {
 
 const pulledKept = 300 // events of which the fleet remembers who pulled them
 
-// fleet keeps pods alive, and stands in for the load balancer in front of them.
+// fleet keeps pods alive.
 type fleet struct {
 	start func(name string) (*rig.Service, error)
 	pods  []*pod
@@ -44,7 +43,6 @@ type fleet struct {
 	err   error         // valid once done is closed
 
 	mu     sync.Mutex // guards all below, and the pods
-	next   int        // pod to be tried first by the next request
 	pulled map[uint64]string
 	order  []uint64 // the keys of pulled, the oldest first
 }
@@ -235,27 +233,14 @@ func (f *fleet) serve(w http.ResponseWriter, r *http.Request) {
 	answer(w, map[string]any{"pods": rows, "pulled": f.pulled})
 }
 
-// pick returns the address of a pod that takes requests, by turns; "" if there is none.
-func (f *fleet) pick() string {
+// ready are the addresses of the pods that take requests.
+func (f *fleet) ready() (addresses []string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for range f.pods {
-		p := f.pods[f.next%len(f.pods)]
-		f.next++
+	for _, p := range f.pods {
 		if p.state == ready {
-			return p.http
+			addresses = append(addresses, p.http)
 		}
 	}
-	return ""
-}
-
-// proxy hands each request, WebSockets too, to a pod. The host stays the client's, so that the page's origin is its own.
-func (f *fleet) proxy() http.Handler {
-	return &httputil.ReverseProxy{
-		Rewrite: func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", f.pick() },
-		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
-			w.Header().Set("Retry-After", "1")
-			http.Error(w, "no pod: "+err.Error(), http.StatusServiceUnavailable)
-		},
-	}
+	return addresses
 }

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"daisi-ws-service/dev/rig"
 )
 
 //go:embed page
@@ -29,8 +31,9 @@ type minted struct {
 func (d *demo) handler() http.Handler {
 	page, _ := fs.Sub(files, "page") // cannot fail: the path is valid
 	mux := http.NewServeMux()
+	balancer := rig.NewBalancer(d.pods.ready)
 	for _, path := range []string{"/ws/", "/generate-token", "/admin/", "/health", "/ready", "/metrics"} {
-		mux.Handle(path, d.pods.proxy())
+		mux.Handle(path, balancer)
 	}
 	mux.Handle("/", http.FileServerFS(page))
 	mux.HandleFunc("/chats", func(w http.ResponseWriter, r *http.Request) { answer(w, d.book.rows()) })

@@ -12,20 +12,24 @@ import (
 // Follower is a user who stays: whenever the socket ends it opens another, on the pod that is named next, after the
 // delay that the service asked for. It keeps every sequence that it got, over all its sockets.
 type Follower struct {
-	dial Dial
-	pods []*Pod // the first for the first socket; the last for all further ones
+	dial   Dial
+	pods   []*Pod // the first for the first socket; the last for all further ones
+	behind string // address of a balancer instead of theirs; through it, it resumes
 
 	mu     sync.Mutex // guards all below
 	got    map[uint64]int
+	top    uint64
 	gaps   []Reply
 	ends   []Ended
 	client *Client // open and ready, or nil
 }
 
-// Ended is how one socket of a Follower ended, and when.
+// Ended is how one socket of a Follower ended, and when the next was ready.
 type Ended struct {
 	Close
-	At time.Time
+	At   time.Time
+	Own  time.Duration // what it waited by itself until then, beyond what the service asked for
+	Back time.Time     // zero while it has no next one
 }
 
 var retryAfter = regexp.MustCompile(`^drain retry-after-ms=(\d+)$`)
@@ -43,12 +47,23 @@ func (c Close) RetryAfter() (time.Duration, bool) {
 // Follow connects, waits for ready, and then follows until the test ends.
 func (w *World) Follow(d Dial, pods ...*Pod) *Follower {
 	w.T.Helper()
-	f := &Follower{dial: d, pods: pods, got: map[uint64]int{}}
+	return w.follow(&Follower{dial: d, pods: pods})
+}
+
+// FollowBehind is Follow through a balancer at that address, and with a resume at each return.
+func (w *World) FollowBehind(d Dial, address string, pod *Pod) *Follower {
+	w.T.Helper()
+	return w.follow(&Follower{dial: d, pods: []*Pod{pod}, behind: address})
+}
+
+func (w *World) follow(f *Follower) *Follower {
+	w.T.Helper()
+	f.dial, f.got = f.dial.complete(w), map[uint64]int{}
 	ctx, cancel := context.WithCancel(w.T.Context())
 	done := make(chan struct{})
 	go func() { f.run(ctx); close(done) }()
 	w.T.Cleanup(func() { cancel(); <-done })
-	Eventually(w.T, Patience, d.User+" to be ready", func() bool { return f.Client() != nil })
+	Eventually(w.T, Patience, f.dial.User+" to be ready", func() bool { return f.Client() != nil })
 	return f
 }
 
@@ -83,7 +98,12 @@ func (f *Follower) Ends() []Ended {
 func (f *Follower) run(ctx context.Context) {
 	for n := 0; ctx.Err() == nil; n++ {
 		pod := f.pods[min(n, len(f.pods)-1)]
-		wait := f.attend(ctx, pod)
+		wait, own := f.attend(ctx, pod)
+		f.mu.Lock()
+		if n := len(f.ends); n > 0 && own {
+			f.ends[n-1].Own += wait
+		}
+		f.mu.Unlock()
 		select {
 		case <-ctx.Done():
 		case <-time.After(wait):
@@ -91,14 +111,20 @@ func (f *Follower) run(ctx context.Context) {
 	}
 }
 
-// attend is the life of one socket; it returns how long to wait before the next.
-func (f *Follower) attend(ctx context.Context, pod *Pod) time.Duration {
+// attend is the life of one socket; it returns how long to wait before the next, and whether that is its own idea.
+func (f *Follower) attend(ctx context.Context, pod *Pod) (wait time.Duration, own bool) {
 	const again = 50 * time.Millisecond
 	dctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	c, _, err := pod.TryDial(dctx, f.dial)
+	d, address := f.dial, pod.HTTP
+	if f.behind != "" {
+		f.mu.Lock()
+		d, address = d.With("since", strconv.FormatUint(f.top, 10)), f.behind
+		f.mu.Unlock()
+	}
+	c, _, err := pod.tryDial(dctx, d, address)
 	if err != nil {
-		return again
+		return again, true
 	}
 	defer c.Abort()
 	for {
@@ -113,13 +139,13 @@ func (f *Follower) attend(ctx context.Context, pod *Pod) time.Duration {
 	f.client = nil
 	end := c.Ended()
 	if end == nil { // the test is over
-		return 0
+		return 0, true
 	}
-	f.ends = append(f.ends, Ended{*end, time.Now()})
+	f.ends = append(f.ends, Ended{Close: *end, At: time.Now()})
 	if wait, ok := end.RetryAfter(); ok {
-		return wait
+		return wait, false
 	}
-	return again
+	return again, true
 }
 
 func (f *Follower) note(c *Client, m Message) {
@@ -128,8 +154,12 @@ func (f *Follower) note(c *Client, m Message) {
 	switch m.Type {
 	case "ready":
 		f.client = c
+		if n := len(f.ends); n > 0 && f.ends[n-1].Back.IsZero() {
+			f.ends[n-1].Back = m.At
+		}
 	case "event":
 		f.got[m.Seq]++
+		f.top = max(f.top, m.Seq)
 	case "gap":
 		if r, err := m.reply(); err == nil {
 			f.gaps = append(f.gaps, r)

@@ -249,6 +249,13 @@ func (p *Pod) WaitReady() {
 	}
 }
 
+// Ready says whether /ready says 200 now. Any goroutine may call it.
+func (p *Pod) Ready() bool {
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	defer cancel()
+	return p.Service.Ready(ctx) == nil
+}
+
 // WantExit waits for the pod's end and compares its status.
 func (p *Pod) WantExit(status int, within time.Duration) {
 	p.W.T.Helper()

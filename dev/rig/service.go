@@ -87,7 +87,7 @@ func (s *Service) WaitReady(ctx context.Context) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		err := s.ready(ctx)
+		err := s.Ready(ctx)
 		if err == nil {
 			return nil
 		}
@@ -101,7 +101,8 @@ func (s *Service) WaitReady(ctx context.Context) error {
 	}
 }
 
-func (s *Service) ready(ctx context.Context) error {
+// Ready asks /ready once; any answer but 200 is an error.
+func (s *Service) Ready(ctx context.Context) error {
 	req, err := http.NewRequestWithContext(ctx, "GET", s.Base()+"/ready", nil)
 	if err != nil {
 		return err
