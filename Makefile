@@ -5,11 +5,12 @@ TESTFLAGS ?=
 RUN ?= .
 FUZZTIME ?= 20s
 SEED ?= 1
+SEEDS ?= 1 2 3
 DURATION ?= 60s
 POLICY ?= drop_oldest
 CHAOSFLAGS ?=
 
-.PHONY: build dev test e2e chaos lint generate check-generated fuzz
+.PHONY: build dev test e2e chaos chaos-seeds lint generate check-generated fuzz
 
 build: ## bin/daisi-ws-service: static, the same bytes from the same commit
 	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/daisi-ws-service .
@@ -33,8 +34,11 @@ fuzz: ## every fuzz target for FUZZTIME, one after the other; what fails is left
 		CGO_ENABLED=0 go test -run '^$$' -fuzz "^$$target\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 1s . || exit 1; \
 	done
 
-chaos: ## three pods, clients that resume, faults drawn from SEED for DURATION; fails when an event is lost
+chaos: ## three pods, 500 clients that resume, faults drawn from SEED for DURATION; fails when a promise is broken
 	CGO_ENABLED=0 go -C dev run -buildvcs=false ./chaos -seed $(SEED) -duration $(DURATION) -policy $(POLICY) $(CHAOSFLAGS)
+
+chaos-seeds: ## make chaos for each of SEEDS, under both policies
+	@for seed in $(SEEDS); do for policy in drop_oldest block; do $(MAKE) chaos SEED=$$seed POLICY=$$policy || exit 1; done; done
 
 lint: ## gofmt, vet and the pinned staticcheck, in both modules
 	@files=$$(gofmt -l .); test -z "$$files" || { echo "gofmt would change: $$files"; exit 1; }

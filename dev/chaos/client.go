@@ -5,12 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"regexp"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -21,12 +23,14 @@ import (
 type client struct {
 	w              *world
 	name           string
-	agent, chat    string // agent "" = an admin
+	admin          bool
+	agent, chat    string // of an admin "" is every agent
 	token          string
 	slow           bool // has a small receive buffer: a pause of its reading is felt by the pod
 	stopping       <-chan struct{}
 	ready, chosen  chan struct{} // closed at the first ready, the first chat_selected
-	backoff        time.Duration // of its own goroutine, like the next five
+	backoff        time.Duration // of its own goroutine, like the next six
+	greeted        time.Time     // ready of this socket
 	top            uint64        // highest sequence known
 	owed           *uint64       // lowest since that is not answered yet
 	asked          int           // answers under way
@@ -37,14 +41,18 @@ type client struct {
 	pod            int
 	pauseTill      time.Time
 	vanished       bool // leave the socket open, unread, and come back by another
-	ghosts         []*websocket.Conn
+	ghosts         []*ghost
+	resting        bool      // its socket is ready, and it has nothing to ask for
 	readyAt        time.Time // first ready, first chat_selected
 	chosenAt       time.Time
 	reloaded       time.Time // of the last reload: what was acknowledged before it counts as had
 	got            map[uint64]arrival
 	fresh          []time.Time // of each first arrival
 	live, repeated int         // deliveries that were no replays; those of them that had come live before
+	twice          int         // of these, on the same socket, a short while ago
 	replayed       int
+	here           map[uint64]int // events that came live by this socket, and as its how-manieth message
+	count          int            // events by this socket
 	reloads        []time.Time
 	journal        []entry
 }
@@ -53,6 +61,12 @@ type client struct {
 type arrival struct {
 	at   time.Time
 	live bool // once at least not by a replay
+}
+
+// ghost is a socket that was left open, and nobody reads: one of a page that hangs, while its user has opened another.
+type ghost struct {
+	ws     *websocket.Conn
+	closed atomic.Bool // by the service; known once haunt runs
 }
 
 // entry is a line of a client's journal.
@@ -80,7 +94,8 @@ var retryAfter = regexp.MustCompile(`retry-after-ms=(\d+)`)
 
 const (
 	firstBackoff = 500 * time.Millisecond
-	lastBackoff  = 4 * time.Second  // 30 s would outlast a run
+	lastBackoff  = 4 * time.Second // the page's 30 s would outlast a run; what it has as a minute is in proportion
+	steady       = 8 * time.Second
 	deadAfter    = 15 * time.Second // without any message, pings being sent every third of it
 )
 
@@ -107,22 +122,27 @@ func (c *client) once() time.Duration {
 	}
 	c.mu.Lock()
 	c.ws, c.pod, c.vanished = ws, pod, false
+	c.here, c.count = map[uint64]int{}, 0
 	c.mu.Unlock()
+	c.greeted = time.Time{}
 	end := make(chan struct{})
 	var pings sync.WaitGroup
 	pings.Go(func() { c.ping(ws, end) })
 	err = c.read(ws)
 	close(end)
 	c.mu.Lock()
-	c.ws = nil
+	c.ws, c.resting = nil, false
 	if c.vanished {
-		c.ghosts = append(c.ghosts, ws)
+		c.ghosts = append(c.ghosts, &ghost{ws: ws})
 	} else {
 		ws.Close()
 	}
 	c.mu.Unlock()
 	pings.Wait()
 	c.note("pod-%d: closed: %v", pod, err)
+	if !c.greeted.IsZero() && time.Since(c.greeted) > steady {
+		c.backoff = firstBackoff
+	}
 	return c.afterClose(err)
 }
 
@@ -158,7 +178,7 @@ func (c *client) dial(pod int) (*websocket.Conn, error) {
 	}
 	url := fmt.Sprintf("ws://%s/ws/acme/%s?", c.w.pod(pod).HTTP, c.agent)
 	key := apiKey
-	if c.agent == "" {
+	if c.admin {
 		url, key = fmt.Sprintf("ws://%s/ws/admin?", c.w.pod(pod).HTTP), adminAPI
 	}
 	if c.owed != nil {
@@ -277,10 +297,13 @@ func (c *client) message(ws *websocket.Conn, m message) {
 			c.choose(ws)
 		}
 	}
+	c.mu.Lock()
+	c.resting = !c.greeted.IsZero() && c.asked == 0 && c.owed == nil
+	c.mu.Unlock()
 }
 
 func (c *client) becameReady() {
-	c.backoff = firstBackoff
+	c.greeted = time.Now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.readyAt.IsZero() {
@@ -315,7 +338,7 @@ func (c *client) resume(ws *websocket.Conn) {
 func (c *client) answered(ws *websocket.Conn, seq uint64, gap bool) {
 	c.asked--
 	c.top = max(c.top, seq)
-	if gap {
+	if gap { // a reload fetches all that was published until now
 		c.mu.Lock()
 		c.reloaded = time.Now()
 		c.reloads = append(c.reloads, c.reloaded)
@@ -331,6 +354,9 @@ func (c *client) answered(ws *websocket.Conn, seq uint64, gap bool) {
 	}
 }
 
+// remembered is how many events ago the service certainly knows that it has written one to a socket.
+const remembered = 200
+
 func (c *client) event(m message) {
 	c.top = max(c.top, m.Seq)
 	c.mu.Lock()
@@ -344,7 +370,12 @@ func (c *client) event(m message) {
 		if before.live {
 			c.repeated++
 		}
+		if at, again := c.here[m.Seq]; again && c.count-at < remembered {
+			c.twice++
+		}
+		c.here[m.Seq] = c.count
 	}
+	c.count++
 	if !had {
 		before.at = now
 		c.fresh = append(c.fresh, now)
@@ -392,6 +423,13 @@ func (c *client) end() {
 		c.ws.NetConn().Close()
 	}
 	for _, g := range c.ghosts {
-		g.Close()
+		g.ws.Close()
 	}
+}
+
+// haunt reads what comes to the socket, bare bytes, until the service closes it.
+func (g *ghost) haunt() {
+	g.ws.SetReadDeadline(time.Time{})
+	io.Copy(io.Discard, g.ws.NetConn())
+	g.closed.Store(true)
 }

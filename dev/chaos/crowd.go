@@ -35,7 +35,7 @@ func newCrowd(w *world, p plan) *crowd {
 		cr.add(w, c)
 	}
 	for i, scope := range []string{"", "agent-0"} {
-		c := &client{name: fmt.Sprintf("admin-%d%s", i, map[bool]string{true: "-of-" + scope}[scope != ""])}
+		c := &client{name: fmt.Sprintf("admin-%d", i), admin: true, agent: scope}
 		c.token = seal(adminKey, map[string]any{"admin_id": c.name, "subscribed_company_id": "acme", "subscribed_agent_id": scope,
 			"expires_at": time.Now().Add(time.Hour)})
 		cr.add(w, c)

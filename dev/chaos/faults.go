@@ -21,20 +21,25 @@ type fault struct {
 	lasts  time.Duration // how long it is down, still, cut, slow
 	began  time.Time
 	healed time.Time
-	hurt   []*client // the clients concerned
+	hurt   []*client // whose events it may hold up
 }
 
 func (f *fault) String() string {
 	switch f.kind {
 	case "kill", "term", "stop", "cut", "far", "hole":
 		return fmt.Sprintf("%s pod-%d %.1fs", f.kind, f.target, f.lasts.Seconds())
-	case "slow", "reset", "vanish":
-		return fmt.Sprintf("%s user-%d %.1fs", f.kind, f.target, f.lasts.Seconds())
+	case "slow":
+		return fmt.Sprintf("slow user-%d %.1fs", f.target, f.lasts.Seconds())
+	case "reset", "vanish":
+		return fmt.Sprintf("%s user-%d", f.kind, f.target)
+	case "consumer":
+		return f.kind
 	}
 	return fmt.Sprintf("%s %.1fs", f.kind, f.lasts.Seconds())
 }
 
-// schedule draws the faults of a seed. They overlap, but for two of one target.
+// schedule draws the faults of a seed. They overlap, but for two of one target. The kinds are drawn as from a deck of cards:
+// none comes again before all others have come.
 func schedule(p plan) ([]*fault, error) {
 	for _, k := range p.kinds {
 		if !slices.Contains(kinds, k) {
@@ -44,28 +49,58 @@ func schedule(p plan) ([]*fault, error) {
 	rng := rand.New(rand.NewPCG(p.seed, 0))
 	free := map[string]time.Duration{}
 	var list []*fault
-	for at := 2 * time.Second; at < p.duration-time.Second && len(p.kinds) > 0; at += time.Duration(500+rng.IntN(2500)) * time.Millisecond {
-		f := &fault{kind: p.kinds[rng.IntN(len(p.kinds))], at: at, target: rng.IntN(pods)}
-		f.lasts = time.Duration(200+rng.IntN(2800)) * time.Millisecond
-		rest := 4 * time.Second
-		switch f.kind {
-		case "stop":
-			f.lasts = time.Duration(1000+rng.IntN(7000)) * time.Millisecond
-		case "cut", "far", "hole":
-			f.lasts = time.Duration(1000+rng.IntN(5000)) * time.Millisecond
-		case "slow":
-			f.target, f.lasts = rng.IntN(max(p.clients/4, 1))*4, time.Duration(2000+rng.IntN(5000))*time.Millisecond
-		case "reset", "vanish":
-			f.target, f.lasts, rest = rng.IntN(p.clients), 0, 0
-		case "redis", "redisloss", "nats", "consumer":
-			f.target = 0
+	var deck []string
+	for at := 2 * time.Second; at < p.duration-time.Second && len(p.kinds) > 0; at += time.Duration(300+rng.IntN(1300)) * time.Millisecond {
+		if len(deck) == 0 {
+			deck = deal(rng, p.kinds, at > p.duration/2)
 		}
-		if free[f.place()] <= at {
-			free[f.place()] = at + f.lasts + rest
-			list = append(list, f)
+		for i := range 3 * len(deck) { // the next kind that finds a target, of three, which is left alone
+			i %= len(deck)
+			f, rest := draw(rng, p, deck[i])
+			if f.at = at; free[f.place()] <= at {
+				free[f.place()] = at + f.lasts + rest
+				list = append(list, f)
+				deck = slices.Delete(deck, i, i+1)
+				break
+			}
 		}
 	}
 	return list, nil
+}
+
+// deal shuffles the kinds. NATS dies early: who resumes meanwhile must reload, and what came before that cannot be judged.
+func deal(rng *rand.Rand, kinds []string, late bool) []string {
+	deck := slices.Clone(kinds)
+	rng.Shuffle(len(deck), func(i, j int) { deck[i], deck[j] = deck[j], deck[i] })
+	if i := slices.Index(deck, "nats"); i >= 0 && len(deck) > 1 {
+		deck = slices.Delete(deck, i, i+1)
+		if !late {
+			deck = slices.Insert(deck, min(i, len(deck)/3), "nats")
+		}
+	}
+	return deck
+}
+
+// draw makes a fault of the kind, and says how long its target must be left alone afterwards.
+func draw(rng *rand.Rand, p plan, kind string) (f *fault, rest time.Duration) {
+	ms := func(from, to int) time.Duration { return time.Duration(from+rng.IntN(to-from)) * time.Millisecond }
+	f = &fault{kind: kind, target: rng.IntN(pods), lasts: ms(200, 3000)}
+	switch kind {
+	case "stop":
+		f.lasts = ms(1000, 8000)
+	case "cut", "far", "hole":
+		f.lasts = ms(1000, 6000)
+	case "slow":
+		f.target, f.lasts = rng.IntN(max(p.clients/4, 1))*4, ms(2000, 7000)
+	case "reset", "vanish":
+		f.target, f.lasts = rng.IntN(p.clients), 0
+		return f, 0
+	case "redis", "redisloss", "nats":
+		f.target = 0
+	case "consumer":
+		f.target, f.lasts = 0, 0
+	}
+	return f, 4 * time.Second
 }
 
 // place is what only one fault at a time can be made to.
@@ -114,9 +149,9 @@ func makeFaults(ctx context.Context, w *world, cr *crowd, pub *publisher, list [
 func (f *fault) make(ctx context.Context, w *world, cr *crowd, pub *publisher) error {
 	switch f.kind {
 	case "kill", "term", "stop":
-		f.hurt = cr.on(f.target)
 		return f.pod(ctx, w)
 	case "cut", "far", "hole":
+		f.hurt = cr.on(f.target)
 		f.way(ctx, w)
 	case "slow", "reset", "vanish":
 		c := cr.list[f.target]
@@ -144,7 +179,7 @@ func (f *fault) make(ctx context.Context, w *world, cr *crowd, pub *publisher) e
 		wait(ctx, f.lasts)
 		return w.nats.Restart()
 	case "consumer":
-		within, cancel := context.WithTimeout(ctx, 10*time.Second)
+		within, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
 		return f.deleteConsumer(within, w)
 	}
@@ -165,7 +200,7 @@ func (f *fault) pod(ctx context.Context, w *world) error {
 		s.Kill()
 	case "term":
 		s.Signal(syscall.SIGTERM)
-		within, cancel := context.WithTimeout(ctx, 40*time.Second)
+		within, cancel := context.WithTimeout(ctx, 2*time.Minute)
 		code, err := s.Wait(within)
 		cancel()
 		if err != nil || code != 0 {

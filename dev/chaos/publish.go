@@ -13,10 +13,10 @@ import (
 
 // record is a publish that JetStream has acknowledged.
 type record struct {
-	seq     uint64
-	subject string // without the prefix
-	sent    time.Time
-	acked   time.Time
+	seq         uint64
+	agent, what string // of the subject: what is chats, contacts, agents or messages.<chat>
+	sent        time.Time
+	acked       time.Time
 }
 
 // publisher publishes at a rate and remembers what was acknowledged.
@@ -35,7 +35,7 @@ type publisher struct {
 }
 
 func newPublisher(w *world, cr *crowd, p plan) *publisher {
-	return &publisher{w: w, agents: cr.agents, rate: p.rate, until: time.Now().Add(max(p.duration/8, p.duration-35*time.Second)), end: make(chan struct{}), work: make(chan feed.Event)}
+	return &publisher{w: w, agents: cr.agents, rate: p.rate, until: time.Now().Add(max(p.duration/4, p.duration-10*time.Second)), end: make(chan struct{}), work: make(chan feed.Event)}
 }
 
 // start publishes until stop. While NATS is away its workers wait, and what was due is not published at all.
@@ -93,7 +93,8 @@ func (p *publisher) publish(ctx context.Context, ev feed.Event) {
 		p.doubt++
 		return
 	}
-	p.records = append(p.records, record{ack.Sequence, ev.Subject, sent, time.Now()})
+	agent, what, _ := strings.Cut(strings.TrimPrefix(ev.Subject, "acme."), ".")
+	p.records = append(p.records, record{ack.Sequence, agent, what, sent, time.Now()})
 }
 
 // burst is more than a socket can hold that does not read.

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -17,74 +16,114 @@ import (
 type verdict struct {
 	w       *world
 	cr      *crowd
+	faults  []*fault
 	records []record
-	lost    map[*client][]record
+	of      map[string][]record // by agent
+	missing map[*client][]record
+	lost    int      // all of missing
 	pending string   // what JetStream waits for still
 	unequal []string // ledgers that do not balance
+	restive []string // clients that are not connected, or have asked for something
+	ghosts  []string // clients whose former socket is open still
+	bad     []string // promises that were broken
 }
 
-// quiet is how long nothing may change, once JetStream waits for nothing, before what is missing counts as lost: more
-// than a gap needs to be announced by the owner log, and a client to resume.
-const quiet = 12 * time.Second
+// quiet is how long nothing may change, once everything is at rest, before what is missing counts as lost: more than a
+// gap needs to be announced by the owner log, more than a refresh interval, in which a session that was taken over closes.
+const quiet = 15 * time.Second
 
-// settle leaves the clients alone until each has all it was due and JetStream has nothing pending, or it seems that this
-// will not come.
-func settle(ctx context.Context, w *world, cr *crowd, pub *publisher, p plan) *verdict {
-	v := &verdict{w: w, cr: cr, records: pub.acked()}
-	deadline, change := time.Now().Add(p.settle), time.Now()
-	last := -1
+// settle leaves the clients alone until each has all it was due and nothing is under way, or it seems that this will not come.
+// Time decides nothing while anything is still under way, but for p.settle, beyond which it is called stuck.
+func settle(ctx context.Context, w *world, cr *crowd, pub *publisher, list []*fault) *verdict {
+	v := &verdict{w: w, cr: cr, faults: list, records: pub.acked(), of: map[string][]record{}, missing: map[*client][]record{}}
+	for _, r := range v.records {
+		v.of[r.agent] = append(v.of[r.agent], r)
+	}
+	for _, c := range cr.list {
+		v.missing[c] = v.wanted(c)
+		for _, g := range c.ghosts {
+			go g.haunt() // ends with the socket: crowd.stop closes it
+		}
+	}
+	deadline, change, last := time.Now().Add(w.plan.settle), time.Now(), -1
 	for {
-		n := v.look()
 		v.pending = v.askPending(ctx)
 		v.unequal = v.ledgers(ctx)
-		if n != last || v.pending != "" {
-			last, change = n, time.Now()
+		v.look()
+		if v.lost != last || v.pending != "" || len(v.restive) > 0 {
+			last, change = v.lost, time.Now()
 		}
-		if n == 0 && v.pending == "" && len(v.unequal) == 0 || time.Since(change) > quiet || time.Now().After(deadline) || ctx.Err() != nil {
-			w.say("quiet: %d lost, JetStream %q, ledgers %v", n, v.pending, v.unequal)
+		well := v.lost == 0 && v.pending == "" && len(v.unequal)+len(v.restive)+len(v.ghosts) == 0
+		if well || time.Since(change) > quiet || time.Now().After(deadline) || ctx.Err() != nil {
+			w.say("at rest: %d lost", v.lost)
 			return v
 		}
 		wait(ctx, 300*time.Millisecond)
 	}
 }
 
-// look finds what is missing.
-func (v *verdict) look() (n int) {
-	v.lost = map[*client][]record{}
-	for _, c := range v.cr.list {
-		c.mu.Lock()
-		for _, r := range v.records {
-			if _, ok := c.got[r.seq]; !ok && c.dueLocked(r) {
-				v.lost[c] = append(v.lost[c], r)
-				n++
-			}
-		}
-		c.mu.Unlock()
+// wanted are the events whose subject is the client's.
+func (v *verdict) wanted(c *client) (all []record) {
+	from := v.of[c.agent]
+	if c.admin && c.agent == "" {
+		from = v.records
 	}
-	return n
+	for _, r := range from {
+		if c.wants(r) {
+			all = append(all, r)
+		}
+	}
+	return all
 }
 
-// dueLocked says whether the client was due an event. What was sent before ready came, but acknowledged after, is left out:
-// this program's clock cannot tell on which side it was.
+// wants says whether the event's subject is one of the client's.
+func (c *client) wants(r record) bool {
+	switch {
+	case c.admin:
+		return r.what == "agents" && (c.agent == "" || r.agent == c.agent)
+	case r.agent != c.agent:
+		return false
+	}
+	return r.what == "chats" || r.what == "contacts" || c.chat != "" && r.what == "messages."+c.chat
+}
+
+// dueLocked says whether the client, which wants it, was due an event. What was sent before ready came, but acknowledged
+// after, is left out: this program's clock cannot tell on which side it was.
 func (c *client) dueLocked(r record) bool {
-	agent, table, _ := strings.Cut(strings.TrimPrefix(r.subject, "acme."), ".")
 	from := c.readyAt
-	switch chat, isMessage := strings.CutPrefix(table, "messages."); {
-	case c.agent == "" && (table != "agents" || strings.HasSuffix(c.name, "-of-agent-0") && agent != "agent-0"):
-		return false
-	case c.agent == "":
-	case agent != c.agent || table == "agents":
-		return false
-	case isMessage && chat != c.chat:
-		return false
-	case isMessage:
+	if strings.HasPrefix(r.what, "messages.") {
 		from = c.chosenAt
 	}
 	return !from.IsZero() && r.sent.After(from) && r.acked.After(c.reloaded)
 }
 
+// look finds what is missing, and who is not at rest.
+func (v *verdict) look() {
+	v.lost, v.restive, v.ghosts = 0, nil, nil
+	for _, c := range v.cr.list {
+		c.mu.Lock()
+		left := v.missing[c][:0]
+		for _, r := range v.missing[c] {
+			if _, ok := c.got[r.seq]; !ok && c.dueLocked(r) {
+				left = append(left, r)
+			}
+		}
+		v.missing[c] = left
+		v.lost += len(left)
+		if !c.resting {
+			v.restive = append(v.restive, c.name)
+		}
+		for _, g := range c.ghosts {
+			if !g.closed.Load() {
+				v.ghosts = append(v.ghosts, c.name)
+			}
+		}
+		c.mu.Unlock()
+	}
+}
+
 func (v *verdict) askPending(ctx context.Context) string {
-	within, cancel := context.WithTimeout(ctx, 2*time.Second)
+	within, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	c, err := v.w.js.Consumer(within, "wa_stream", "ws_fanout")
 	if err != nil {
@@ -116,7 +155,7 @@ func (v *verdict) ledgers(ctx context.Context) (unequal []string) {
 
 // scrape sums the series of each metric; "pushed" is the outcome of that name alone.
 func scrape(ctx context.Context, url string) (map[string]float64, error) {
-	within, cancel := context.WithTimeout(ctx, 3*time.Second)
+	within, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	req, err := http.NewRequestWithContext(within, "GET", url, nil)
 	if err != nil {
@@ -141,145 +180,79 @@ func scrape(ctx context.Context, url string) (map[string]float64, error) {
 	return m, nil
 }
 
-// report prints everything, and says whether it was bad.
-func (v *verdict) report(list []*fault) (bad bool) {
-	fmt.Println("\nfaults, and the longest time without delivery for a client concerned")
-	for _, f := range list {
-		cost, who := f.cost()
-		fmt.Printf("  %s  %-24s healed %s  %5.1fs  %s\n", v.w.at(f.began), f, v.w.at(f.healed), cost.Seconds(), who)
+// tally is what the deliveries to all clients add up to.
+type tally struct {
+	due, excused                    int // of all events that were published
+	live, repeated, twice, replayed int
+	strays, reloads                 int
+}
+
+func (v *verdict) count() (t tally) {
+	known := map[uint64]record{}
+	for _, r := range v.records {
+		known[r.seq] = r
 	}
-	var live, repeated, replayed, n, due, excused int
 	for _, c := range v.cr.list {
-		live, repeated, replayed, n = live+c.live, repeated+c.repeated, replayed+c.replayed, n+len(v.lost[c])
-		for _, r := range v.records {
+		t.live, t.repeated, t.twice, t.replayed = t.live+c.live, t.repeated+c.repeated, t.twice+c.twice, t.replayed+c.replayed
+		t.reloads += len(c.reloads)
+		for seq := range c.got {
+			if r, ok := known[seq]; ok && !c.wants(r) {
+				t.strays++
+			}
+		}
+		for _, r := range v.wanted(c) {
 			if c.dueLocked(r) {
-				due++
+				t.due++
+			} else if r.acked.Before(c.reloaded) {
+				t.excused++
 			}
 		}
-		for _, at := range c.reloads {
-			if v.natsAway(list, at) {
-				excused++
-				continue
-			}
-			bad = true
-			fmt.Printf("BAD: %s  %s was told to reload\n", v.w.at(at), c.name)
+	}
+	return t
+}
+
+// judge notes every promise that was broken. Only what has an allowance is measured: the rest may not happen once.
+func (v *verdict) judge(t tally) {
+	is := func(bad bool, format string, args ...any) {
+		if bad {
+			v.bad = append(v.bad, fmt.Sprintf(format, args...))
 		}
 	}
-	share := float64(repeated) / float64(max(live, 1))
-	fmt.Printf("%d due, %d lost; %d live deliveries, %d of them (%.2f %%) a second time; %d replayed\n", due, n, live, repeated, 100*share, replayed)
-	if excused > 0 {
-		fmt.Printf("%d reloads asked for while NATS was away: what was acknowledged before one was not due\n", excused)
-	}
+	is(v.lost > 0, "lost: %d of %d events did not come to a client that they were due to", v.lost, t.due)
+	is(t.due == 0 || 3*t.due < t.excused, "excused: %d events were due, %d more would have been but for a reload", t.due, t.excused)
+	is(t.strays > 0, "strays: %d events came to a client whose they were not", t.strays)
+	is(20*t.repeated >= t.live, "duplicates: %d of %d live deliveries, 5 %% or more", t.repeated, t.live)
+	is(200*t.twice >= t.live, "twice: %d of %d live deliveries had come by the same socket before, 0.5 %% or more", t.twice, t.live)
+	is(v.pending != "", "pending: JetStream waits, %s", v.pending)
+	is(len(v.unequal) > 0, "ledgers: %s", strings.Join(v.unequal, "; "))
+	is(len(v.restive) > 0, "unanswered: %d clients are not connected, or wait for an answer: %.10v", len(v.restive), v.restive)
+	is(len(v.ghosts) > 0, "sessions: %d sockets are open though their users have later ones: %.10v", len(v.ghosts), v.ghosts)
+	tooFar := 0
+	v.podLines(func(_, line string) {
+		if strings.Contains(line, "replay ended in a gap") && strings.Contains(line, "cannot be replayed") {
+			tooFar++
+		}
+	})
+	is(tooFar > 0, "reload: %d clients were told to reload what could be replayed", tooFar)
 	for i := range pods {
 		v.w.blame(v.w.pod(i).Process)
 	}
 	v.w.blame(v.w.nats.Process())
 	v.w.blame(v.w.redis.Process())
-	for _, what := range append(slices.Clone(v.w.faulty), v.unequal...) {
-		fmt.Println("BAD:", what)
-		bad = true
-	}
-	if share >= 0.05 {
-		fmt.Println("BAD: too many duplicates")
-		bad = true
-	}
-	if v.pending != "" {
-		fmt.Println("BAD: JetStream waits:", v.pending)
-		bad = true
-	}
-	v.explain(list)
-	v.worstPause()
-	if bad = bad || n > 0; bad {
-		fmt.Println("FAILED; logs in", v.w.dir)
-	} else {
-		fmt.Println("PASSED")
-	}
-	return bad
-}
-
-// natsAway says whether a replay could not be read then: the protocol has the client reload.
-func (v *verdict) natsAway(list []*fault, at time.Time) bool {
-	return slices.ContainsFunc(list, func(f *fault) bool {
-		return f.kind == "nats" && at.After(f.began) && at.Before(f.healed.Add(3*time.Second))
-	})
-}
-
-// cost is the longest pause of a client between two first arrivals that touches the fault.
-func (f *fault) cost() (longest time.Duration, who string) {
-	for _, c := range f.hurt {
-		for i := 1; i < len(c.fresh); i++ {
-			from, to := c.fresh[i-1], c.fresh[i]
-			if d := to.Sub(from); d > longest && to.After(f.began) && from.Before(f.healed.Add(2*time.Second)) {
-				longest, who = d, c.name
-			}
-		}
-	}
-	return longest, who
-}
-
-// worstPause prints the journal of the client that waited longest, if that was longer than any fault explains.
-func (v *verdict) worstPause() {
-	var worst *client
-	var from time.Time
-	longest := 20 * time.Second
-	for _, c := range v.cr.list {
-		for i := 1; i < len(c.fresh); i++ {
-			if d := c.fresh[i].Sub(c.fresh[i-1]); d > longest {
-				worst, from, longest = c, c.fresh[i-1], d
-			}
-		}
-	}
-	if worst == nil {
-		return
-	}
-	fmt.Printf("\n%s had nothing new for %.1f s from %s:\n", worst.name, longest.Seconds(), v.w.at(from))
-	for _, e := range worst.journal {
-		if e.at.After(from.Add(-10*time.Second)) && e.at.Before(from.Add(longest+time.Second)) {
-			fmt.Printf("  %s  %s\n", v.w.at(e.at), e.what)
-		}
+	for _, what := range v.w.faulty {
+		is(true, "process: %s", what)
 	}
 }
 
-// explain prints all that is known of the first lost events.
-func (v *verdict) explain(list []*fault) {
-	shown := 0
-	for c, records := range v.lost {
-		for _, r := range records {
-			if shown++; shown > 8 {
-				return
-			}
-			fmt.Printf("\nLOST %s: seq %d, %s, sent %s, acknowledged %s; client ready %s, chat selected %s\n", c.name, r.seq, r.subject,
-				v.w.at(r.sent), v.w.at(r.acked), v.w.at(c.readyAt), v.w.at(c.chosenAt))
-			for _, f := range list {
-				if r.acked.After(f.began.Add(-5*time.Second)) && r.acked.Before(f.healed.Add(15*time.Second)) {
-					fmt.Printf("  fault %s to %s: %s\n", v.w.at(f.began), v.w.at(f.healed), f)
-				}
-			}
-			for _, other := range v.cr.list {
-				if a, ok := other.got[r.seq]; ok {
-					fmt.Printf("  %s has it, %s, live %v\n", other.name, v.w.at(a.at), a.live)
-				}
-			}
-			for _, e := range c.journal {
-				if e.at.After(r.acked.Add(-20*time.Second)) && e.at.Before(r.acked.Add(60*time.Second)) {
-					fmt.Printf("  %s  %s\n", v.w.at(e.at), e.what)
-				}
-			}
-			v.podLines(r.seq)
-		}
-	}
-}
-
-func (v *verdict) podLines(seq uint64) {
+// podLines hands all lines of the pods' logs to f.
+func (v *verdict) podLines(f func(pod, line string)) {
 	for i := range pods {
 		text, err := os.ReadFile(filepath.Join(v.w.dir, podID(i)+".log"))
 		if err != nil {
 			continue
 		}
 		for line := range strings.Lines(string(text)) {
-			if strings.Contains(line, fmt.Sprintf(`"seq":%d,`, seq)) || strings.Contains(line, fmt.Sprintf(`"seq":%d}`, seq)) {
-				fmt.Printf("  %s: %s\n", podID(i), strings.TrimSpace(line))
-			}
+			f(podID(i), strings.TrimSpace(line))
 		}
 	}
 }

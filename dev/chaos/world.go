@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -24,15 +25,15 @@ const (
 
 // world is the processes that the faults are made in.
 type world struct {
-	dir    string
-	bin    rig.Binaries
-	policy string
-	nats   *rig.NATS
-	redis  *rig.Redis
-	ways   [pods]*rig.Proxy // between the pods
-	nc     *nats.Conn
-	js     jetstream.JetStream
-	began  time.Time
+	dir   string
+	bin   rig.Binaries
+	plan  plan
+	nats  *rig.NATS
+	redis *rig.Redis
+	ways  [pods]*rig.Proxy // between the pods
+	nc    *nats.Conn
+	js    jetstream.JetStream
+	began time.Time
 
 	mu     sync.Mutex // guards pods and faults
 	pods   [pods]*rig.Service
@@ -41,12 +42,15 @@ type world struct {
 
 // newWorld starts everything; on an error too, what it returns must be closed.
 func newWorld(ctx context.Context, p plan) (*world, error) {
+	if rig.RedisServer() == "" {
+		return nil, errors.New("redis-server is not installed, and another cannot be killed (Debian: apt-get install redis-server)")
+	}
 	dir, err := os.MkdirTemp("", "dws-chaos-")
 	if err != nil {
 		return nil, err
 	}
-	w := &world{dir: dir, policy: p.policy, began: time.Now()}
-	if w.bin, err = rig.Build(ctx, dir, false); err != nil {
+	w := &world{dir: dir, plan: p, began: time.Now()}
+	if w.bin, err = rig.Build(ctx, dir, os.Getenv("DWS_RACE") == "1"); err != nil {
 		return w, err
 	}
 	for _, sub := range []string{"nats", "redis"} {
@@ -86,20 +90,20 @@ func newWorld(ctx context.Context, p plan) (*world, error) {
 func podID(i int) string { return fmt.Sprintf("pod-%d", i) }
 
 // startPod starts the i-th pod, again under the same id and address. Times are shorter than the defaults so that every
-// time-out runs out in a run of a minute; the past is long enough that no client ever has to reload.
+// time-out runs out in a run of half a minute; the past is long enough that no client ever has to reload for it.
 func (w *world) startPod(ctx context.Context, i int) error {
 	s, err := rig.StartService(w.bin.Service, podID(i), filepath.Join(w.dir, podID(i)+".log"), []string{
 		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_POD_ID=" + podID(i),
 		"SERVER_ADVERTISE_ADDRESS=" + w.ways[i].Address(), "SERVER_DRAIN_SPREAD=2s", "LOG_LEVEL=debug",
-		"NATS_URL=" + w.nats.URL(), "NATS_RECONNECT_WAIT=200ms", "NATS_ACK_WAIT=12s", "REDIS_ADDRESS=" + w.redis.Address(),
+		"NATS_URL=" + w.nats.URL(), "NATS_RECONNECT_WAIT=200ms", "NATS_ACK_WAIT=" + w.plan.ackWait.String(), "NATS_NAK_DELAY=300ms", "REDIS_ADDRESS=" + w.redis.Address(),
 		"PEER_TIMEOUT=2s", "PEER_BREAKER_OPEN=3s", "WEBSOCKET_WRITE_TIMEOUT=4s", "WEBSOCKET_BLOCK_TIMEOUT=2s",
-		"WEBSOCKET_BUFFER_SIZE=32", "WEBSOCKET_DROP_POLICY=" + w.policy, "RESUME_MAX_EVENTS=1000000",
+		"WEBSOCKET_BUFFER_SIZE=32", "WEBSOCKET_DROP_POLICY=" + w.plan.policy, "RESUME_MAX_EVENTS=1000000",
 		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=" + adminAPI, "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
 	})
 	if err != nil {
 		return err
 	}
-	within, cancel := context.WithTimeout(ctx, 30*time.Second)
+	within, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	if err := s.WaitListening(within); err != nil {
 		s.Kill()
