@@ -278,19 +278,25 @@ func mute(t *testing.T) string {
 	return l.Addr().String()
 }
 
+// sickFor is how long a test keeps a pod sick: DWS_SICK, or else d.
+func sickFor(t *testing.T, d time.Duration) time.Duration {
+	t.Helper()
+	if s := os.Getenv("DWS_SICK"); s != "" {
+		var err error
+		if d, err = time.ParseDuration(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return d
+}
+
 // TestSickPeer: half of the events are for the sockets of a pod that is cut off in one way or another. The other half keeps
 // its latency, measured in the same run before and during. The sick half comes later or is announced as a gap, and both
 // ledgers balance on both pods. DWS_SICK is for how long it is sick.
 func TestSickPeer(t *testing.T) {
-	rate, before, during := 2000, 4*time.Second, 10*time.Second
+	rate, before, during := 2000, 4*time.Second, sickFor(t, 10*time.Second)
 	if harness.Race {
 		rate = 300
-	}
-	if s := os.Getenv("DWS_SICK"); s != "" {
-		var err error
-		if during, err = time.ParseDuration(s); err != nil {
-			t.Fatal(err)
-		}
 	}
 	for _, tc := range []struct {
 		name   string

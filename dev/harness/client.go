@@ -276,17 +276,23 @@ func (c *Client) WantNothingElse() {
 func (c *Client) SelectChat(chat string) Reply {
 	c.t().Helper()
 	c.Send(map[string]any{"type": "select_chat", "payload": map[string]any{"chat_id": chat}})
-	r := c.reply(c.TakeType("chat_selected"))
+	r := c.TakeReply("chat_selected")
 	if r.ChatID != chat {
 		c.t().Fatalf("%s: selected %q, confirmed %q", c.who(), chat, r.ChatID)
 	}
 	return r
 }
 
+// TakeReply is TakeType with the payload read, for the types that have that of Reply.
+func (c *Client) TakeReply(typ string) Reply {
+	c.t().Helper()
+	return c.reply(c.TakeType(typ))
+}
+
 // WantGap takes a gap with this reason out of the inbox.
 func (c *Client) WantGap(reason string) Reply {
 	c.t().Helper()
-	r := c.reply(c.TakeType("gap"))
+	r := c.TakeReply("gap")
 	if r.Reason != reason {
 		c.t().Fatalf("%s: gap since %d for %q, want %q", c.who(), r.Since, r.Reason, reason)
 	}

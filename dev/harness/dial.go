@@ -121,6 +121,7 @@ func (p *Pod) tryDial(ctx context.Context, d Dial, address string) (*Client, Ans
 		dial = dialGorilla
 	}
 	at := d.dialer(address)
+	at.host = p.Host
 	if at.tls = p.TLS; at.tls != nil {
 		at.url = "wss" + strings.TrimPrefix(at.url, "ws")
 	}

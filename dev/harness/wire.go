@@ -12,6 +12,8 @@ import (
 
 	coder "github.com/coder/websocket"
 	gorilla "github.com/gorilla/websocket"
+
+	"daisi-ws-service/dev/rig"
 )
 
 // wire is what the two client libraries have in common. One goroutine at a time reads; any may call the others.
@@ -30,9 +32,13 @@ type dialer struct {
 	compression bool
 	rcvBuf      int // SO_RCVBUF; 0 = the kernel's choice
 	tls         *tls.Config
+	host        *rig.Host // to dial from; nil = from here
 }
 
 func (d dialer) netDial(ctx context.Context, network, addr string) (net.Conn, error) {
+	if d.host != nil {
+		return d.host.Dial(ctx, network, addr)
+	}
 	nd := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
 		if d.rcvBuf == 0 {
 			return nil

@@ -213,6 +213,12 @@ func (w *World) Start(settings ...string) *Pod {
 // Launch runs a pod and does not wait. Arguments of the command line begin with a dash, as in "-config=FILE".
 func (w *World) Launch(settings ...string) *Pod {
 	w.T.Helper()
+	return w.launch(nil, settings...)
+}
+
+// launch runs a pod on a host of a network, or here.
+func (w *World) launch(host *rig.Host, settings ...string) *Pod {
+	w.T.Helper()
 	var args, env []string
 	for _, s := range settings {
 		if s[0] == '-' {
@@ -222,10 +228,15 @@ func (w *World) Launch(settings ...string) *Pod {
 		}
 	}
 	id := fmt.Sprintf("pod-%d", w.pods.Add(1))
-	s, err := rig.StartService(shared.bin.Service, id, filepath.Join(w.dir, id+".log"), w.PodSettings(id, env...), args...)
+	bin := shared.bin.Service
+	if host != nil {
+		bin, args = host.Command(bin, args...)
+	}
+	s, err := rig.StartService(bin, id, filepath.Join(w.dir, id+".log"), w.PodSettings(id, env...), args...)
 	if err != nil {
 		w.T.Fatal(err)
 	}
+	s.Host = host
 	w.T.Cleanup(func() {
 		w.blame(s.Process)
 		s.Kill()

@@ -30,9 +30,14 @@ func StartProxy(target string) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
+	return NewProxy(l, target), nil
+}
+
+// NewProxy is StartProxy with a listener, which it closes in the end.
+func NewProxy(l net.Listener, target string) *Proxy {
 	p := &Proxy{target: target, l: l, conns: map[net.Conn]struct{}{}}
 	p.wg.Go(p.accept)
-	return p, nil
+	return p
 }
 
 // Address is where to connect instead of to the target.

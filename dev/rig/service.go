@@ -17,8 +17,9 @@ type Service struct {
 	HTTP string // host:port, known after WaitListening
 	GRPC string
 	TLS  *tls.Config // how clients reach it by HTTPS and wss; nil = without TLS
+	Host *Host       // of the Network that it is on; nil = none
 
-	client *http.Client // set with TLS, at its first use
+	client *http.Client // set with TLS or Host, at its first use
 }
 
 // Base is what the URLs of its HTTP endpoints begin with.
@@ -31,11 +32,15 @@ func (s *Service) Base() string {
 
 // Client reaches it by HTTP. For one goroutine at a time.
 func (s *Service) Client() *http.Client {
-	if s.TLS == nil {
+	if s.TLS == nil && s.Host == nil {
 		return http.DefaultClient
 	}
 	if s.client == nil {
-		s.client = &http.Client{Transport: &http.Transport{TLSClientConfig: s.TLS, DisableKeepAlives: true}}
+		t := &http.Transport{TLSClientConfig: s.TLS, DisableKeepAlives: true}
+		if s.Host != nil {
+			t.DialContext = s.Host.Dial
+		}
+		s.client = &http.Client{Transport: t}
 	}
 	return s.client
 }
