@@ -19,6 +19,10 @@ import (
 // routeTimeout bounds claiming a route, reading the stream's sequence and opening a token for a socket.
 const routeTimeout = 5 * time.Second
 
+// messageTime bounds how long a client may take for one message: pongs between two bytes of it keep the heartbeat
+// content, and what has come of it is held.
+const messageTime = time.Minute
+
 var errClosed = errors.New("the socket was closed")
 
 // lock is the session that a socket holds: its id, how to hear of its loss, and how to give it back.
@@ -50,6 +54,7 @@ type conn struct {
 	nextPing time.Time    // owned by the hub's ticker
 	missed   atomic.Int32 // pings without a pong
 	expires  atomic.Int64 // of the token, in Unix nanoseconds
+	begun    atomic.Int64 // see inbound
 
 	mu       sync.Mutex // guards all below
 	attached bool       // the first route is claimed
@@ -179,7 +184,7 @@ func (c *conn) recovered() {
 func (c *conn) inbound(u *upgrade) *inbound {
 	in := &inbound{
 		nc: c.nc, early: u.early, max: int(c.h.cfg.Load().WebsocketMaxMessage),
-		deflate: c.ring.deflate, control: c.control, message: c.message,
+		deflate: c.ring.deflate, control: c.control, message: c.message, begun: &c.begun,
 	}
 	*u = upgrade{}
 	return in
@@ -364,6 +369,10 @@ func (c *conn) closedByClient(p []byte) {
 func (c *conn) tend(now time.Time) {
 	if now.UnixNano() >= c.expires.Load() {
 		c.close(closeForbidden, "token-expired")
+		return
+	}
+	if begun := c.begun.Load(); begun != 0 && now.UnixNano()-begun > int64(messageTime) {
+		c.close(closePolicy, "message-timeout")
 		return
 	}
 	if now.Before(c.nextPing) {

@@ -564,6 +564,33 @@ func TestHeartbeat(t *testing.T) {
 	c.wantClose(1011, "ping-timeout")
 }
 
+// A client that sends a byte now and then and answers pings holds what came of its message for a minute, not for ever.
+func TestMessageTime(t *testing.T) {
+	th := newTestHub(t, nil)
+	c := th.open("/")
+	c.send(textFrame(`{"type":"ping"}`))
+	c.want("pong")
+	later := func(d time.Duration) {
+		th.each(func(c *conn) {
+			c.nextPing = time.Now().Add(time.Hour)
+			c.tend(time.Now().Add(d))
+		})
+	}
+	later(2 * messageTime) // no message is under way
+	c.send(clientFrame(opText, `{"type":`) + clientFrame(finBit|opPing, "x"))
+	if op, _, err := c.frame(); op != opPong || err != nil {
+		t.Fatal(op, err)
+	}
+	later(messageTime - 10*time.Second)
+	th.each(func(c *conn) {
+		if c.closing() {
+			t.Error("closed within the time")
+		}
+	})
+	later(messageTime + time.Second)
+	c.wantClose(1008, "message-timeout")
+}
+
 func TestRateLimit(t *testing.T) {
 	th := newTestHub(t, func(c *Config) { c.WebsocketRateLimit, c.WebsocketRateBurst = 0.001, 4 })
 	c := th.open("/")

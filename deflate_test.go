@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -230,7 +231,7 @@ func TestCompressedSlowClient(t *testing.T) {
 func inboundOf(sent string, limit int) *inbound {
 	return &inbound{
 		nc: goneConn{}, early: []byte(sent), max: limit, binary: true, deflate: true,
-		control: func(byte, []byte) error { return nil },
+		control: func(byte, []byte) error { return nil }, begun: new(atomic.Int64),
 	}
 }
 

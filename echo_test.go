@@ -65,6 +65,7 @@ func newEcho(t *testing.T, compression string, limit int) echo {
 }
 
 func (e echo) handle(w http.ResponseWriter, r *http.Request) {
+	r.Header.Del("Sec-WebSocket-Protocol") // it has none, so it agrees to none (RFC 6455 section 4.2.2)
 	if fault := checkUpgrade(w, r); fault != nil {
 		writeError(w, fault)
 		return

@@ -35,6 +35,7 @@ const (
 	closeNoStatus    = 1005 // never on the wire: the close frame was empty
 	closeAbnormal    = 1006 // never on the wire: the connection just ended
 	closeBadUTF8     = 1007
+	closePolicy      = 1008
 	closeTooBig      = 1009
 	closeInternal    = 1011
 	closeTryLater    = 1013

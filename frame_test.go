@@ -76,6 +76,8 @@ func TestFrameFaults(t *testing.T) {
 		"text inside a text":              {clientFrame(fragText, "{") + clientFrame(finBit|opText, "{}"), 1002},
 		"text inside a text, behind ping": {clientFrame(fragText, "{") + ping + clientFrame(fragText, "{}"), 1002},
 		"binary inside a text":            {clientFrame(fragText, "{") + clientFrame(finBit|opBinary, "{}"), 1002},
+		"length 125 in 16 bits":           {"\x81\xfe\x00\x7d\x00\x00\x00\x00" + strings.Repeat("x", 125), 1002},
+		"length 65,535 in 64 bits":        {"\x81\xff\x00\x00\x00\x00\x00\x00\xff\xff\x00\x00\x00\x00", 1002},
 		"64-bit length with its top bit":  {"\x81\xff\x80\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00{}", 1002},
 		"huge 64-bit length":              {"\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00{}", 1009},
 		"binary":                          {clientFrame(finBit|opBinary, "x"), 1003},

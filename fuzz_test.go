@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -44,7 +45,7 @@ func (c *trickle) Read(p []byte) (int, error) {
 // hear reads as a socket does.
 func hear(data []byte, deflate bool, limit, step int) heard {
 	var h heard
-	in := &inbound{nc: &trickle{rest: data, step: step}, max: limit, binary: true, deflate: deflate}
+	in := &inbound{nc: &trickle{rest: data, step: step}, max: limit, binary: true, deflate: deflate, begun: new(atomic.Int64)}
 	in.control = func(op byte, p []byte) error {
 		h.controls = append(h.controls, fmt.Sprint(op, string(p)))
 		return nil
@@ -104,7 +105,7 @@ func (r *slowReader) frame() bool {
 			return end(closeAbnormal)
 		}
 		n = binary.BigEndian.Uint64(append(make([]byte, 10-at, 8), d[2:at]...))
-		if at == 10 && d[2] >= 128 {
+		if at == 10 && d[2] >= 128 || n < map[int]uint64{4: 126, 10: 1 << 16}[at] {
 			return end(closeProtocol)
 		}
 	}

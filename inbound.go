@@ -8,6 +8,8 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
+	"time"
 	"unicode/utf8"
 
 	"golang.org/x/net/websocket"
@@ -87,6 +89,9 @@ type inbound struct {
 	control func(op byte, p []byte) error
 	// message is given each whole message; p is good until it returns.
 	message func(op byte, p []byte)
+	// begun is when the frame or message under way began, in Unix nanoseconds, 0 between two: for whoever sees to it that
+	// none takes for ever.
+	begun *atomic.Int64
 
 	// Of the message under way.
 	op      byte      // 0 = none is
@@ -128,16 +133,17 @@ func (in *inbound) wait() {
 func (in *inbound) start() error {
 	switch {
 	case in.fr != nil && in.fr.br.Buffered() > 0:
-		return nil
 	case in.broken != nil:
 		return in.broken
 	case len(in.early) == 0:
 		return errNothingYet
+	default:
+		if in.fr == nil {
+			in.fr = frameReaders.Get().(*frameReader)
+		}
+		in.fr.br.Reset(in)
 	}
-	if in.fr == nil {
-		in.fr = frameReaders.Get().(*frameReader)
-	}
-	in.fr.br.Reset(in)
+	in.begun.Store(time.Now().UnixNano())
 	return nil
 }
 
@@ -164,6 +170,7 @@ func recycle(buf *[]byte) {
 // with it, whatever err says. Faults of the peer are *wireError, everything else is the connection's end.
 func (in *inbound) next() (op byte, buf *[]byte, err error) {
 	in.op, in.wire, in.checked, in.fail = 0, 0, 0, nil
+	defer in.begun.Store(0)
 	if err = in.advance(); err == nil {
 		buf = messages.Get().(*[]byte)
 		*buf = (*buf)[:0]
@@ -323,6 +330,9 @@ func (in *inbound) header() (header, error) {
 			return h, err
 		}
 		h.n = uint64(binary.BigEndian.Uint16(p[2:]))
+		if h.n < 126 {
+			return h, protocolError("length in more bytes than it needs")
+		}
 	case 127:
 		if p, err = in.fr.br.Peek(10); err != nil {
 			return h, err
@@ -330,6 +340,9 @@ func (in *inbound) header() (header, error) {
 		h.n = binary.BigEndian.Uint64(p[2:])
 		if h.n>>63 != 0 {
 			return h, protocolError("length has its top bit set")
+		}
+		if h.n <= 0xFFFF {
+			return h, protocolError("length in more bytes than it needs")
 		}
 	}
 	return h, nil
