@@ -68,7 +68,7 @@ type pulled struct {
 	msg        jetstream.Msg
 	deliveries uint64   // JetStream's count
 	routes     [4]route // that lead to owners of the event
-	owned      [4]bool  // a live owner was found by that route
+	owned      [4]bool  // that route has a live owner, or may have one
 	second     bool     // its owners are looked up a second time, since a peer had no socket for it
 }
 
@@ -329,7 +329,7 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 		l := r.owners.find(p.routes[i], now)
 		known = known && l.known
 		believed = believed && (l.nobody || len(l.conns)+len(l.peers) > 0)
-		p.owned[i] = len(l.conns)+len(l.peers) > 0
+		p.owned[i] = !l.nobody // what Redis was not asked about may have an owner that only it knows
 		targets += len(l.conns)
 		p.open.Add(int32(len(l.conns)))
 		for _, c := range l.conns {

@@ -55,8 +55,8 @@ var matrix = []ackRow{
 	{fate: "socket died", where: "several", stuck: true, deed: die, jet: "0 0", events: "nak_failed=H delivered=H", mend: resumeHere, finally: "nak_failed=H delivered=H", here: "duplicate=H", there: "failed=H"},
 
 	// The stream to the peer breaks and no other can be made. What its socket holds meanwhile is joined by the redelivery.
-	{fate: "peer failed", where: "remote", deed: cutAndPublish, jet: "1 1", events: "nak_failed>0", mend: restore, finally: "nak_failed>0 delivered=1", there: "written=1"},
-	{fate: "peer failed", where: "several", deed: cutAndPublish, jet: "1 1", events: "nak_failed>0", mend: restore, finally: "nak_failed>0 delivered=1", here: "written=1 duplicate>0", there: "written=1"},
+	{fate: "peer failed", where: "remote", deed: cutAndPublish, jet: "1 1", events: "nak_failed>0", mend: restore, finally: "nak_failed>0 delivered=1", there: "written>0 duplicate>=0"},
+	{fate: "peer failed", where: "several", deed: cutAndPublish, jet: "1 1", events: "nak_failed>0", mend: restore, finally: "nak_failed>0 delivered=1", here: "written=1 duplicate>0", there: "written>0 duplicate>=0"},
 	{fate: "peer failed later", where: "remote", stuck: true, deed: cut, jet: "H H", events: "nak_failed>0", mend: restoreAndRead, finally: "nak_failed>0 delivered=H", there: "written>0 duplicate>=0"},
 	{fate: "peer failed later", where: "several", stuck: true, deed: cut, jet: "H H", events: "nak_failed>0", mend: restoreAndRead, finally: "nak_failed>0 delivered=H", here: "duplicate>0", there: "written>0 duplicate>=0"},
 	{fate: "peer failed", where: "local", never: "no peer has a part in it"},

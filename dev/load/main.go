@@ -4,6 +4,8 @@
 //	go -C dev run ./load throughput   events per second until nothing is pending
 //	go -C dev run ./load latency      from publish to client, p50 and p99, at a steady rate
 //	go -C dev run ./load memory       resident memory per idle socket
+//	go -C dev run ./load absent       from publish to client, with and without nine of ten events for agents without a socket
+//	go -C dev run ./load resume       the same, while the clients of a pod that died come over and resume
 //
 // With -wrong there are two pods, and one pulls every event: NATS is out of reach for the other, which has the sockets
 // (throughput: all of them; latency: those of every second agent, measured beside the rest in the same run).
@@ -35,6 +37,9 @@ type plan struct {
 	sockets int
 	settle  time.Duration
 	procs   int
+	rounds  int
+	clients int
+	backlog int
 	wrong   bool
 	deflate string
 }
@@ -52,7 +57,10 @@ func run() error {
 	flag.IntVar(&p.events, "events", 200_000, "throughput: events published")
 	flag.IntVar(&p.rate, "rate", 2000, "latency: events per second")
 	flag.IntVar(&p.size, "size", 600, "bytes of a payload")
-	flag.IntVar(&p.seconds, "seconds", 20, "latency: how long")
+	flag.IntVar(&p.seconds, "seconds", 20, "latency: how long; absent: each stretch; resume: before the pod dies")
+	flag.IntVar(&p.rounds, "rounds", 3, "absent: stretches with and without")
+	flag.IntVar(&p.clients, "clients", 5000, "resume: sockets of the pod that dies")
+	flag.IntVar(&p.backlog, "backlog", 10, "resume: events that each of them has had")
 	flag.IntVar(&p.sockets, "sockets", 10_000, "memory: sockets, each of an agent of its own")
 	flag.DurationVar(&p.settle, "settle", 60*time.Second, "memory: pause between the last connect and the reading")
 	flag.IntVar(&p.procs, "procs", 2, "GOMAXPROCS of the pod")
@@ -60,10 +68,10 @@ func run() error {
 	flag.StringVar(&p.deflate, "compression", "disabled", "of the pods; the clients always offer it")
 	flag.Parse()
 	measure, ok := map[string]func(context.Context, *bench, plan) error{
-		"throughput": throughput, "latency": latency, "memory": memory,
+		"throughput": throughput, "latency": latency, "memory": memory, "absent": absent, "resume": resume,
 	}[flag.Arg(0)]
 	if !ok {
-		return fmt.Errorf("usage: load [flags] throughput|latency|memory, got %q", flag.Arg(0))
+		return fmt.Errorf("usage: load [flags] throughput|latency|memory|absent|resume, got %q", flag.Arg(0))
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -81,6 +89,7 @@ func run() error {
 type bench struct {
 	dir     string
 	deflate string
+	bin     rig.Binaries
 	nats    *rig.NATS
 	redis   *rig.Redis
 	pod     *rig.Service // pulls
@@ -108,6 +117,7 @@ func newBench(ctx context.Context, p plan) (*bench, error) {
 	if err != nil {
 		return b, err
 	}
+	b.bin = bin
 	for _, sub := range []string{"nats", "redis"} {
 		if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
 			return b, err
@@ -164,6 +174,8 @@ func (b *bench) cut() {
 		b.way.Cut()
 	}
 }
+
+func (b *bench) here(int) *rig.Service { return b.pod }
 
 func (b *bench) close() {
 	for _, pod := range []*rig.Service{b.pod, b.other} {

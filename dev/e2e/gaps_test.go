@@ -1,0 +1,118 @@
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"daisi-ws-service/dev/feed"
+	"daisi-ws-service/dev/harness"
+)
+
+// idlePod starts a pod that its peers reach as ever, but that pulls nothing: its consumer is another one, which is paused.
+func idlePod(w *harness.World, settings ...string) *harness.Pod {
+	w.T.Helper()
+	p := w.Start(append(settings, "NATS_CONSUMER_NAME=idle")...)
+	if _, err := w.JS.PauseConsumer(harness.Within(w.T, harness.Patience), w.Stream, "idle", time.Now().Add(time.Hour)); err != nil {
+		w.T.Fatal(err)
+	}
+	return p
+}
+
+// wantResumed answers a gap as a client should, and expects that the event lost comes with it.
+func wantResumed(c *harness.Client, gap harness.Reply, lost uint64) {
+	t := c.Pod.W.T
+	t.Helper()
+	if gap.Since >= lost {
+		t.Errorf("gap since %d, but %d was lost", gap.Since, lost)
+	}
+	c.Send(map[string]any{"type": "resume", "payload": map[string]any{"since": gap.Since}})
+	c.WaitEvent(lost)
+	if m := c.TakeType("resumed"); !strings.Contains(string(m.Payload), `"gap":false`) {
+		t.Errorf("not whole: %s", m.Raw)
+	}
+}
+
+// TestGivenUpWithoutKnowingTheOwner: a pod that is cut off from Redis pulls an event whose owners it never asked for. It must give
+// the event up in the end; the owner, on another pod, is told when it can be, and has the event by its resume.
+func TestGivenUpWithoutKnowingTheOwner(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, harness.Settings("POD_LEASE=9s", "NATS_NAK_DELAY=200ms", "NATS_RETRY_HORIZON=3s"))
+	redis := w.Proxy(w.Redis.Address())
+	here, there := w.Start("REDIS_ADDRESS="+redis.Address()), idlePod(w)
+	ann, bob := here.Connect(harness.User("acme", "desk1", "ann")), there.Connect(harness.User("acme", "desk2", "bob"))
+	root := there.Connect(harness.Admin("root", "acme", ""))
+	bob.SelectChat("c1")
+	ann.WantEvent(w.Chat("acme", "desk1"))
+	redis.Cut()
+	ann.WantEvent(w.Chat("acme", "desk1")) // an owner that is known; the pod notices
+	notReady(here, "redis")
+	lost := map[uint64]*harness.Client{w.Chat("acme", "desk2"): bob, w.Message("acme", "desk2", "c1"): bob, w.Agent("acme", "desk2"): root}
+	waitEnded(here, "expired", float64(len(lost)))
+	w.Settled()
+	redis.Restore()
+	here.WaitReady()
+	bobs, roots := bob.WantGap("expired"), root.WantGap("expired")
+	for seq, c := range lost {
+		wantResumed(c, map[*harness.Client]harness.Reply{bob: bobs, root: roots}[c], seq)
+	}
+	for _, p := range []*harness.Pod{here, there} {
+		p.WantLedgers()
+	}
+}
+
+// TestAbsentAgents: a client that arrives while its event waits for it gets it live. Where far more events come for agents
+// without a socket than may wait, who is there notices nothing, and who arrives then has his by the resume.
+func TestAbsentAgents(t *testing.T) {
+	const desks, absent, seconds = 20, 1000, 5
+	rate := 5000
+	if harness.Race {
+		rate = 500
+	}
+	w := harness.New(t)
+	pod := w.Start()
+	for i := range 3 {
+		agent := fmt.Sprintf("soon%d", i)
+		seq := w.Chat("acme", agent)
+		pod.WaitMetric(func(v float64) bool { return v >= float64(i+1) }, "dws_events_total", `outcome="nak_no_owner"`)
+		if m := pod.Connect(harness.User("acme", agent, "ann")).WantEvent(seq); m.Replay {
+			t.Errorf("the event that waited came as a replay: %s", m.Raw)
+		}
+	}
+	var clients []*harness.Client
+	for _, d := range agents(desks) {
+		clients = append(clients, pod.Connect(d))
+	}
+	flow := w.Flow(rate, func(i int) feed.Event {
+		agent := fmt.Sprintf("gone%d", i%absent)
+		if i%10 == 0 {
+			agent = fmt.Sprintf("desk%d", i/10%desks)
+		}
+		return feed.Contact("acme", agent, "c@us")
+	})
+	pod.WaitMetric(func(v float64) bool { return v > 0 }, "dws_events_total", `outcome="shed"`) // the budget is used up
+	for i := range 3 {
+		agent := fmt.Sprintf("late%d", i)
+		seq := w.Chat("acme", agent)
+		pod.Dial(harness.User("acme", agent, "ann").With("since", since(seq-1))).WaitEvent(seq)
+	}
+	flow.WaitSent(seconds * rate)
+	slowest, n := time.Duration(0), 0
+	for _, p := range flow.Stop() {
+		if p.Index%10 == 0 {
+			m := clients[p.Index/10%desks].WaitEvent(p.Seq)
+			slowest = max(slowest, m.At.Sub(p.At))
+			n++
+		}
+	}
+	t.Logf("%d of %d events for agents that are there, the slowest took %v", n, n*10, slowest)
+	if slowest > 2500*time.Millisecond { // a busy machine shows as tenths of a second
+		t.Errorf("an event took %v", slowest)
+	}
+	for _, c := range clients {
+		if len(c.Events()) > 0 || len(c.Others()) > 0 {
+			t.Errorf("%s got more than that: %v, %v", c.Dial.Agent, c.Events(), c.Others())
+		}
+	}
+}
