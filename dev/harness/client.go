@@ -109,6 +109,7 @@ func (c *Client) Pause() {
 	defer c.mu.Unlock()
 	if c.paused == nil {
 		c.paused = make(chan struct{})
+		c.wire.pause(true)
 	}
 }
 
@@ -119,6 +120,7 @@ func (c *Client) Resume() {
 	if c.paused != nil {
 		close(c.paused)
 		c.paused = nil
+		c.wire.pause(false)
 	}
 }
 
@@ -134,6 +136,28 @@ func (c *Client) Close(code int, reason string) {
 	c.Resume()
 	c.wire.close(code, reason)
 	c.waitClosed()
+}
+
+// Ping sends a WebSocket ping and waits for its pong; false where the library can't.
+func (c *Client) Ping(payload string) bool {
+	c.t().Helper()
+	ctx, cancel := context.WithTimeout(c.t().Context(), Patience)
+	defer cancel()
+	err := c.wire.ping(ctx, payload)
+	if err != nil && !errors.Is(err, errCannot) {
+		c.t().Fatalf("%s pings: %v", c.who(), err)
+	}
+	return err == nil
+}
+
+// SendBytes sends bytes as they are past the library; false where it has no way past it.
+func (c *Client) SendBytes(b []byte) bool {
+	c.t().Helper()
+	err := c.wire.raw(b)
+	if err != nil && !errors.Is(err, errCannot) {
+		c.t().Fatalf("%s sends bytes: %v", c.who(), err)
+	}
+	return err == nil
 }
 
 // Protocol is the sub-protocol that the service chose.

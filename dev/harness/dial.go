@@ -30,7 +30,8 @@ type Dial struct {
 	Query       url.Values
 	Header      http.Header
 	Protocols   []string
-	Gorilla     bool // gorilla/websocket instead of coder/websocket
+	Gorilla     bool     // gorilla/websocket instead of coder/websocket
+	Via         *Library // a client in another program instead of both
 	Compression bool
 	RcvBuf      int // SO_RCVBUF of the client
 }
@@ -117,7 +118,10 @@ func (p *Pod) TryDial(ctx context.Context, d Dial) (*Client, Answer, error) {
 
 func (p *Pod) tryDial(ctx context.Context, d Dial, address string) (*Client, Answer, error) {
 	dial := dialCoder
-	if d.Gorilla {
+	switch {
+	case d.Via != nil:
+		dial = d.Via.dial
+	case d.Gorilla:
 		dial = dialGorilla
 	}
 	at := d.dialer(address)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"sync"
@@ -16,14 +17,20 @@ import (
 	"daisi-ws-service/dev/rig"
 )
 
-// wire is what the two client libraries have in common. One goroutine at a time reads; any may call the others.
+// wire is what the client libraries have in common. One goroutine at a time reads; any may call the others.
 type wire interface {
 	read() (text bool, data []byte, err error)
 	write(ctx context.Context, text bool, data []byte) error
-	close(code int, reason string) // sends a close frame
-	abort()                        // closes the TCP connection
+	raw(data []byte) error                          // sends bytes that need not be a frame, or errCannot
+	ping(ctx context.Context, payload string) error // returns when the pong is there; errCannot
+	close(code int, reason string)                  // sends a close frame
+	abort()                                         // closes the TCP connection
+	pause(on bool)                                  // stands still; for those that read without being asked to
 	protocol() string
 }
+
+// errCannot says that a library offers no such thing.
+var errCannot = errors.New("this client library cannot do that")
 
 type dialer struct {
 	url         string
@@ -84,14 +91,43 @@ func (w coderWire) write(ctx context.Context, text bool, data []byte) error {
 	return w.c.Write(ctx, typ, data)
 }
 
+func (w coderWire) raw([]byte) error                         { return errCannot }
+func (w coderWire) ping(ctx context.Context, _ string) error { return w.c.Ping(ctx) } // checks a payload of its own
+func (w coderWire) pause(bool)                               {}
+
 func (w coderWire) close(code int, reason string) { w.c.Close(coder.StatusCode(code), reason) }
 func (w coderWire) abort()                        { w.c.CloseNow() }
 func (w coderWire) protocol() string              { return w.c.Subprotocol() }
 
 // gorillaWire is a client of github.com/gorilla/websocket.
 type gorillaWire struct {
-	c  *gorilla.Conn
-	mu sync.Mutex // guards writes: the library allows one writer
+	c     *gorilla.Conn
+	pongs pongs
+	mu    sync.Mutex // guards writes: the library allows one writer
+}
+
+// pongs are the payloads of pongs that came.
+type pongs chan string
+
+func (p pongs) add(payload string) {
+	select {
+	case p <- payload:
+	default: // nobody waits
+	}
+}
+
+// wait returns when a pong with that payload has come.
+func (p pongs) wait(ctx context.Context, payload string) error {
+	for {
+		select {
+		case got := <-p:
+			if got == payload {
+				return nil
+			}
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the pong %q: %w", payload, ctx.Err())
+		}
+	}
 }
 
 func dialGorilla(ctx context.Context, d dialer) (wire, *http.Response, error) {
@@ -100,7 +136,9 @@ func dialGorilla(ctx context.Context, d dialer) (wire, *http.Response, error) {
 	if err != nil {
 		return nil, resp, err
 	}
-	return &gorillaWire{c: c}, resp, nil
+	w := &gorillaWire{c: c, pongs: make(pongs, 16)}
+	c.SetPongHandler(func(payload string) error { w.pongs.add(payload); return nil })
+	return w, resp, nil
 }
 
 func (w *gorillaWire) read() (bool, []byte, error) {
@@ -120,6 +158,22 @@ func (w *gorillaWire) write(ctx context.Context, text bool, data []byte) error {
 	return w.c.WriteMessage(typ, data)
 }
 
+func (w *gorillaWire) raw(data []byte) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	_, err := w.c.NetConn().Write(data)
+	return err
+}
+
+func (w *gorillaWire) ping(ctx context.Context, payload string) error {
+	if err := w.c.WriteControl(gorilla.PingMessage, []byte(payload), time.Now().Add(5*time.Second)); err != nil {
+		return err
+	}
+	return w.pongs.wait(ctx, payload)
+}
+
+func (w *gorillaWire) pause(bool) {}
+
 func (w *gorillaWire) close(code int, reason string) {
 	w.c.WriteControl(gorilla.CloseMessage, gorilla.FormatCloseMessage(code, reason), time.Now().Add(5*time.Second))
 }
@@ -136,6 +190,9 @@ func closeFrame(err error) (code int, reason string) {
 	var g *gorilla.CloseError
 	if errors.As(err, &g) && g.Code != gorilla.CloseAbnormalClosure {
 		return g.Code, g.Text
+	}
+	if f := (foreignClose{}); errors.As(err, &f) && f.Code != gorilla.CloseAbnormalClosure {
+		return f.Code, f.Reason
 	}
 	return 0, ""
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -46,19 +47,60 @@ func Start(name, logPath string, env []string, bin string, args ...string) (*Pro
 	if err != nil {
 		return nil, err
 	}
-	p := &Process{Name: name, Log: log, done: make(chan struct{})}
-	p.cmd = exec.Command(bin, args...)
-	p.cmd.Env = env
-	p.cmd.Stdout, p.cmd.Stderr = log, log // the same writer: exec serialises both
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd := exec.Command(bin, args...)
+	cmd.Env = env
+	cmd.Stdout, cmd.Stderr = log, log // the same writer: exec serialises both
+	return start(name, log, cmd)
+}
+
+// Converse is Start for a program that is spoken to: in leads to its standard input, its standard output comes from out,
+// and only what it complains of goes to the log. Whoever reads out closes it, and so ends a program that still writes.
+func Converse(name, logPath string, env []string, bin string, args ...string) (p *Process, in io.WriteCloser, out io.ReadCloser, err error) {
+	log, err := openLog(logPath)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	theirIn, in, inErr := os.Pipe()
+	out, theirOut, outErr := os.Pipe()
+	if err = errors.Join(inErr, outErr); err != nil { // there are no file descriptors left
+		log.close()
+		return nil, nil, nil, err
+	}
+	cmd := exec.Command(bin, args...)
+	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = env, theirIn, theirOut, log
+	p, err = start(name, log, cmd)
+	theirIn.Close()
+	theirOut.Close()
+	if err != nil {
+		in.Close()
+		out.Close()
+	}
+	return p, in, out, err
+}
+
+func start(name string, log *Log, cmd *exec.Cmd) (*Process, error) {
+	p := &Process{Name: name, Log: log, cmd: cmd, done: make(chan struct{})}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.WaitDelay = time.Second // a child of its own in another group may live on with its output
 	started := make(chan error)
-	startOn() <- func() { started <- p.cmd.Start() }
+	startOn() <- func() { started <- cmd.Start() }
 	if err := <-started; err != nil {
 		log.close()
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	go p.reap()
 	return p, nil
+}
+
+// SignalGroup signals the process with all its children.
+func (p *Process) SignalGroup(sig syscall.Signal) error {
+	if sig == syscall.SIGKILL {
+		p.wanted.Store(true)
+	}
+	if err := syscall.Kill(-p.PID(), sig); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return fmt.Errorf("signal the group of %s with %s: %w", p.Name, sig, err)
+	}
+	return nil
 }
 
 func (p *Process) reap() {
