@@ -58,7 +58,8 @@ func buildEcho(t *testing.T) string {
 // startEcho runs the server until the test ends and returns its address.
 func startEcho(t *testing.T, bin, compression string) string {
 	t.Helper()
-	p, err := rig.Start("echo server", filepath.Join(t.TempDir(), "log"), os.Environ(), bin, "-test.run", "^TestEchoServer$", "-test.timeout", "0",
+	p, err := rig.Start("echo server", filepath.Join(t.TempDir(), "log"), os.Environ(), bin, "-test.run", "^TestEchoServer$",
+		"-test.timeout", "0",
 		"-echo", "127.0.0.1:0", "-echo-compression", compression, "-echo-max", strconv.Itoa(limit))
 	if err != nil {
 		t.Fatal(err)

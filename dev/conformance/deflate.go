@@ -58,7 +58,8 @@ func compressed(o *options) []kase {
 	for i := range all {
 		all[i].offer = "permessage-deflate; client_max_window_bits"
 	}
-	for i, offer := range []string{"permessage-deflate", "permessage-deflate; server_no_context_takeover", "permessage-deflate; server_max_window_bits=9",
+	for i, offer := range []string{"permessage-deflate", "permessage-deflate; server_no_context_takeover",
+		"permessage-deflate; server_max_window_bits=9",
 		"permessage-deflate; server_max_window_bits=15", "permessage-deflate; server_no_context_takeover; server_max_window_bits=9",
 		"permessage-deflate; server_no_context_takeover; server_max_window_bits=15",
 		"permessage-deflate; server_no_context_takeover; server_max_window_bits=9, permessage-deflate; server_no_context_takeover, permessage-deflate"} {
@@ -93,10 +94,7 @@ func roundTrips(o *options, name, offer string, n, cut int) kase {
 }
 
 func squeezedCases(o *options) []kase {
-	var all []kase
-	add := func(rule, name string, run func(*peer)) {
-		all = append(all, kase{name: "deflate/" + name, rule: rule, run: run})
-	}
+	var all list
 	rule := "7692 7.2: a compressed message is echoed, wherever it is cut"
 	large := noise(1 << 17)
 	for _, n := range slices.Concat(sizes, []int{32_767, 32_768, 32_769, 131_072}) {
@@ -105,7 +103,7 @@ func squeezedCases(o *options) []kase {
 		}
 		for kind, s := range map[string]string{"pattern": filler[:n], "noise": large[:n]} {
 			for _, op := range []byte{opText, opBinary} {
-				add(rule, fmt.Sprintf("%d octets of %s, opcode %d", n, kind, op), func(p *peer) {
+				all.add(rule, fmt.Sprintf("deflate/%d octets of %s, opcode %d", n, kind, op), func(p *peer) {
 					p.send(squeezed(op, s))
 					p.wantMessage(op, s)
 					p.send(frame{op: op, payload: s}, squeezed(op, s)) // one of them as it is
@@ -116,27 +114,37 @@ func squeezedCases(o *options) []kase {
 			}
 			if n > 0 {
 				size := max(1, n/50)
-				add(rule, fmt.Sprintf("%d octets of %s in fragments of %d", n, kind, size), echoes(squeezedPieces(opText, s, size), s))
+				all.add(rule, fmt.Sprintf("deflate/%d octets of %s in fragments of %d", n, kind, size),
+					echoes(squeezedPieces(opText, s, size), s))
 			}
 		}
 	}
+	all.add("7692 7: a server that negotiates compression makes use of it", "deflate/the server compresses", func(p *peer) {
+		p.send(text(filler[:50_000]))
+		p.wantText(filler[:50_000])
+		if p.squeezed != 1 {
+			failf("50 KB of a pattern came as they are")
+		}
+		p.finish()
+	})
 	for level := flate.HuffmanOnly; level <= 9; level++ {
 		s := filler[:1500] + large[:1500]
-		add(rule, fmt.Sprintf("level %d", level), echoes(raw(deflated(s, level)), s))
+		all.add(rule, fmt.Sprintf("deflate/level %d", level), echoes(raw(deflated(s, level)), s))
 	}
 	const hello = "hello, hello, hello"
-	add(rule, "a fragment per octet", echoes(squeezedPieces(opText, hello, 1), hello))
-	add(rule, "in chops of 1", func(p *peer) {
+	all.add(rule, "deflate/a fragment per octet", echoes(squeezedPieces(opText, hello, 1), hello))
+	all.add(rule, "deflate/in chops of 1", func(p *peer) {
 		p.chop = 1
 		echoes([]frame{squeezed(opText, hello), text("plain"), squeezed(opText, hello)}, hello, "plain", hello)(p)
 	})
 	f := squeezedPieces(opText, hello, 4)
 	empty := frame{more: true}
-	add(rule, "empty fragments", echoes(slices.Concat([]frame{{op: opText, rsv: rsv1, more: true}, empty, {more: true, payload: f[0].payload}, empty}, f[1:]), hello))
+	all.add(rule, "deflate/empty fragments", echoes(slices.Concat([]frame{{op: opText, rsv: rsv1, more: true}, empty,
+		{more: true, payload: f[0].payload}, empty}, f[1:]), hello))
 	f2 := slices.Clone(f)
 	f2[len(f2)-1].more = true
-	add(rule, "an empty fragment at the end", echoes(append(f2, frame{}), hello))
-	add("7692 6.1, 6455 5.5: control frames stand between compressed fragments", "pings between fragments", func(p *peer) {
+	all.add(rule, "deflate/an empty fragment at the end", echoes(append(f2, frame{}), hello))
+	all.add("7692 6.1, 6455 5.5: control frames stand between compressed fragments", "deflate/pings between fragments", func(p *peer) {
 		for i, part := range f {
 			p.send(part, ping(fmt.Sprint(i)))
 			p.wantPongs(fmt.Sprint(i))
@@ -144,16 +152,25 @@ func squeezedCases(o *options) []kase {
 		p.wantText(hello)
 		p.finish()
 	})
-	add("7692 7.2.3.6: an empty message is one octet of 0", "empty", echoes(slices.Concat(raw("\x00"), raw("\x00"), raw(deflated("", 6))), "", "", ""))
-	add("7692 7.2.3.6: an empty message is one octet of 0", "empty, then not", echoes(append(raw("\x00"), squeezed(opText, hello), text("")), "", hello, ""))
+	all.add("7692 7.2.3.6: an empty message is one octet of 0", "deflate/empty",
+		echoes(slices.Concat(raw("\x00"), raw("\x00"), raw(deflated("", 6))), "", "", ""))
+	all.add("7692 7.2.2: no octet at all inflates to nothing, or to an error", "deflate/no octet", func(p *peer) {
+		p.send(raw("")...)
+		if err := p.next(); err != nil || p.code != 0 && !slices.Contains(corrupt,
+			p.code) || len(p.messages) > 0 && p.messages[0].data != "" {
+			failf("%v, close %d, %v", p.messages, p.code, err)
+		}
+	})
+	all.add("7692 7.2.3.6: an empty message is one octet of 0", "deflate/empty, then not",
+		echoes(append(raw("\x00"), squeezed(opText, hello), text("")), "", hello, ""))
 	return all
 }
 
 // blocks are messages of several DEFLATE blocks of all kinds.
 func blocks() []kase {
-	var all []kase
+	var all list
 	add := func(rule, name, bytes, want string) {
-		all = append(all, kase{name: "deflate/" + name, rule: rule, run: echoes(append(raw(bytes), squeezed(opText, "next")), want, "next")})
+		all.add(rule, "deflate/"+name, echoes(append(raw(bytes), squeezed(opText, "next")), want, "next"))
 	}
 	fixed := "\xf2\x48\xcd\xc9\xc9\x07\x00" // RFC 7692, 7.2.3.1: Hello
 	sync := "\x00\x00\xff\xff"
@@ -180,22 +197,24 @@ func blocks() []kase {
 		s := final(filler[:500]) + deflated(noise(500), 9)
 		f := pieces(opText, split(s, len(s)/n+1)...)
 		f[0].rsv = rsv1
-		all = append(all, kase{name: fmt.Sprintf("deflate/BFINAL in %d fragments", n), rule: rule, run: echoes(f, filler[:500]+noise(500))})
+		all.add(rule, fmt.Sprintf("deflate/BFINAL in %d fragments", n), echoes(f, filler[:500]+noise(500)))
 	}
 	return all
 }
 
 // squeezedFaults are compressed messages that break a rule.
 func squeezedFaults() []kase {
-	var all []kase
+	var all list
 	add := func(rule, name string, codes []int, frames []frame, texts ...string) {
-		all = append(all, kase{name: "deflate/" + name, rule: rule, run: fails(codes, frames, texts...)})
+		all.add(rule, "deflate/"+name, fails(codes, frames, texts...))
 	}
 	rule := "7692 7.2.2: what does not inflate fails the connection"
 	whole := deflated(filler[:5000]+noise(5000), 6)
-	for name, b := range map[string]string{"block of type 3": "\x07\x00", "rubbish": "\xff\xff\xff\xff\xff", "text": "hello, this is not compressed", "stored with a wrong length": "\x00\x05\x00\x00\x00Hello\x00",
+	for name, b := range map[string]string{"block of type 3": "\x07\x00", "rubbish": "\xff\xff\xff\xff\xff",
+		"text": "hello, this is not compressed", "stored with a wrong length": "\x00\x05\x00\x00\x00Hello\x00",
 		"stored and cut": stored("Hello", 0)[:7], "cut": whole[:len(whole)/2], "cut by an octet": whole[:len(whole)-1],
-		"distance before the start": "\x4b\x04\x22\x00\x00", "rubbish after BFINAL": final("Hello") + "\xff\xff\xff", "gzip": "\x1f\x8b\x08\x00\x00\x00\x00\x00", "zlib": "\x78\x9c\xf3\x48\xcd\xc9\xc9\x07\x00"} {
+		"distance before the start": "\x4b\x04\x22\x00\x00", "rubbish after BFINAL": final("Hello") + "\xff\xff\xff",
+		"gzip": "\x1f\x8b\x08\x00\x00\x00\x00\x00", "zlib": "\x78\x9c\xf3\x48\xcd\xc9\xc9\x07\x00"} {
 		add(rule, name, corrupt, raw(b))
 		add(rule, name+", after a message", corrupt, slices.Concat([]frame{squeezed(opText, "ok")}, raw(b)), "ok")
 		if len(b) > 1 {
@@ -212,7 +231,7 @@ func squeezedFaults() []kase {
 	w.Write([]byte(filler[:2000]))
 	w.Flush()
 	taken := strings.TrimSuffix(b.String()[first:], "\x00\x00\xff\xff")
-	all = append(all, kase{name: "deflate/context taken over", rule: "7692 7.1.1.2: a client that takes its context over, against the server's answer, is failed", run: func(p *peer) {
+	all.add("7692 7.1.1.2: a client that takes its context over, against the server's answer, is failed", "deflate/context taken over", func(p *peer) {
 		p.send(raw(strings.TrimSuffix(b.String()[:first], "\x00\x00\xff\xff"))...)
 		p.wantText(filler[:2000])
 		p.send(raw(taken)...)
@@ -220,7 +239,7 @@ func squeezedFaults() []kase {
 			return
 		}
 		p.wantClose(corrupt...)
-	}})
+	})
 	rule = "7692 6.1: RSV1 stands on the first frame of a message only, else 1002"
 	f := squeezedPieces(opText, "hello, hello", 3)
 	for i := 1; i < len(f); i++ {
@@ -243,9 +262,9 @@ func bombs(o *options) []kase {
 	if o.max == 0 {
 		return nil
 	}
-	var all []kase
+	var all list
 	add := func(name string, codes []int, frames ...frame) {
-		all = append(all, kase{name: "deflate/" + name, rule: "6455 7.4.1: a message that is too big once inflated fails the connection with 1009", run: fails(codes, frames)})
+		all.add("6455 7.4.1: a message that is too big once inflated fails the connection with 1009", "deflate/"+name, fails(codes, frames))
 	}
 	big := []int{1009}
 	s := strings.Repeat("x", o.max)
@@ -255,7 +274,14 @@ func bombs(o *options) []kase {
 	half := squeezedPieces(opBinary, strings.Repeat(s, 100), 1000)
 	add("ten times the limit, the message never ends", big, half[:max(1, len(half)/10)]...)
 	// How much nothing a server takes is its own affair; it must not be without end.
-	add("a hundred times the limit that inflates to nothing", []int{1009, 1007, 1002}, raw(strings.Repeat(stored("", 0), 20*o.max)+"\x00")...)
-	all = append(all, kase{name: "deflate/exactly the limit", rule: "6455 7.4.1: a message at the limit is echoed", run: echoes([]frame{squeezed(opText, s)}, s)})
+	add("a hundred times the limit that inflates to nothing", []int{1009, 1007, 1002},
+		raw(strings.Repeat(stored("", 0), 20*o.max)+"\x00")...)
+	all.add("7692 7.2.3.4: a message of final blocks that hold nothing costs no more than others", "deflate/final blocks without end", func(p *peer) {
+		p.send(raw(stored(filler[:32<<10], 0) + strings.Repeat("\x03\x00", o.max-32<<10))...)
+		if err := p.next(); err != nil {
+			failf("%s instead of an answer", reason(err))
+		}
+	})
+	all.add("6455 7.4.1: a message at the limit is echoed", "deflate/exactly the limit", echoes([]frame{squeezed(opText, s)}, s))
 	return all
 }

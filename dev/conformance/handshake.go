@@ -129,7 +129,7 @@ func (p *peer) response() *http.Response {
 }
 
 // refused wants an ordinary answer with one of the codes, and no upgrade.
-func (p *peer) refused(codes ...int) {
+func (p *peer) refused(codes ...int) *http.Response {
 	res := p.response()
 	if !slices.Contains(codes, res.StatusCode) {
 		failf("%s instead of %v", res.Status, codes)
@@ -144,109 +144,148 @@ func (p *peer) refused(codes ...int) {
 			failf("426 with Sec-WebSocket-Version %q, Upgrade %q", res.Header.Get("Sec-WebSocket-Version"), res.Header.Get("Upgrade"))
 		}
 	}
+	return res
 }
+
+// shakes collects cases that make the handshake themselves.
+type shakes []kase
+
+func (s *shakes) add(rule, name string, run func(*peer)) {
+	*s = append(*s, kase{name, rule, true, "", run})
+}
+
+// good is a request that leads to a socket.
+func (s *shakes) good(rule, name, first string, changes ...header) {
+	s.add(rule, "handshake/"+name, func(p *peer) {
+		p.write([]byte(request(first, changes...)))
+		p.want101(sampleKey)
+		p.send(text("hello"))
+		p.wantText("hello")
+		p.finish()
+	})
+}
+
+// bad is one that is refused with one of the codes.
+func (s *shakes) bad(rule, name, first string, codes []int, changes ...header) {
+	s.add(rule, "handshake/"+name, func(p *peer) {
+		p.write([]byte(request(first, changes...)))
+		p.refused(codes...)
+	})
+}
+
+var badRequest, needsUpgrade = []int{400}, []int{426, 400}
 
 // handshakes are the opening handshake's cases.
 func handshakes() []kase {
-	var all []kase
-	good := func(rule, name string, changes ...header) {
-		all = append(all, kase{"handshake/" + name, rule, true, "", func(p *peer) {
-			p.write([]byte(request(get, changes...)))
-			p.want101(sampleKey)
-			p.send(text("hello"))
-			p.wantText("hello")
-			p.finish()
-		}})
-	}
-	bad := func(rule, name, first string, codes []int, changes ...header) {
-		all = append(all, kase{"handshake/" + name, rule, true, "", func(p *peer) {
-			p.write([]byte(request(first, changes...)))
-			p.refused(codes...)
-		}})
-	}
-	badRequest, oldVersion := []int{400}, []int{426, 400}
+	var s shakes
+	s.requestLines()
+	s.upgradeHeaders()
+	s.keysAndVersions()
+	s.otherHeaders()
+	s.segments()
+	s.bodies()
+	return s
+}
 
+func (s *shakes) requestLines() {
 	for _, method := range []string{"POST", "PUT", "DELETE", "OPTIONS", "PATCH", "HEAD", "FOO", "get"} {
-		bad("6455 4.1 2: the method is GET, else 405 (or 501)", "method "+method, method+" / HTTP/1.1", []int{405, 501}, lines("Content-Length", "0"))
+		s.bad("6455 4.1 2: the method is GET, else 405 (or 501)", "method "+method, method+" / HTTP/1.1", []int{405, 501},
+			lines("Content-Length", "0"))
 	}
 	for _, proto := range []string{"HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/1"} {
-		bad("6455 4.1 2: at least HTTP/1.1, else an error", "version of HTTP "+proto, "GET / "+proto, []int{400, 426, 505})
+		s.bad("6455 4.1 2: at least HTTP/1.1, else an error", "version of HTTP "+proto, "GET / "+proto, []int{400, 426, 505})
 	}
 	for _, target := range []string{"/chat?a=b&c=d", "http://conformance.test/", "//x", "/%20%C3%A9"} {
-		good := kase{"handshake/target " + target, "6455 4.2.1 1: a request URI, absolute or not", true, "", func(p *peer) {
-			p.write([]byte(request("GET " + target + " HTTP/1.1")))
-			p.want101(sampleKey)
-			p.finish()
-		}}
-		all = append(all, good)
+		s.good("6455 4.2.1 1: a request URI, absolute or not", "target "+target, "GET "+target+" HTTP/1.1")
 	}
+	s.bad("9112 2.2: rubbish is refused", "rubbish", "\x16\x03\x01\x02\x00", badRequest)
+}
 
-	rule := "6455 4.2.1 3: Upgrade holds websocket, in any case, in a list or one of several lines"
-	for _, v := range []string{"WebSocket", "WEBSOCKET", "foo, websocket", "websocket, foo", ",websocket ,", " websocket\t"} {
-		good(rule, fmt.Sprintf("upgrade %q", v), lines("Upgrade", v))
+func (s *shakes) upgradeHeaders() {
+	for name, list := range map[string][]string{
+		"Upgrade": {"WebSocket", "WEBSOCKET", "foo, websocket", "websocket, foo", ",websocket ,", " websocket\t"},
+		"Connection": {"upgrade", "UPGRADE", "keep-alive, Upgrade", "keep-alive,upgrade", "Upgrade , keep-alive", ", Upgrade",
+			"\tupgrade\t", "close, Upgrade"},
+	} {
+		rule := "6455 4.2.1 3 and 4: " + name + " holds the token, in any case, in a list or one of several lines"
+		for _, v := range list {
+			s.good(rule, fmt.Sprintf("%s %q", name, v), get, lines(name, v))
+		}
+		s.good(rule, name+" in the second line", get, lines(name, "foo", list[0]))
+		s.good(rule, name+" in the first line", get, lines(name, list[0], "foo"))
 	}
-	good(rule, "upgrade in the second line", lines("Upgrade", "foo", "websocket"))
-	for _, v := range []string{"websockets", "web socket", "foo", "xwebsocket", `"websocket"`, "websocket;q=1", ""} {
-		bad(rule, fmt.Sprintf("upgrade %q", v), get, oldVersion, lines("Upgrade", v))
+	for name, list := range map[string][]string{
+		"Upgrade":    {"websockets", "web socket", "foo", "xwebsocket", `"websocket"`, "websocket;q=1", ""},
+		"Connection": {"keep-alive", "close", "Upgrade2", "xUpgrade", "keep-alive Upgrade", `"Upgrade"`, ""},
+	} {
+		rule := "6455 4.2.1 3 and 4: without the token in " + name + " there is no upgrade"
+		for _, v := range list {
+			s.bad(rule, fmt.Sprintf("%s %q", name, v), get, needsUpgrade, lines(name, v))
+		}
+		s.bad(rule, "no "+name, get, needsUpgrade, lines(name))
 	}
-	bad(rule, "no upgrade", get, oldVersion, lines("Upgrade"))
+}
 
-	rule = "6455 4.2.1 4: Connection holds Upgrade, in any case, in a list or one of several lines"
-	for _, v := range []string{"upgrade", "UPGRADE", "keep-alive, Upgrade", "keep-alive,upgrade", "Upgrade , keep-alive", ", Upgrade", "\tupgrade\t"} {
-		good(rule, fmt.Sprintf("connection %q", v), lines("Connection", v))
-	}
-	good(rule, "connection in the second line", lines("Connection", "keep-alive", "Upgrade"))
-	good(rule, "connection in the first line", lines("Connection", "Upgrade", "keep-alive"))
-	for _, v := range []string{"keep-alive", "close", "Upgrade2", "xUpgrade", "keep-alive Upgrade", `"Upgrade"`, ""} {
-		bad(rule, fmt.Sprintf("connection %q", v), get, oldVersion, lines("Connection", v))
-	}
-	bad(rule, "no connection", get, oldVersion, lines("Connection"))
-
-	rule = "6455 4.2.1 5: one Sec-WebSocket-Key, base64 of 16 octets"
+func (s *shakes) keysAndVersions() {
+	const key, version = "Sec-WebSocket-Key", "Sec-WebSocket-Version"
+	rule := "6455 4.2.1 5: one Sec-WebSocket-Key, base64 of 16 octets"
 	for _, n := range []int{0, 1, 15, 17, 24, 32} {
-		bad(rule, fmt.Sprintf("key of %d octets", n), get, badRequest, lines("Sec-WebSocket-Key", base64.StdEncoding.EncodeToString(make([]byte, n))))
+		s.bad(rule, fmt.Sprintf("key of %d octets", n), get, badRequest, lines(key, base64.StdEncoding.EncodeToString(make([]byte, n))))
 	}
-	for _, v := range []string{"dGhlIHNhbXBsZSBub25jZQ", "dGhlIHNhbXBsZSBub25jZQ=", "dGhlIHNhbXBsZSBub25jZQ===", "dGhl!HNhbXBsZSBub25jZQ==", "------------------------",
-		"dGhlIHNhbXBsZSBub25jZ_==", "dGhlIHNhbX BsZSBub25jZQ==", sampleKey + "," + sampleKey, "AAAAAAAAAAAAAAAAAAAAAAAA"} {
-		bad(rule, fmt.Sprintf("key %q", v), get, badRequest, lines("Sec-WebSocket-Key", v))
+	for _, v := range []string{"dGhlIHNhbXBsZSBub25jZQ", "dGhlIHNhbXBsZSBub25jZQ=", "dGhlIHNhbXBsZSBub25jZQ===", "dGhl!HNhbXBsZSBub25jZQ==",
+		"------------------------", "dGhlIHNhbXBsZSBub25jZ_==", "dGhlIHNhbX BsZSBub25jZQ==", sampleKey + "," + sampleKey,
+		"AAAAAAAAAAAAAAAAAAAAAAAA"} {
+		s.bad(rule, fmt.Sprintf("key %q", v), get, badRequest, lines(key, v))
 	}
-	bad(rule, "no key", get, badRequest, lines("Sec-WebSocket-Key"))
-	bad(rule, "key twice", get, badRequest, lines("Sec-WebSocket-Key", sampleKey, sampleKey))
-	bad(rule, "two keys", get, badRequest, lines("Sec-WebSocket-Key", sampleKey, "AAAAAAAAAAAAAAAAAAAAAA=="))
-	good(rule, "key with spaces around", lines("Sec-WebSocket-Key", "  "+sampleKey+" \t"))
+	s.bad(rule, "no key", get, badRequest, lines(key))
+	s.bad(rule, "key twice", get, badRequest, lines(key, sampleKey, sampleKey))
+	s.bad(rule, "two keys", get, badRequest, lines(key, sampleKey, "AAAAAAAAAAAAAAAAAAAAAA=="))
+	s.good(rule, "key with spaces around", get, lines(key, "  "+sampleKey+" \t"))
 
 	rule = "6455 4.2.1 6 and 4.4: Sec-WebSocket-Version is 13, else 426 with the version"
 	for _, v := range []string{"0", "7", "8", "12", "14", "130", "255", "13, 8", "8, 13", "013", "+13", "13.0", "thirteen", ""} {
-		bad(rule, fmt.Sprintf("version %q", v), get, oldVersion, lines("Sec-WebSocket-Version", v))
+		s.bad(rule, fmt.Sprintf("version %q", v), get, needsUpgrade, lines(version, v))
 	}
-	bad(rule, "no version", get, oldVersion, lines("Sec-WebSocket-Version"))
-	bad(rule, "versions in two lines", get, oldVersion, lines("Sec-WebSocket-Version", "8", "13"))
-	bad(rule, "version twice", get, oldVersion, lines("Sec-WebSocket-Version", "13", "13"))
+	s.bad(rule, "no version", get, needsUpgrade, lines(version))
+	s.bad(rule, "versions in two lines", get, needsUpgrade, lines(version, "8", "13"))
+	s.bad(rule, "version twice", get, needsUpgrade, lines(version, "13", "13"))
+}
 
-	rule = "6455 4.2.1 2: a Host"
-	bad(rule, "no host", get, badRequest, lines("Host"))
-	bad(rule, "host twice", get, badRequest, lines("Host", "a.test", "b.test"))
-
-	rule = "6455 4.2.2 5.5: a sub-protocol that the server does not know is not answered"
+func (s *shakes) otherHeaders() {
+	s.bad("6455 4.2.1 2: a Host", "no host", get, badRequest, lines("Host"))
+	s.bad("6455 4.2.1 2: one Host", "host twice", get, badRequest, lines("Host", "a.test", "b.test"))
+	rule := "6455 4.2.2 5.5: a sub-protocol that the server does not know is not answered"
 	for _, v := range []string{"chat", "chat, superchat", "x,", "a/b"} {
-		good(rule, fmt.Sprintf("protocol %q", v), lines("Sec-WebSocket-Protocol", v))
+		s.good(rule, fmt.Sprintf("protocol %q", v), get, lines("Sec-WebSocket-Protocol", v))
 	}
-	good(rule, "protocols in two lines", lines("Sec-WebSocket-Protocol", "chat", "superchat"))
-	good("6455 4.2.1: other headers are ignored", "headers of a browser", lines("Origin", "http://conformance.test"), lines("Cookie", "a=b"),
+	s.good(rule, "protocols in two lines", get, lines("Sec-WebSocket-Protocol", "chat", "superchat"))
+	s.good("6455 4.2.1: other headers are ignored", "headers of a browser", get, lines("Origin", "http://conformance.test"),
+		lines("Cookie", "a=b"),
 		lines("Cache-Control", "no-cache"), lines("User-Agent", "x"), lines("Accept-Encoding", "gzip"), lines("Sec-WebSocket-Accept", "x"))
-	bad("9112 5.1: no space before the colon", "space before colon", get, badRequest, lines("X-Space ", "a"))
-	bad("9110 15.6: an endless header is refused", "header of 2 MiB", get, []int{400, 413, 431}, lines("X-Long", strings.Repeat("x", 2<<20)))
-	bad("9112 2.2: rubbish is refused", "rubbish", "\x16\x03\x01\x02\x00", badRequest)
-	return append(all, segments()...)
+	for name, change := range map[string]func(string) string{"lower": strings.ToLower, "upper": strings.ToUpper} {
+		s.good("9110 5.1: names of headers in any case", "headers in "+name+" case", get, lines("Upgrade"), lines("Connection"),
+			lines("Sec-WebSocket-Key"),
+			lines("Sec-WebSocket-Version"), lines(change("Upgrade"), "websocket"), lines(change("Connection"), "Upgrade"),
+			lines(change("Sec-WebSocket-Key"), sampleKey), lines(change("Sec-WebSocket-Version"), "13"))
+	}
+	s.bad("9112 5.1: no space before the colon", "space before colon", get, badRequest, lines("X-Space ", "a"))
+	s.bad("9110 5.4: an endless header is refused", "header of 2 MiB", get, []int{400, 413, 431},
+		lines("X-Long", strings.Repeat("x", 2<<20)))
+	s.add("9112 9.3: a connection may be upgraded after a refusal", "handshake/upgrade after a refusal", func(p *peer) {
+		p.write([]byte(request(get, lines("Upgrade"))))
+		io.Copy(io.Discard, p.refused(needsUpgrade...).Body)
+		p.write([]byte(request(get)))
+		p.want101(sampleKey)
+		p.finish()
+	})
 }
 
 // segments are handshakes by where TCP cuts them, and what may stand behind them.
-func segments() []kase {
+func (s *shakes) segments() {
 	rule := "6455 4.1: frames may follow the handshake at once, TCP may cut anywhere"
 	hello := string(text("hello").encode())
-	var all []kase
 	cut := func(name, bytes string, chop, pause int) {
-		all = append(all, kase{"handshake/" + name, rule, true, "", func(p *peer) {
+		s.add(rule, "handshake/"+name, func(p *peer) {
 			p.chop = chop
 			p.write([]byte(bytes[:pause]))
 			if pause > 0 {
@@ -259,31 +298,42 @@ func segments() []kase {
 			}
 			p.wantText("hello")
 			p.finish()
-		}})
+		})
 	}
 	req := request(get)
 	for _, chop := range []int{1, 2, 7, 64} {
 		cut(fmt.Sprintf("in chops of %d", chop), req, chop, 0)
 		cut(fmt.Sprintf("and a frame in chops of %d", chop), req+hello, chop, 0)
 	}
-	for _, n := range []int{1, 3, 4, 5, len(req) - 2, len(req) - 1, len(req), len(req) + 1, len(req) + 2, len(req) + 4, len(req) + 6, len(req) + 10} {
+	for _, n := range []int{1, 3, 4, 5, len(req) - 2, len(req) - 1, len(req), len(req) + 1, len(req) + 2, len(req) + 4,
+		len(req) + 6, len(req) + 10} {
 		cut(fmt.Sprintf("and a frame, cut at %d", n), req+hello, 0, n)
 	}
 	for _, n := range []int{0, 1, 126, 4096, 5000, 65536} {
-		all = append(all, kase{fmt.Sprintf("handshake/with a frame of %d octets in its segment", n), rule, true, "", func(p *peer) {
-			s := strings.Repeat("x", n)
-			p.write([]byte(req + string(text(s).encode()) + string(ping("p").encode()) + string(closing(1000, "").encode())))
+		s.add(rule, fmt.Sprintf("handshake/with a frame of %d octets in its segment", n), func(p *peer) {
+			long := strings.Repeat("x", n)
+			p.write(slices.Concat([]byte(req), text(long).encode(), ping("p").encode(), closing(1000, "").encode()))
 			p.sentClose = true
 			p.want101(sampleKey)
-			p.wantText(s)
+			p.wantText(long)
 			p.wantPongs("p")
 			p.wantClose(1000)
-		}})
+		})
 	}
-	for _, h := range []header{lines("Content-Length", "5"), lines("Transfer-Encoding", "chunked")} {
-		all = append(all, kase{"handshake/with a body, " + h.name, "9110 7.8: a body is no frame", true, "", func(p *peer) {
-			body := map[string]string{"Content-Length": "hello", "Transfer-Encoding": "5\r\nhello\r\n0\r\n\r\n"}[h.name]
-			p.write([]byte(request(get, h) + body))
+	s.add("6455 4.1: TCP ends in the handshake: the server ends too", "handshake/ended in its middle", func(p *peer) {
+		p.write([]byte(req[:40]))
+		p.nc.(*net.TCPConn).CloseWrite()
+		if _, err := io.Copy(io.Discard, p.br); err != nil {
+			failf("%s instead of the end of TCP", reason(err))
+		}
+	})
+}
+
+func (s *shakes) bodies() {
+	for name, body := range map[string]string{"Content-Length": "hello", "Transfer-Encoding": "5\r\nhello\r\n0\r\n\r\n"} {
+		value := map[string]string{"Content-Length": "5", "Transfer-Encoding": "chunked"}[name]
+		s.add("9110 7.8: a body is no frame", "handshake/with a body, "+name, func(p *peer) {
+			p.write([]byte(request(get, lines(name, value)) + body))
 			if b, err := p.br.Peek(12); err == nil && string(b) == "HTTP/1.1 101" {
 				p.want101(sampleKey)
 				p.send(text("hello"))
@@ -292,15 +342,6 @@ func segments() []kase {
 				return
 			}
 			p.refused(400, 411, 413)
-		}})
+		})
 	}
-	all = append(all, kase{"handshake/ended in its middle", "6455 4.1: TCP ends in the handshake: the server ends too", true, "", func(p *peer) {
-		p.write([]byte(req[:40]))
-		p.nc.(*net.TCPConn).CloseWrite()
-		io.Copy(io.Discard, p.br) // fails the case by its deadline only
-		if _, err := p.br.Peek(1); err != io.EOF {
-			failf("%s instead of the end of TCP", reason(err))
-		}
-	}})
-	return all
 }

@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -32,6 +33,13 @@ type kase struct {
 	raw        bool   // the case makes the handshake itself
 	offer      string // value of Sec-WebSocket-Extensions
 	run        func(*peer)
+}
+
+// list collects cases that run behind a handshake.
+type list []kase
+
+func (l *list) add(rule, name string, run func(*peer)) {
+	*l = append(*l, kase{name: name, rule: rule, run: run})
 }
 
 // result is a failed case.
@@ -70,7 +78,7 @@ func main() {
 	}
 }
 
-// cases are all cases for such a server, in the order of the report.
+// cases are all cases for such a server, by name.
 func cases(o *options) []kase {
 	all := slices.Concat(handshakes(), negotiations(), limits(o))
 	offers := []string{""}
@@ -87,6 +95,7 @@ func cases(o *options) []kase {
 			all = append(all, c)
 		}
 	}
+	slices.SortStableFunc(all, func(a, b kase) int { return strings.Compare(a.name, b.name) })
 	return all
 }
 

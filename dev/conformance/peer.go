@@ -141,6 +141,7 @@ type peer struct {
 	sentClose  bool
 	open       *message // the message whose fragments are arriving
 	compressed bool     // open is
+	squeezed   int      // compressed messages that came
 	messages   []message
 	pongs      []message
 	code       int // of the server's close frame; 0: none yet, noCode: it was empty
@@ -242,6 +243,7 @@ func (p *peer) data(op byte, compressed, fin bool, payload string) {
 	m := *p.open
 	p.open = nil
 	if p.compressed {
+		p.squeezed++
 		m.data = p.inflate(m.data)
 	}
 	if m.op == opText && !utf8.ValidString(m.data) {
