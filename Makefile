@@ -9,8 +9,9 @@ SEEDS ?= 1 2 3
 DURATION ?= 60s
 POLICY ?= drop_oldest
 CHAOSFLAGS ?=
+MUTANTS ?=
 
-.PHONY: build dev test e2e chaos chaos-seeds lint generate check-generated fuzz
+.PHONY: build dev test e2e chaos chaos-seeds mutants lint generate check-generated fuzz
 
 build: ## bin/daisi-ws-service: static, the same bytes from the same commit
 	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/daisi-ws-service .
@@ -39,6 +40,9 @@ chaos: ## three pods, 500 clients that resume, faults drawn from SEED for DURATI
 
 chaos-seeds: ## make chaos for each of SEEDS, under both policies
 	@for seed in $(SEEDS); do for policy in drop_oldest block; do $(MAKE) chaos SEED=$$seed POLICY=$$policy || exit 1; done; done
+
+mutants: ## eight safeguards of the service, each switched off in a copy: make chaos must notice (MUTANTS=name ...)
+	CGO_ENABLED=0 go -C dev run -buildvcs=false ./mutants $(MUTANTS)
 
 lint: ## gofmt, vet and the pinned staticcheck, in both modules
 	@files=$$(gofmt -l .); test -z "$$files" || { echo "gofmt would change: $$files"; exit 1; }

@@ -524,7 +524,8 @@ func (p *pulled) tell(v verdict) error {
 // end tells JetStream, unless it is too late for that, and closes the delivery's account.
 func (p *pulled) end(v verdict, outcome string) {
 	r := p.r
-	if time.Since(p.arrived) > r.cfg.Load().NATSAckWait-lateSlack {
+	age := time.Since(p.arrived)
+	if age > r.cfg.Load().NATSAckWait-lateSlack {
 		outcome = "late"
 	} else if err := p.tell(v); err != nil {
 		slog.Debug("answer to JetStream not sent: the event comes again", "seq", p.seq, "outcome", outcome, "err", err)
@@ -532,7 +533,7 @@ func (p *pulled) end(v verdict, outcome string) {
 	}
 	if slog.Default().Enabled(context.Background(), slog.LevelDebug) {
 		slog.Debug("event ended", "request_id", p.requestID, "company", p.company, "agent", p.agent, "kind", p.kind.String(),
-			"seq", p.seq, "deliveries", p.deliveries, "outcome", outcome)
+			"seq", p.seq, "deliveries", p.deliveries, "outcome", outcome, "ms", age.Milliseconds())
 	}
 	r.m.eventsTotal.with(p.kind.String(), outcome).Inc()
 	r.m.eventsInHand.with().Dec()

@@ -199,7 +199,11 @@ func (c *client) netDial(ctx context.Context, network, addr string) (net.Conn, e
 		if !c.slow {
 			return nil
 		}
-		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 32<<10) })
+		return raw.Control(func(fd uintptr) {
+			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 16<<10)
+			// The pod's kernel buffers a number of segments, which are of 64 KiB on the loopback interface.
+			syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_MAXSEG, 1000)
+		})
 	}}
 	return d.DialContext(ctx, network, addr)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"os"
@@ -227,13 +228,9 @@ func (v *verdict) judge(t tally) {
 	is(len(v.unequal) > 0, "ledgers: %s", strings.Join(v.unequal, "; "))
 	is(len(v.restive) > 0, "unanswered: %d clients are not connected, or wait for an answer: %.10v", len(v.restive), v.restive)
 	is(len(v.ghosts) > 0, "sessions: %d sockets are open though their users have later ones: %.10v", len(v.ghosts), v.ghosts)
-	tooFar := 0
-	v.podLines(func(_, line string) {
-		if strings.Contains(line, "replay ended in a gap") && strings.Contains(line, "cannot be replayed") {
-			tooFar++
-		}
-	})
+	tooFar, late := v.told()
 	is(tooFar > 0, "reload: %d clients were told to reload what could be replayed", tooFar)
+	is(late > 0, "late: %d deliveries were answered when JetStream may have given them out again", late)
 	for i := range pods {
 		v.w.blame(v.w.pod(i).Process)
 	}
@@ -242,6 +239,28 @@ func (v *verdict) judge(t tally) {
 	for _, what := range v.w.faulty {
 		is(true, "process: %s", what)
 	}
+}
+
+// told counts what only the pods' logs tell: replays that were refused as too far back, which none is, and answers to
+// JetStream less than 1 s before ACK_WAIT, or after it.
+func (v *verdict) told() (tooFar, late int) {
+	v.podLines(func(_, text string) {
+		if !strings.Contains(text, `"replay ended in a gap"`) && !strings.Contains(text, `"event ended"`) {
+			return
+		}
+		var line struct {
+			Msg, Err, Outcome string
+			MS                int
+		}
+		switch err := json.Unmarshal([]byte(text), &line); {
+		case err != nil:
+		case line.Msg == "replay ended in a gap" && strings.HasPrefix(line.Err, "cannot be replayed"):
+			tooFar++
+		case line.Msg == "event ended" && line.Outcome != "late" && time.Duration(line.MS)*time.Millisecond > v.w.plan.ackWait-time.Second:
+			late++
+		}
+	})
+	return tooFar, late
 }
 
 // podLines hands all lines of the pods' logs to f.

@@ -90,13 +90,15 @@ func newWorld(ctx context.Context, p plan) (*world, error) {
 func podID(i int) string { return fmt.Sprintf("pod-%d", i) }
 
 // startPod starts the i-th pod, again under the same id and address. Times are shorter than the defaults so that every
-// time-out runs out in a run of half a minute; the past is long enough that no client ever has to reload for it.
+// time-out runs out in a run of half a minute, all in proportion to ACK_WAIT; the past is long enough that no client ever has
+// to reload for it.
 func (w *world) startPod(ctx context.Context, i int) error {
 	s, err := rig.StartService(w.bin.Service, podID(i), filepath.Join(w.dir, podID(i)+".log"), []string{
 		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_POD_ID=" + podID(i),
 		"SERVER_ADVERTISE_ADDRESS=" + w.ways[i].Address(), "SERVER_DRAIN_SPREAD=2s", "LOG_LEVEL=debug",
 		"NATS_URL=" + w.nats.URL(), "NATS_RECONNECT_WAIT=200ms", "NATS_ACK_WAIT=" + w.plan.ackWait.String(), "NATS_NAK_DELAY=300ms", "REDIS_ADDRESS=" + w.redis.Address(),
-		"PEER_TIMEOUT=2s", "PEER_BREAKER_OPEN=3s", "WEBSOCKET_WRITE_TIMEOUT=4s", "WEBSOCKET_BLOCK_TIMEOUT=2s",
+		"PEER_TIMEOUT=" + (w.plan.ackWait / 5).String(), "PEER_BREAKER_OPEN=3s",
+		"WEBSOCKET_WRITE_TIMEOUT=" + (2 * w.plan.ackWait / 5).String(), "WEBSOCKET_BLOCK_TIMEOUT=" + (w.plan.ackWait / 5).String(),
 		"WEBSOCKET_BUFFER_SIZE=32", "WEBSOCKET_DROP_POLICY=" + w.plan.policy, "RESUME_MAX_EVENTS=1000000",
 		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=" + adminAPI, "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
 	})
