@@ -129,6 +129,7 @@ func (h *hub) run(ctx context.Context) {
 	tick := time.NewTicker(slowTick)
 	defer tick.Stop()
 	var scan time.Time
+	var all []*conn
 	for {
 		select {
 		case now := <-tick.C:
@@ -138,7 +139,11 @@ func (h *hub) run(ctx context.Context) {
 			}
 			// Once a second is enough for heartbeats and tokens, unless pings are set to come faster.
 			scan = now.Add(min(time.Second, h.cfg.Load().WebsocketPingInterval/4))
-			h.each(func(c *conn) { c.tend(now) })
+			all = h.list(all)
+			for _, c := range all {
+				c.tend(now)
+			}
+			clear(all)
 		case <-ctx.Done():
 			return
 		}
@@ -250,12 +255,16 @@ func (h *hub) settle(ends []settlement, why string) {
 	}
 }
 
+// list returns every socket of this pod, in the memory of buf if it is large enough.
+func (h *hub) list(buf []*conn) []*conn {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.AppendSeq(slices.Grow(buf[:0], len(h.conns)), maps.Keys(h.conns))
+}
+
 // each calls f for every socket of this pod, outside of the hub's lock.
 func (h *hub) each(f func(*conn)) {
-	h.mu.Lock()
-	all := slices.AppendSeq(make([]*conn, 0, len(h.conns)), maps.Keys(h.conns))
-	h.mu.Unlock()
-	for _, c := range all {
+	for _, c := range h.list(nil) {
 		f(c)
 	}
 }
@@ -371,8 +380,7 @@ func (h *hub) drain(ctx context.Context) error {
 	h.stopAccepting()
 	spread := h.cfg.Load().ServerDrainSpread
 	start := time.Now()
-	var all []*conn
-	h.each(func(c *conn) { all = append(all, c) })
+	all := h.list(nil)
 	for i, c := range all {
 		due := start.Add(spread * time.Duration(i) / time.Duration(len(all)))
 		if wait := time.Until(due); wait > 0 && !pause(ctx, wait) {

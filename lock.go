@@ -85,15 +85,14 @@ func parseLock(value string) (holder, heir lockClaim) {
 
 // parseLockClaim takes one claim apart; pod ids and epochs have no '#'.
 func parseLockClaim(text string) lockClaim {
-	f := strings.Split(text, "#")
-	if len(f) != 4 {
-		return lockClaim{text: text}
+	c := lockClaim{text: text}
+	pod, rest, _ := strings.Cut(text, "#")
+	epoch, rest, _ := strings.Cut(rest, "#")
+	socket, number, _ := strings.Cut(rest, "#")
+	if turn, err := strconv.ParseInt(number, 10, 64); err == nil {
+		c.pod, c.epoch, c.socket, c.turn = pod, epoch, socket, turn
 	}
-	turn, err := strconv.ParseInt(f[3], 10, 64)
-	if err != nil {
-		return lockClaim{text: text}
-	}
-	return lockClaim{text: text, pod: f[0], epoch: f[1], socket: f[2], turn: turn}
+	return c
 }
 
 // lockDrop is a release that is still to be sent.
