@@ -4,6 +4,7 @@
 //	go -C dev run ./load throughput   events per second until nothing is pending
 //	go -C dev run ./load latency      from publish to client, p50 and p99, at a steady rate
 //	go -C dev run ./load memory       resident memory per idle socket
+//	go -C dev run ./load compare      memory, compression off and on, and beside it plain servers of three libraries
 //	go -C dev run ./load absent       from publish to client, with and without nine of ten events for agents without a socket
 //	go -C dev run ./load resume       the same, while the clients of a pod that died come over and resume
 //
@@ -61,20 +62,30 @@ func run() error {
 	flag.IntVar(&p.rounds, "rounds", 3, "absent: stretches with and without")
 	flag.IntVar(&p.clients, "clients", 5000, "resume: sockets of the pod that dies")
 	flag.IntVar(&p.backlog, "backlog", 10, "resume: events that each of them has had")
-	flag.IntVar(&p.sockets, "sockets", 10_000, "memory: sockets, each of an agent of its own")
-	flag.DurationVar(&p.settle, "settle", 60*time.Second, "memory: pause between the last connect and the reading")
+	flag.IntVar(&p.sockets, "sockets", 10_000, "memory, compare: sockets, each of an agent of its own")
+	flag.DurationVar(&p.settle, "settle", 60*time.Second, "memory, compare: pause between the last connect and the reading")
 	flag.IntVar(&p.procs, "procs", 2, "GOMAXPROCS of the pod")
 	flag.BoolVar(&p.wrong, "wrong", false, "throughput, latency: every event is pulled by the pod that has not the socket")
-	flag.StringVar(&p.deflate, "compression", "disabled", "of the pods; the clients always offer it")
+	flag.StringVar(&p.deflate, "compression", "disabled", "throughput, latency, memory: of the pods; the clients always offer it")
 	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	switch flag.Arg(0) {
+	case "compare":
+		return compare(ctx, p)
+	case "plain":
+		return servePlain(flag.Arg(1))
+	}
 	measure, ok := map[string]func(context.Context, *bench, plan) error{
 		"throughput": throughput, "latency": latency, "memory": memory, "absent": absent, "resume": resume,
 	}[flag.Arg(0)]
 	if !ok {
-		return fmt.Errorf("usage: load [flags] throughput|latency|memory|absent|resume, got %q", flag.Arg(0))
+		return fmt.Errorf("usage: load [flags] throughput|latency|memory|compare|absent|resume, got %q", flag.Arg(0))
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	return withBench(ctx, p, measure)
+}
+
+func withBench(ctx context.Context, p plan, measure func(context.Context, *bench, plan) error) error {
 	b, err := newBench(ctx, p)
 	if b != nil {
 		defer b.close()

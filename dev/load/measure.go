@@ -166,26 +166,39 @@ func across(p plan) string {
 	return ""
 }
 
-// memory reads the pod's resident size without sockets, and again some time after the last connect.
+// memory measures the pod.
 func memory(ctx context.Context, b *bench, p plan) error {
-	before := residentKiB(b.pod.PID())
+	return idleMemory(ctx, b.pod.PID(), p, func() (*crowd, error) {
+		c, err := connect(ctx, p.sockets, func(int) *rig.Service { return b.pod }, func(int, []byte) {})
+		if err == nil && (c.deflate.Load() > 0) != (p.deflate != "disabled") {
+			return c, fmt.Errorf("%d sockets compress", c.deflate.Load())
+		}
+		return c, err
+	})
+}
+
+// idleMemory reads a process' resident size before any socket, and again some time after the last connect.
+func idleMemory(ctx context.Context, pid int, p plan, connect func() (*crowd, error)) error {
+	before := residentKiB(pid)
 	began := time.Now()
-	c, err := connect(ctx, p.sockets, func(int) *rig.Service { return b.pod }, func(int, []byte) {})
+	c, err := connect()
+	if c != nil {
+		defer c.close()
+	}
 	if err != nil {
 		return err
 	}
-	defer c.close()
 	took := time.Since(began)
-	cpu := cpuSeconds(b.pod.PID())
+	cpu := cpuSeconds(pid)
 	select {
 	case <-time.After(p.settle):
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	after := residentKiB(b.pod.PID())
-	fmt.Printf("memory: %d sockets in %.1f s; resident %d KiB before, %d KiB %s after: %.2f KiB per socket; CPU idle %.2f %% of a core\n",
+	after := residentKiB(pid)
+	fmt.Printf("%d sockets in %.1f s; resident %d KiB before, %d KiB %s after: %.2f KiB per socket; CPU idle %.2f %% of a core\n",
 		p.sockets, took.Seconds(), before, after, p.settle, float64(after-before)/float64(p.sockets),
-		100*(cpuSeconds(b.pod.PID())-cpu)/p.settle.Seconds())
+		100*(cpuSeconds(pid)-cpu)/p.settle.Seconds())
 	return nil
 }
 

@@ -36,11 +36,25 @@ func mint(agent string) string {
 type crowd struct {
 	conns    []*websocket.Conn
 	received atomic.Int64
+	deflate  atomic.Int64 // sockets that compress
 	readers  sync.WaitGroup
 }
 
-// connect opens n sockets, 64 at a time, the i-th at the pod that at names, each read by a goroutine that hands every event to got.
+// connect opens n sockets of agents, the i-th at the pod that at names, each read by a goroutine that hands every event to got.
 func connect(ctx context.Context, n int, at func(i int) *rig.Service, got func(agent int, message []byte)) (*crowd, error) {
+	to := func(i int) (string, http.Header) {
+		return fmt.Sprintf("ws://%s/ws/acme/%s", at(i).HTTP, agentID(i)), http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(agentID(i))}}
+	}
+	return dialAll(ctx, n, to, func(ws *websocket.Conn) error {
+		if _, m, err := ws.ReadMessage(); err != nil || !bytes.Contains(m, []byte(`"ready"`)) {
+			return fmt.Errorf("want ready, got %q, %v", m, err)
+		}
+		return nil
+	}, got)
+}
+
+// dialAll opens n sockets, 64 at a time, where to says, each greeted and then read.
+func dialAll(ctx context.Context, n int, to func(i int) (url string, header http.Header), greet func(*websocket.Conn) error, got func(i int, message []byte)) (*crowd, error) {
 	c := &crowd{conns: make([]*websocket.Conn, n)}
 	var wg sync.WaitGroup
 	errs := make(chan error, n)
@@ -50,15 +64,17 @@ func connect(ctx context.Context, n int, at func(i int) *rig.Service, got func(a
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			url := fmt.Sprintf("ws://%s/ws/acme/%s", at(i).HTTP, agentID(i))
-			ws, _, err := dialer.DialContext(ctx, url, http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(agentID(i))}})
+			url, header := to(i)
+			ws, resp, err := dialer.DialContext(ctx, url, header)
+			if err == nil {
+				err = greet(ws)
+			}
 			if err != nil {
 				errs <- fmt.Errorf("socket %d: %w", i, err)
 				return
 			}
-			if _, m, err := ws.ReadMessage(); err != nil || !bytes.Contains(m, []byte(`"ready"`)) {
-				errs <- fmt.Errorf("socket %d: want ready, got %q, %v", i, m, err)
-				return
+			if resp.Header.Get("Sec-WebSocket-Extensions") != "" {
+				c.deflate.Add(1)
 			}
 			c.conns[i] = ws
 			c.readers.Go(func() { c.read(i, ws, got) })
