@@ -168,7 +168,7 @@ func across(p plan) string {
 
 // memory measures the pod.
 func memory(ctx context.Context, b *bench, p plan) error {
-	return idleMemory(ctx, b.pod.PID(), p, func() (*crowd, error) {
+	return idleMemory(ctx, b.pod.Process, p, func() (*crowd, error) {
 		c, err := connect(ctx, p.sockets, func(int) *rig.Service { return b.pod }, func(int, []byte) {})
 		if err == nil && (c.deflate.Load() > 0) != (p.deflate != "disabled") {
 			return c, fmt.Errorf("%d sockets compress", c.deflate.Load())
@@ -178,8 +178,8 @@ func memory(ctx context.Context, b *bench, p plan) error {
 }
 
 // idleMemory reads a process' resident size before any socket, and again some time after the last connect.
-func idleMemory(ctx context.Context, pid int, p plan, connect func() (*crowd, error)) error {
-	before := residentKiB(pid)
+func idleMemory(ctx context.Context, process *rig.Process, p plan, connect func() (*crowd, error)) error {
+	before := process.Resident()
 	began := time.Now()
 	c, err := connect()
 	if c != nil {
@@ -189,28 +189,17 @@ func idleMemory(ctx context.Context, pid int, p plan, connect func() (*crowd, er
 		return err
 	}
 	took := time.Since(began)
-	cpu := cpuSeconds(pid)
+	cpu := cpuSeconds(process.PID())
 	select {
 	case <-time.After(p.settle):
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	after := residentKiB(pid)
+	after := process.Resident()
 	fmt.Printf("%d sockets in %.1f s; resident %d KiB before, %d KiB %s after: %.2f KiB per socket; CPU idle %.2f %% of a core\n",
 		p.sockets, took.Seconds(), before, after, p.settle, float64(after-before)/float64(p.sockets),
-		100*(cpuSeconds(pid)-cpu)/p.settle.Seconds())
+		100*(cpuSeconds(process.PID())-cpu)/p.settle.Seconds())
 	return nil
-}
-
-func residentKiB(pid int) int {
-	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	for line := range strings.Lines(string(status)) {
-		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			n, _ := strconv.Atoi(strings.Fields(rest)[0])
-			return n
-		}
-	}
-	return 0
 }
 
 // cpuSeconds is user and system time of a process; a tick is 10 ms on Linux.

@@ -109,7 +109,7 @@ func memoryOfPlain(ctx context.Context, p plan, library string) error {
 	if _, err := http.Get("http://" + address + "/"); err != nil { // refused: its first request costs more than others
 		return err
 	}
-	return idleMemory(ctx, server.PID(), p, func() (*crowd, error) {
+	return idleMemory(ctx, server, p, func() (*crowd, error) {
 		return dialAll(ctx, p.sockets, func(int) (string, http.Header) { return "ws://" + address + "/", nil },
 			func(*gorilla.Conn) error { return nil }, func(int, []byte) {})
 	})

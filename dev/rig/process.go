@@ -10,6 +10,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -112,6 +114,21 @@ func (p *Process) reap() {
 
 // PID is the process' id, for a look at /proc.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Resident and PeakResident are the memory of the process in KiB, now and at its highest (proc(5), VmRSS and VmHWM).
+func (p *Process) Resident() int     { return p.status("VmRSS:") }
+func (p *Process) PeakResident() int { return p.status("VmHWM:") }
+
+func (p *Process) status(field string) int {
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID()))
+	for line := range strings.Lines(string(status)) {
+		if rest, ok := strings.CutPrefix(line, field); ok {
+			n, _ := strconv.Atoi(strings.Fields(rest)[0])
+			return n
+		}
+	}
+	return 0
+}
 
 // Stopped says whether every thread of the process stands still after SIGSTOP: the signal takes a moment to reach all.
 func (p *Process) Stopped() bool {
