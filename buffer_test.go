@@ -40,6 +40,9 @@ type ringModel struct {
 	turn   bool   // the writer has it
 	closed bool
 	packed int // frames written compressed
+
+	replays  int // 0 = none runs, 1 = its passes, 2 = its last pass
+	replayed map[uint64]bool
 }
 
 func (m *ringModel) kick(kick bool) {
@@ -70,7 +73,7 @@ func (m *ringModel) push() {
 // other does something that may happen at any time, between take and wrote too.
 func (m *ringModel) other() {
 	now := time.Now()
-	switch m.rnd.IntN(24) {
+	switch m.rnd.IntN(26) {
 	case 0:
 		m.kick(m.r.reply(newReply("pong", nil), now))
 	case 1:
@@ -84,8 +87,13 @@ func (m *ringModel) other() {
 	case 5:
 		time.Sleep(time.Duration(m.rnd.IntN(900)) * time.Millisecond)
 	case 6:
-		m.r.selecting(fmt.Sprint("chat", m.rnd.IntN(2)))
+		if m.replays == 0 { // the read loop does one thing after the other
+			m.r.selecting(fmt.Sprint("chat", m.rnd.IntN(2)))
+		}
 	case 7:
+		if m.replays > 0 {
+			break
+		}
 		var f *frame
 		if m.rnd.IntN(4) != 0 {
 			f = newReply("chat_selected", nil)
@@ -107,10 +115,36 @@ func (m *ringModel) other() {
 		if m.rnd.IntN(40) == 0 {
 			m.close()
 		}
+	case 10:
+		m.replay(now)
+	case 11:
+		m.r.trim()
 	default:
 		m.push()
 	}
 	m.check()
+}
+
+// replay is the read loop's next step of a replay of everything.
+func (m *ringModel) replay(now time.Time) {
+	switch {
+	case m.r.pending != "": // it is selecting
+	case m.replays == 0:
+		m.replays = 1
+		m.kick(m.r.replaying(leaveAll, now))
+	case m.rnd.IntN(2) == 0 && m.seq > 0:
+		seq := 1 + m.rnd.Uint64N(m.seq)
+		m.replayed[seq] = true
+		m.kick(m.r.replay(&event{frame: newDelivery(&m.l, kindChat, "", seq, 1, 10).frame, seq: seq}, now))
+	case m.replays == 1:
+		m.replays = 2
+		m.r.goLive()
+	default:
+		m.replays = 0
+		ends, kick := m.r.resumed(newReply("resumed", nil), now, nil)
+		settleAll(ends)
+		m.kick(kick)
+	}
 }
 
 func (m *ringModel) close() {
@@ -234,6 +268,9 @@ func (m *ringModel) finish() {
 	}
 	wrote := map[uint64]bool{}
 	for _, seq := range events {
+		if wrote[seq] && !m.replayed[seq] {
+			m.t.Fatalf("event %d was written twice", seq)
+		}
 		wrote[seq] = true
 	}
 	for _, d := range m.pushed {
@@ -252,7 +289,7 @@ func TestRingModel(t *testing.T) {
 	for _, block := range []bool{false, true} {
 		for seed := range uint64(150) {
 			synctest.Test(t, func(t *testing.T) {
-				m := &ringModel{t: t, rnd: rand.New(rand.NewPCG(seed, 1))}
+				m := &ringModel{t: t, rnd: rand.New(rand.NewPCG(seed, 1)), replayed: map[uint64]bool{}}
 				m.r, m.p = newTestRing(4, block)
 				m.r.deflate, m.p.threshold = seed%2 == 0, m.rnd.IntN(120)
 				m.turn = true // greet kicked
@@ -581,14 +618,14 @@ func TestRingAllocations(t *testing.T) {
 	}
 }
 
-// Handing one event to many sockets allocates nothing per socket.
-func TestFanOutAllocations(t *testing.T) {
+// newFanOut returns a function that hands one event to n sockets, up to its settlement there.
+func newFanOut(n int) func() {
 	h := newHub(testSettings(nil), newMetrics(), nil, nil)
 	h.confirm = func() {}
 	d := newDelivery(nil, kindChat, "", 1, 1, 600)
 	d.src = noLedger{}
 	buf, ends := make([]byte, 0, scratchBytes), make([]settlement, 0, 64)
-	conns := make([]*conn, 100)
+	conns := make([]*conn, n)
 	for i := range conns {
 		c := &conn{h: h, w: h.writers[0]}
 		c.ring.policy = &h.policy
@@ -597,7 +634,7 @@ func TestFanOutAllocations(t *testing.T) {
 		conns[i] = c
 	}
 	now := time.Now()
-	hand := func() {
+	return func() {
 		for _, c := range conns {
 			d.open.Store(1)
 			c.push(d)
@@ -608,12 +645,28 @@ func TestFanOutAllocations(t *testing.T) {
 		}
 		h.writers[0].dirty = h.writers[0].dirty[:0]
 	}
+}
+
+// Handing one event to many sockets allocates nothing per socket.
+func TestFanOutAllocations(t *testing.T) {
+	const sockets = 1000
+	hand := newFanOut(sockets)
 	for range writtenSeqs { // until the sets of written sequences are full
 		hand()
 	}
 	if n := testing.AllocsPerRun(100, hand); n != 0 {
-		t.Fatalf("%v allocations for an event to %d sockets", n, len(conns))
+		t.Fatalf("%v allocations for an event to %d sockets", n, sockets)
 	}
+}
+
+func BenchmarkFanOut(b *testing.B) {
+	const sockets = 1000
+	hand := newFanOut(sockets)
+	b.ReportAllocs()
+	for b.Loop() {
+		hand()
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/sockets, "ns/socket")
 }
 
 // noLedger forgets.
@@ -627,6 +680,7 @@ func BenchmarkPushPop(b *testing.B) {
 	d.src = noLedger{}
 	buf, ends := make([]byte, 0, scratchBytes), make([]settlement, 0, 64)
 	sent := func(*frame, *delivery) {}
+	b.ReportAllocs()
 	for b.Loop() {
 		r.push(d, time.Now(), nil)
 		w, _ := r.take(buf, time.Now())
