@@ -79,7 +79,7 @@ func (nowhere) Write(p []byte) (int, error) { return len(p), nil }
 type inbound struct {
 	nc      net.Conn
 	early   []byte       // comes before what nc has
-	one     [1]byte      // where an idle socket waits for the next byte
+	first   [8]byte      // where an idle socket waits for what comes next; a whole pong has 6
 	broken  error        // what wait met instead
 	fr      *frameReader // nil while idle
 	max     int          // bytes of a message
@@ -124,8 +124,9 @@ func (in *inbound) Read(p []byte) (int, error) {
 
 // wait returns once there is something to read, or the connection's end. It needs little stack.
 func (in *inbound) wait() {
-	if _, in.broken = io.ReadFull(in.nc, in.one[:]); in.broken == nil {
-		in.early = in.one[:]
+	n, err := io.ReadAtLeast(in.nc, in.first[:], 1)
+	if in.early = in.first[:n]; n == 0 {
+		in.broken = err
 	}
 }
 
