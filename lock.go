@@ -103,16 +103,28 @@ type lockDrop struct {
 
 // lockStore sends the commands about locks. Those of live sessions come from one goroutine only (see sessions.work).
 type lockStore struct {
-	rdb redis.UniversalClient
-	cfg *settings
-	m   *Metrics
+	rdb   redis.UniversalClient
+	cfg   *settings
+	m     *Metrics
+	turns chan struct{} // capacity claimsAtOnce: newcomers' claims under way; never closed
 }
 
-// lockTimeout bounds one command, or one pipeline, about a lock.
-const lockTimeout = 2 * time.Second
+const (
+	// lockTimeout bounds one command, or one pipeline, about a lock.
+	lockTimeout = 2 * time.Second
+	// claimsAtOnce leaves room in go-redis's pool, 10 connections for each processor: behind the claims of 5,000 that connect
+	// at once, lease and log came so late that Redis was believed away (measured).
+	claimsAtOnce = 8
+)
 
 // claim runs claimScript for one socket. A value of "" means that the lock is its own now.
 func (l *lockStore) claim(ctx context.Context, key string, c lockClaim, oust string) (turn int64, value string, err error) {
+	select {
+	case l.turns <- struct{}{}:
+		defer func() { <-l.turns }()
+	case <-ctx.Done():
+		return 0, "", ctx.Err()
+	}
 	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
 	reply, err := claimScript.Run(ctx, l.rdb, []string{lockKey(key)},

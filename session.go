@@ -100,7 +100,7 @@ func newSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, o *owners
 // makeSessions is newSessions for any lease.
 func makeSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, lease podLease) *sessions {
 	s := &sessions{
-		lockStore: lockStore{rdb, cfg, m},
+		lockStore: lockStore{rdb, cfg, m, make(chan struct{}, claimsAtOnce)},
 		lease:     lease,
 		seed:      maphash.MakeSeed(),
 		wake:      make(chan struct{}, 1),

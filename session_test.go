@@ -460,3 +460,27 @@ func TestSessionAcquiredOverNewEpoch(t *testing.T) {
 		}
 	})
 }
+
+// Of many that connect at once only some claim at a time: the pod's other commands are never far behind in the pool.
+func TestClaimsTakeTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newLockServer(t)
+		p := v.pod(t, "pod-1")
+		p.open(t, "acme:desk1:first") // and loads the script
+		v.delay = func() time.Duration { return 100 * time.Millisecond }
+		began := time.Now()
+		var wg sync.WaitGroup
+		for i := range 10 * claimsAtOnce {
+			wg.Go(func() {
+				if _, err := p.acquire(t.Context(), fmt.Sprint("acme:desk1:", i), "user"); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if took := time.Since(began); took != time.Second {
+			t.Errorf("10 rounds of 100 ms took %v", took)
+		}
+		v.delay = nil
+	})
+}
