@@ -115,11 +115,9 @@ function count(latency) {
 }
 
 const client = new Client({
-  async address() {
-    const minted = await (await post("token", { user: $("user").value })).json();
-    // errors=close: a page cannot read the HTTP status of a refused upgrade, but it can read a close code.
-    const query = new URLSearchParams({ "x-api-key": minted.key, token: minted.token, errors: "close" });
-    return `ws://${location.host}/ws/acme/desk1?${query}`;
+  async access() {
+    const { key, token, expires_at } = await (await post("token", { user: $("user").value })).json();
+    return { url: `ws://${location.host}/ws/acme/desk1?x-api-key=${encodeURIComponent(key)}`, token, expires_at };
   },
   ready(m) {
     const { seq, session_id, resumed, gap } = m.payload;
@@ -137,10 +135,10 @@ const client = new Client({
     loadChats();
   },
   error(p) { notice(`${p.code}: ${p.message}`); },
-  state(cls, text) {
+  state(cls, text, code) {
     state(cls, text);
     if (cls !== "on") setServing("");
-    if (text.includes("4402")) notice("Another tab took this session. Reconnect takes it back.");
+    if (code === 4402) notice("Another tab took this session. Reconnect takes it back.");
   },
 });
 

@@ -8,6 +8,7 @@ import sys
 
 import websockets
 from websockets.frames import OP_TEXT
+from websockets.legacy.client import connect  # the newer one has no way to send bytes that are not UTF-8
 
 
 def say(**what):
@@ -49,7 +50,7 @@ async def main():
     commands = lines()
     c = await anext(commands)
     try:
-        ws = await websockets.connect(
+        ws = await connect(
             c["url"], subprotocols=c.get("protocols"), extra_headers=c.get("headers"), max_size=None, ping_interval=None,
             compression="deflate" if c.get("compress") else None)
     except websockets.InvalidStatusCode as e:
