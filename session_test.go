@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -465,9 +466,11 @@ func TestSessionAcquiredOverNewEpoch(t *testing.T) {
 func TestClaimsTakeTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := newLockServer(t)
+		var delay atomic.Int64
+		v.delay = func() time.Duration { return time.Duration(delay.Load()) }
 		p := v.pod(t, "pod-1")
 		p.open(t, "acme:desk1:first") // and loads the script
-		v.delay = func() time.Duration { return 100 * time.Millisecond }
+		delay.Store(int64(100 * time.Millisecond))
 		began := time.Now()
 		var wg sync.WaitGroup
 		for i := range 10 * claimsAtOnce {
@@ -481,6 +484,5 @@ func TestClaimsTakeTurns(t *testing.T) {
 		if took := time.Since(began); took != time.Second {
 			t.Errorf("10 rounds of 100 ms took %v", took)
 		}
-		v.delay = nil
 	})
 }
