@@ -248,6 +248,10 @@ func (s *packedSource) ended() bool {
 // inflaters are readers of 44 KB each; a socket has one only while it decompresses a message.
 var inflaters = sync.Pool{New: func() any { return flate.NewReader(nil) }}
 
+// maxFinals bounds the blocks with BFINAL of a message. Nobody needs many, and two bytes of one cost a copy of the window: a
+// message of them alone took a second (measured, with a limit of 1 MiB).
+const maxFinals = 1000
+
 // inflate reads the compressed message that advance has begun into buf (RFC 7692 section 7.2.2). Behind a block with
 // the BFINAL bit the next one begins at the next byte (section 7.2.1), and may refer to what came before.
 func (in *inbound) inflate(buf *[]byte) error {
@@ -262,7 +266,10 @@ func (in *inbound) inflate(buf *[]byte) error {
 	}
 	fl := inflaters.Get().(io.Reader)
 	defer inflaters.Put(fl)
-	for !src.ended() {
+	for finals := 0; !src.ended(); finals++ {
+		if finals > maxFinals {
+			return protocolError("too many final blocks")
+		}
 		window := (*buf)[max(0, len(*buf)-32<<10):]
 		fl.(flate.Resetter).Reset(src, window)
 		if err := in.fill(fl, buf); err != nil {

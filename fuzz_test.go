@@ -194,7 +194,10 @@ func startsAsText(b []byte) bool {
 func slowInflate(p []byte, limit int) ([]byte, int) {
 	src := bytes.NewReader(append(slices.Clone(p), deflateTail...))
 	var out []byte
-	for src.Len() > len(deflateTail) {
+	for finals := 0; src.Len() > len(deflateTail); finals++ {
+		if finals > maxFinals {
+			return nil, closeProtocol
+		}
 		more, err := io.ReadAll(io.LimitReader(flate.NewReaderDict(src, out[max(0, len(out)-32768):]), int64(limit+1-len(out))))
 		if out = append(out, more...); len(out) > limit {
 			return nil, closeTooBig

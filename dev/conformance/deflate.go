@@ -193,6 +193,7 @@ func blocks() []kase {
 	add(rule, "BFINAL, then a block", final("Hel")+deflated("lo", 9), "Hello")
 	add(rule, "BFINAL twice", final("Hel")+final("lo")+"\x00", "Hello")
 	add(rule, "BFINAL, stored, then a fixed block", stored("Hel", 1)+deflated("lo", 9), "Hello")
+	add(rule, "BFINAL 200 times", strings.Repeat(final("x"), 200)+"\x00", strings.Repeat("x", 200))
 	for _, n := range []int{1, 2, 3} {
 		s := final(filler[:500]) + deflated(noise(500), 9)
 		f := pieces(opText, split(s, len(s)/n+1)...)
@@ -268,15 +269,16 @@ func bombs(o *options) []kase {
 	}
 	big := []int{1009}
 	s := strings.Repeat("x", o.max)
+	bomb := strings.Repeat(s, 20)
 	add("one more than the limit", big, squeezed(opText, s+"x"))
-	add("a hundred times the limit", big, squeezed(opText, strings.Repeat(s, 100)))
-	add("a hundred times the limit in fragments", big, squeezedPieces(opBinary, strings.Repeat(s, 100), 1000)...)
-	half := squeezedPieces(opBinary, strings.Repeat(s, 100), 1000)
-	add("ten times the limit, the message never ends", big, half[:max(1, len(half)/10)]...)
+	add("twenty times the limit", big, squeezed(opText, bomb))
+	add("twenty times the limit in fragments", big, squeezedPieces(opBinary, bomb, 1000)...)
+	half := squeezedPieces(opBinary, bomb, 1000)
+	add("ten times the limit, the message never ends", big, half[:(len(half)+1)/2]...)
 	// How much nothing a server takes is its own affair; it must not be without end.
-	add("a hundred times the limit that inflates to nothing", []int{1009, 1007, 1002},
-		raw(strings.Repeat(stored("", 0), 20*o.max)+"\x00")...)
-	all.add("7692 7.2.3.4: a message of final blocks that hold nothing costs no more than others", "deflate/final blocks without end", func(p *peer) {
+	add("twenty times the limit that inflates to nothing", []int{1009, 1007, 1002},
+		raw(strings.Repeat(stored("", 0), 4*o.max)+"\x00")...)
+	all.add("7692 7.2.3.4: a message of final blocks that hold nothing is bounded", "deflate/final blocks without end", func(p *peer) {
 		p.send(raw(stored(filler[:32<<10], 0) + strings.Repeat("\x03\x00", o.max-32<<10))...)
 		if err := p.next(); err != nil {
 			failf("%s instead of an answer", reason(err))

@@ -8,7 +8,7 @@ import (
 )
 
 // soon is how long a server may take for what it must do at once, on a busy machine.
-const soon = 3 * time.Second
+const soon = 5 * time.Second
 
 var (
 	sizes  = []int{0, 1, 2, 124, 125, 126, 127, 128, 129, 255, 256, 1000, 4095, 4096, 4097, 65534, 65535, 65536, 65537, 100_000}
