@@ -29,9 +29,10 @@ type client struct {
 	slow           bool // has a small receive buffer: a pause of its reading is felt by the pod
 	stopping       <-chan struct{}
 	ready, chosen  chan struct{} // closed at the first ready, the first chat_selected
-	backoff        time.Duration // of its own goroutine, like the next six
+	backoff        time.Duration // of its own goroutine, like the next seven
 	greeted        time.Time     // ready of this socket
 	top            uint64        // highest sequence known
+	known          bool          // there is one: 0, while the stream is empty, is one too
 	owed           *uint64       // lowest since that is not answered yet
 	asked          int           // answers under way
 	again          bool          // a gap came meanwhile
@@ -173,7 +174,7 @@ func (c *client) jitter() time.Duration {
 // dial opens the next socket, asking for what may have been missed.
 func (c *client) dial(pod int) (*websocket.Conn, error) {
 	c.asked, c.again, c.selecting = 0, false, false
-	if c.owed == nil && c.top > 0 {
+	if c.owed == nil && c.known {
 		c.owe(c.top)
 	}
 	url := fmt.Sprintf("ws://%s/ws/acme/%s?", c.w.pod(pod).HTTP, c.agent)
@@ -307,7 +308,7 @@ func (c *client) message(ws *websocket.Conn, m message) {
 }
 
 func (c *client) becameReady() {
-	c.greeted = time.Now()
+	c.greeted, c.known = time.Now(), true
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.readyAt.IsZero() {

@@ -23,12 +23,13 @@ func (v *verdict) report() (bad bool) {
 	}
 	t := v.count()
 	v.judge(t)
-	fmt.Printf("\n%d due, %d lost; %d live deliveries, %d of them (%.2f %%) a second time (%d by the same socket); %d replayed\n",
-		t.due, v.lost, t.live, t.repeated, 100*float64(t.repeated)/float64(max(t.live, 1)), t.twice, t.replayed)
+	fmt.Printf("\n%d due, %d lost; %d deliveries, %d of them (%.2f %%) a second time though no replay (%d by the same socket); %d live, %d replayed\n",
+		t.due, v.lost, t.deliveries, t.repeated, 100*float64(t.repeated)/float64(max(t.deliveries, 1)), t.twice, t.live, t.replayed)
 	if t.reloads > 0 {
 		fmt.Printf("%d reloads asked for, when the stream could not be read: %d events count as fetched by them\n", t.reloads, t.excused)
 	}
 	v.explain()
+	v.slowest()
 	for _, what := range v.bad {
 		fmt.Println("BAD:", what)
 	}
@@ -56,6 +57,24 @@ func (v *verdict) cost(f *fault) (longest time.Duration, who string) {
 	return longest, who
 }
 
+// slowest tells the story of the event that took longest, where it took longer than a single fault explains.
+func (v *verdict) slowest() {
+	var who *client
+	var which record
+	longest := 20 * time.Second
+	for _, c := range v.cr.list {
+		for _, r := range v.wanted(c) {
+			if a, ok := c.got[r.seq]; ok && c.dueLocked(r) && a.at.Sub(r.acked) > longest {
+				who, which, longest = c, r, a.at.Sub(r.acked)
+			}
+		}
+	}
+	if who != nil {
+		fmt.Printf("\nthe slowest event took %.1fs\n", longest.Seconds())
+		v.story(who, which)
+	}
+}
+
 // explain prints all that is known of the first lost events.
 func (v *verdict) explain() {
 	shown := 0
@@ -64,13 +83,14 @@ func (v *verdict) explain() {
 			if shown++; shown > 5 {
 				return
 			}
+			fmt.Print("\nLOST")
 			v.story(c, r)
 		}
 	}
 }
 
 func (v *verdict) story(c *client, r record) {
-	fmt.Printf("\nLOST %s: seq %d, %s of %s, sent %s, acknowledged %s; client ready %s, chat selected %s\n", c.name, r.seq, r.what, r.agent,
+	fmt.Printf("\n%s: seq %d, %s of %s, sent %s, acknowledged %s; client ready %s, chat selected %s\n", c.name, r.seq, r.what, r.agent,
 		v.w.at(r.sent), v.w.at(r.acked), v.w.at(c.readyAt), v.w.at(c.chosenAt))
 	around := func(from, to, at time.Time, before, after time.Duration) bool {
 		return at.After(from.Add(-before)) && at.Before(to.Add(after))

@@ -141,11 +141,15 @@ func (f *Follower) attend(ctx context.Context, pod *Pod) (wait time.Duration, ow
 	if end == nil { // the test is over
 		return 0, true
 	}
-	f.ends = append(f.ends, Ended{Close: *end, At: time.Now()})
-	if wait, ok := end.RetryAfter(); ok {
-		return wait, false
+	wait, told := end.RetryAfter()
+	if !told {
+		wait = again
 	}
-	return again, true
+	if n := len(f.ends); n > 0 && f.ends[n-1].Back.IsZero() { // it never was ready: an attempt that failed
+		return wait, true
+	}
+	f.ends = append(f.ends, Ended{Close: *end, At: time.Now()})
+	return wait, !told
 }
 
 func (f *Follower) note(c *Client, m Message) {
