@@ -2,76 +2,16 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
-	"os"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
 )
-
-// newRedis makes the client that all rooms share. It connects when first used.
-func newRedis(cfg *Config) (redis.UniversalClient, error) {
-	opt := &redis.UniversalOptions{
-		Addrs: strings.Split(cfg.RedisAddress, ","), IsClusterMode: cfg.RedisMode == "cluster",
-		Username: cfg.RedisUsername, Password: cfg.RedisPassword, DB: cfg.RedisDB,
-		DialTimeout: 2 * time.Second, ReadTimeout: 2 * time.Second, WriteTimeout: 2 * time.Second,
-		ContextTimeoutEnabled: true, // a batch of events waits for a read at most as long as its context
-		MaxRetries:            1,
-		DisableIdentity:       true, // an ACL user needs no right to CLIENT SETINFO
-	}
-	if cfg.RedisMode == "sentinel" {
-		opt.MasterName, opt.SentinelPassword = cfg.RedisSentinelMaster, cfg.RedisSentinelPassword
-	}
-	if cfg.RedisTLS {
-		t, err := clientTLS(cfg.RedisTLSCAFile, cfg.RedisTLSCertFile, cfg.RedisTLSKeyFile)
-		if err != nil {
-			return nil, fmt.Errorf("TLS to Redis: %w", err)
-		}
-		opt.TLSConfig = t
-	}
-	redis.SetLogger(redisLog{})
-	return redis.NewUniversalClient(opt), nil
-}
-
-// redisLog takes the library's own complaints, of which there is one per attempt to connect, in a form of its own, on stderr.
-type redisLog struct{}
-
-func (redisLog) Printf(_ context.Context, format string, args ...any) {
-	slog.Debug("Redis client complains", "err", fmt.Sprintf(format, args...))
-}
-
-// clientTLS reads what a TLS client needs; each file may be absent.
-func clientTLS(ca, cert, key string) (*tls.Config, error) {
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
-	if ca != "" {
-		pem, err := os.ReadFile(ca)
-		if err != nil {
-			return nil, fmt.Errorf("read CA: %w", err)
-		}
-		t.RootCAs = x509.NewCertPool()
-		if !t.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("%s holds no PEM certificate", ca)
-		}
-	}
-	if cert != "" {
-		pair, err := tls.LoadX509KeyPair(cert, key)
-		if err != nil {
-			return nil, fmt.Errorf("read client certificate: %w", err)
-		}
-		t.Certificates = []tls.Certificate{pair}
-	}
-	return t, nil
-}
 
 // lease is what a pod holds in Redis: the claims that name its epoch live as long as it does.
 type lease struct{ epoch, addr string }
@@ -392,184 +332,6 @@ func (o *owners) replacePods(live map[string]lease) bool {
 	return true
 }
 
-// readLog reads the log's entries since the last read and does what they say. o.readMu must be held. The last entry
-// seen is read again: if it does not come back as it was, the log was trimmed past it or lost, and all that was
-// believed goes.
-func (o *owners) readLog(ctx context.Context) error {
-	seq := o.noteSeq()
-	switch {
-	case o.placeLost:
-		return o.losePlace(ctx)
-	case o.place.ID == "":
-		if err := o.takePlace(ctx); err != nil {
-			return err
-		}
-	}
-	for {
-		page, err := o.rdb.XRangeN(ctx, logKey, o.place.ID, "+", logPage).Result()
-		if err != nil {
-			o.m.redisErrorsTotal.with("log").Inc()
-			return fmt.Errorf("read %s from %s: %w", logKey, o.place.ID, err)
-		}
-		if len(page) == 0 || page[0].ID != o.place.ID || !maps.Equal(page[0].Values, o.place.Values) {
-			return o.losePlace(ctx)
-		}
-		o.apply(page[1:])
-		o.place = page[len(page)-1]
-		if len(page) < logPage {
-			break
-		}
-	}
-	o.mu.Lock()
-	o.seqRead = seq
-	o.awaySeq = 0 // not before the last page: the routes that any of them names are marked from there
-	o.mu.Unlock()
-	return nil
-}
-
-// takePlace appends an entry of this pod, so that there is one to read from.
-func (o *owners) takePlace(ctx context.Context) error {
-	id, err := o.rdb.XAdd(ctx, &redis.XAddArgs{Stream: logKey, MaxLen: logLength, Approx: true, Values: []any{podKey(o.pod), "reads"}}).Result()
-	if err != nil {
-		o.m.redisErrorsTotal.with("log").Inc()
-		return fmt.Errorf("append to %s: %w", logKey, err)
-	}
-	o.mu.Lock()
-	clear(o.cache)
-	o.mu.Unlock()
-	o.place = redis.XMessage{ID: id, Values: map[string]any{podKey(o.pod): "reads"}}
-	return nil
-}
-
-// losePlace starts anew after entries were missed: nothing that was believed holds, sockets here may have been
-// overlooked by others (gap), and the next renewal takes a new epoch, since Redis may have lost this pod's claims too. If
-// Redis fails in the midst of it, the next read begins here again.
-func (o *owners) losePlace(ctx context.Context) error {
-	slog.Warn("place in the owner log lost: every socket gets a gap", "place", o.place.ID)
-	o.placeLost = true
-	if err := o.takePlace(ctx); err != nil {
-		return err
-	}
-	o.placeLost = false
-	o.mu.Lock()
-	o.instances = map[string]bool{} // whatever Redis says its ids are next time, they are new
-	o.doubtUntil = time.Now().Add(o.cfg.Load().SessionRefreshInterval)
-	since := o.seqRead
-	conns := o.allConnsLocked()
-	if o.awaySeq != 0 {
-		o.markAllLocked(mark{o.awaySeq - 1, "owner"})
-		o.awaySeq = 0
-	}
-	o.mu.Unlock()
-	poke(o.wakeLease)
-	for _, c := range conns {
-		c.gap(since, "owner")
-	}
-	return nil
-}
-
-// apply drops from the cache what log entries name, and announces the gaps that they carry.
-func (o *owners) apply(entries []redis.XMessage) {
-	type notice struct {
-		conns []*conn
-		mark
-	}
-	var notices []notice
-	o.mu.Lock()
-	for _, e := range entries {
-		for key, v := range e.Values {
-			value, _ := v.(string)
-			m, isMark := parseMark(value)
-			r, isRoute := parseRoute(key)
-			switch {
-			case isMark && key == "*":
-				notices = append(notices, notice{o.allConnsLocked(), m})
-			case isMark && isRoute:
-				if lr := o.routes[r]; lr != nil {
-					notices = append(notices, notice{lr.conns, m})
-				}
-			case isRoute:
-				delete(o.cache, r)
-				if o.awaySeq != 0 { // events were acked without knowing of this change
-					o.markLocked(r, mark{o.awaySeq - 1, "owner"})
-				}
-			}
-		}
-	}
-	o.mu.Unlock()
-	for _, n := range notices {
-		for _, c := range n.conns {
-			c.gap(n.since, n.reason)
-		}
-	}
-}
-
-func (m mark) String() string { return "gap " + strconv.FormatUint(m.since, 10) + " " + m.reason }
-
-func parseMark(s string) (mark, bool) {
-	f := strings.Fields(s)
-	if len(f) != 3 || f[0] != "gap" {
-		return mark{}, false
-	}
-	since, err := strconv.ParseUint(f[1], 10, 64)
-	return mark{since, f[2]}, err == nil
-}
-
-// mark has the owners of r told, through the log, that events after since may be missing.
-func (o *owners) mark(r route, since uint64, reason string) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.markLocked(r, mark{since, reason})
-}
-
-func (o *owners) markLocked(r route, m mark) {
-	old, ok := o.marks[r]
-	switch {
-	case ok && old.since <= m.since:
-	case !ok && len(o.marks) >= o.cfg.Load().PodOwnerCacheSize:
-		o.markAllLocked(m)
-	default:
-		o.marks[r] = m
-	}
-}
-
-func (o *owners) markAllLocked(m mark) {
-	if o.markAll == nil || m.since < o.markAll.since {
-		o.markAll = &m
-	}
-}
-
-// flushMarks writes the marks noted since the last call; what cannot be written is kept.
-func (o *owners) flushMarks(ctx context.Context) {
-	o.mu.Lock()
-	marks, all := o.marks, o.markAll
-	if len(marks) == 0 && all == nil || o.away.Load() {
-		o.mu.Unlock()
-		return
-	}
-	o.marks, o.markAll = map[route]mark{}, nil
-	o.mu.Unlock()
-	fields := make([]any, 0, 2*len(marks)+2)
-	for r, m := range marks {
-		fields = append(fields, r.key(), m.String())
-	}
-	if all != nil {
-		fields = append(fields, "*", all.String())
-	}
-	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
-	defer cancel()
-	if err := o.appendLog(ctx, fields); err != nil {
-		o.mu.Lock()
-		defer o.mu.Unlock()
-		for r, m := range marks {
-			o.markLocked(r, m)
-		}
-		if all != nil {
-			o.markAllLocked(*all)
-		}
-	}
-}
-
 // goneAway notes that Redis does not answer: events go on to the owners last known, no new sockets are taken.
 func (o *owners) goneAway(err error) {
 	if o.away.CompareAndSwap(false, true) {
@@ -588,15 +350,6 @@ func (o *owners) cameBack() {
 	slog.Info("Redis is back: everything is claimed again")
 	for _, f := range o.returns {
 		f()
-	}
-}
-
-// noteStale remembers the first sequence that is dispatched, and may be acked, on knowledge that may be old.
-func (o *owners) noteStale(seq uint64) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.awaySeq == 0 || seq < o.awaySeq {
-		o.awaySeq = seq
 	}
 }
 
@@ -664,64 +417,4 @@ func (o *owners) close(ctx context.Context) error {
 	}
 	o.rdb.SRem(ctx, podsKey, o.pod)
 	return nil
-}
-
-// releaseAll waits until every release queued so far was written, or ctx ends.
-func (o *owners) releaseAll(ctx context.Context) error {
-	for {
-		o.mu.Lock()
-		left := len(o.dirty)
-		o.mu.Unlock()
-		if left == 0 {
-			return nil
-		}
-		poke(o.wakeClaim)
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("release %d routes: %w", left, ctx.Err())
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
-}
-
-// floorKey holds the consumer's ack floor, for making it again after someone deleted it.
-func floorKey(stream, consumer string) string { return "ack_floor:" + stream + ":" + consumer }
-
-// raiseFloor keeps the highest floor of the newest stream of the name (ARGV: its creation, in nanoseconds of 19 digits, which
-// compare as text; floor).
-var raiseFloor = redis.NewScript(`
-local cur = redis.call('GET', KEYS[1])
-if cur then
-  local created, floor = cur:match('^(%S+) (%d+)$')
-  if created > ARGV[1] or created == ARGV[1] and tonumber(floor) >= tonumber(ARGV[2]) then return 0 end
-end
-redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. ARGV[2])
-return 1`)
-
-// noteFloor notes in Redis up to where every event of the stream has been settled.
-func (o *owners) noteFloor(ctx context.Context, stream, consumer string, created time.Time, floor uint64) error {
-	return raiseFloor.Run(ctx, o.rdb, []string{floorKey(stream, consumer)}, strconv.FormatInt(created.UnixNano(), 10), floor).Err()
-}
-
-// floor reads what noteFloor noted; found is false where nothing was.
-func (o *owners) floor(ctx context.Context, stream, consumer string) (created time.Time, floor uint64, found bool, err error) {
-	s, err := o.rdb.Get(ctx, floorKey(stream, consumer)).Result()
-	if errors.Is(err, redis.Nil) {
-		return time.Time{}, 0, false, nil
-	}
-	var ns int64
-	if err == nil {
-		_, err = fmt.Sscanf(s, "%d %d", &ns, &floor)
-	}
-	if err != nil {
-		return time.Time{}, 0, false, fmt.Errorf("read ack floor of %s: %w", consumer, err)
-	}
-	return time.Unix(0, ns), floor, true, nil
-}
-
-// randomID returns 2n hex digits that no other call of any process returns.
-func randomID(n int) string {
-	b := make([]byte, n)
-	rand.Read(b) // never fails (crypto/rand)
-	return hex.EncodeToString(b)
 }

@@ -3,10 +3,10 @@
 //
 // The map of the house, in the order of an event's way:
 //
-//	consumer.go  the connection to NATS, the one durable pull consumer of all pods
+//	consumer.go  the connection to NATS and the flow; stream.go the stream, and the one durable pull consumer of all pods
 //	event.go     a message's subject and payload, and the delivery that counts its targets
-//	router.go    consumer -> owners -> sockets here and peers there -> ack or NAK; parked.go what was NAKed
-//	owner.go     who owns a route; lease.go this pod's lease, the others', and the log that keeps the cache exact
+//	router.go    consumer -> owners -> sockets here and peers there; pulled.go -> ack or NAK; parked.go what was NAKed
+//	owner.go     who owns a route; ownerlog.go the log that keeps the cache exact; claim.go this pod's claims; lease.go its lease
 //	frame.go     the outbound frame, encoded once; deflate.go compressed once; inbound.go messages of clients; buffer.go the send ring and the shared writers
 //	conn.go      one socket: read loop, json.v1, heartbeat, closing
 //	session.go   exclusive sessions in Redis; auth.go keys and tokens; server.go HTTP

@@ -1,0 +1,221 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+const (
+	logKey    = "owner_log"
+	logLength = 100_000 // entries that Redis keeps, more or less
+	logPage   = 1000
+)
+
+// mark announces that events of a route after since may be missing.
+type mark struct {
+	since  uint64
+	reason string
+}
+
+func (o *owners) appendLog(ctx context.Context, fields []any) error {
+	err := o.rdb.XAdd(ctx, &redis.XAddArgs{Stream: logKey, MaxLen: logLength, Approx: true, Values: fields}).Err()
+	if err != nil {
+		o.m.redisErrorsTotal.with("log").Inc()
+		return fmt.Errorf("append to %s: %w", logKey, err)
+	}
+	return nil
+}
+
+// readLog reads the log's entries since the last read and does what they say. o.readMu must be held. The last entry
+// seen is read again: if it does not come back as it was, the log was trimmed past it or lost, and all that was
+// believed goes.
+func (o *owners) readLog(ctx context.Context) error {
+	seq := o.noteSeq()
+	switch {
+	case o.placeLost:
+		return o.losePlace(ctx)
+	case o.place.ID == "":
+		if err := o.takePlace(ctx); err != nil {
+			return err
+		}
+	}
+	for {
+		page, err := o.rdb.XRangeN(ctx, logKey, o.place.ID, "+", logPage).Result()
+		if err != nil {
+			o.m.redisErrorsTotal.with("log").Inc()
+			return fmt.Errorf("read %s from %s: %w", logKey, o.place.ID, err)
+		}
+		if len(page) == 0 || page[0].ID != o.place.ID || !maps.Equal(page[0].Values, o.place.Values) {
+			return o.losePlace(ctx)
+		}
+		o.apply(page[1:])
+		o.place = page[len(page)-1]
+		if len(page) < logPage {
+			break
+		}
+	}
+	o.mu.Lock()
+	o.seqRead = seq
+	o.awaySeq = 0 // not before the last page: the routes that any of them names are marked from there
+	o.mu.Unlock()
+	return nil
+}
+
+// takePlace appends an entry of this pod, so that there is one to read from.
+func (o *owners) takePlace(ctx context.Context) error {
+	id, err := o.rdb.XAdd(ctx, &redis.XAddArgs{Stream: logKey, MaxLen: logLength, Approx: true, Values: []any{podKey(o.pod), "reads"}}).Result()
+	if err != nil {
+		o.m.redisErrorsTotal.with("log").Inc()
+		return fmt.Errorf("append to %s: %w", logKey, err)
+	}
+	o.mu.Lock()
+	clear(o.cache)
+	o.mu.Unlock()
+	o.place = redis.XMessage{ID: id, Values: map[string]any{podKey(o.pod): "reads"}}
+	return nil
+}
+
+// losePlace starts anew after entries were missed: nothing that was believed holds, sockets here may have been
+// overlooked by others (gap), and the next renewal takes a new epoch, since Redis may have lost this pod's claims too. If
+// Redis fails in the midst of it, the next read begins here again.
+func (o *owners) losePlace(ctx context.Context) error {
+	slog.Warn("place in the owner log lost: every socket gets a gap", "place", o.place.ID)
+	o.placeLost = true
+	if err := o.takePlace(ctx); err != nil {
+		return err
+	}
+	o.placeLost = false
+	o.mu.Lock()
+	o.instances = map[string]bool{} // whatever Redis says its ids are next time, they are new
+	o.doubtUntil = time.Now().Add(o.cfg.Load().SessionRefreshInterval)
+	since := o.seqRead
+	conns := o.allConnsLocked()
+	if o.awaySeq != 0 {
+		o.markAllLocked(mark{o.awaySeq - 1, "owner"})
+		o.awaySeq = 0
+	}
+	o.mu.Unlock()
+	poke(o.wakeLease)
+	for _, c := range conns {
+		c.gap(since, "owner")
+	}
+	return nil
+}
+
+// apply drops from the cache what log entries name, and announces the gaps that they carry.
+func (o *owners) apply(entries []redis.XMessage) {
+	type notice struct {
+		conns []*conn
+		mark
+	}
+	var notices []notice
+	o.mu.Lock()
+	for _, e := range entries {
+		for key, v := range e.Values {
+			value, _ := v.(string)
+			m, isMark := parseMark(value)
+			r, isRoute := parseRoute(key)
+			switch {
+			case isMark && key == "*":
+				notices = append(notices, notice{o.allConnsLocked(), m})
+			case isMark && isRoute:
+				if lr := o.routes[r]; lr != nil {
+					notices = append(notices, notice{lr.conns, m})
+				}
+			case isRoute:
+				delete(o.cache, r)
+				if o.awaySeq != 0 { // events were acked without knowing of this change
+					o.markLocked(r, mark{o.awaySeq - 1, "owner"})
+				}
+			}
+		}
+	}
+	o.mu.Unlock()
+	for _, n := range notices {
+		for _, c := range n.conns {
+			c.gap(n.since, n.reason)
+		}
+	}
+}
+
+func (m mark) String() string { return "gap " + strconv.FormatUint(m.since, 10) + " " + m.reason }
+
+func parseMark(s string) (mark, bool) {
+	f := strings.Fields(s)
+	if len(f) != 3 || f[0] != "gap" {
+		return mark{}, false
+	}
+	since, err := strconv.ParseUint(f[1], 10, 64)
+	return mark{since, f[2]}, err == nil
+}
+
+// mark has the owners of r told, through the log, that events after since may be missing.
+func (o *owners) mark(r route, since uint64, reason string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.markLocked(r, mark{since, reason})
+}
+
+func (o *owners) markLocked(r route, m mark) {
+	old, ok := o.marks[r]
+	switch {
+	case ok && old.since <= m.since:
+	case !ok && len(o.marks) >= o.cfg.Load().PodOwnerCacheSize:
+		o.markAllLocked(m)
+	default:
+		o.marks[r] = m
+	}
+}
+
+func (o *owners) markAllLocked(m mark) {
+	if o.markAll == nil || m.since < o.markAll.since {
+		o.markAll = &m
+	}
+}
+
+// flushMarks writes the marks noted since the last call; what cannot be written is kept.
+func (o *owners) flushMarks(ctx context.Context) {
+	o.mu.Lock()
+	marks, all := o.marks, o.markAll
+	if len(marks) == 0 && all == nil || o.away.Load() {
+		o.mu.Unlock()
+		return
+	}
+	o.marks, o.markAll = map[route]mark{}, nil
+	o.mu.Unlock()
+	fields := make([]any, 0, 2*len(marks)+2)
+	for r, m := range marks {
+		fields = append(fields, r.key(), m.String())
+	}
+	if all != nil {
+		fields = append(fields, "*", all.String())
+	}
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	if err := o.appendLog(ctx, fields); err != nil {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		for r, m := range marks {
+			o.markLocked(r, m)
+		}
+		if all != nil {
+			o.markAllLocked(*all)
+		}
+	}
+}
+
+// noteStale remembers the first sequence that is dispatched, and may be acked, on knowledge that may be old.
+func (o *owners) noteStale(seq uint64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.awaySeq == 0 || seq < o.awaySeq {
+		o.awaySeq = seq
+	}
+}

@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// pulled is a delivery that came from JetStream.
+type pulled struct {
+	delivery
+	r          *router
+	msg        jetstream.Msg
+	deliveries uint64   // JetStream's count
+	routes     [4]route // that lead to owners of the event
+	owned      [4]bool  // that route has a live owner, or may have one
+	second     bool     // its owners are looked up a second time, since a peer had no socket for it
+}
+
+// wanted appends the routes whose owners decide where the event goes.
+func (p *pulled) wanted(to []route) []route {
+	switch p.kind {
+	case kindMessage:
+		p.routes[0] = route{routeMessages, p.company, p.agent, p.chat}
+		p.routes[1] = route{routeGeneral, p.company, p.agent, ""}
+		return append(to, p.routes[:2]...)
+	case kindAgent:
+		for i, scope := range [4][2]string{{p.company, p.agent}, {p.company, "*"}, {"*", p.agent}, {"*", "*"}} {
+			p.routes[i] = route{routeAgents, scope[0], scope[1], ""}
+		}
+		return append(to, p.routes[:]...)
+	default:
+		p.routes[0] = route{routeGeneral, p.company, p.agent, ""}
+		return append(to, p.routes[0])
+	}
+}
+
+// settled ends a delivery from JetStream by the worst of its targets' outcomes.
+func (p *pulled) settled(_ *delivery, worst outcome) {
+	switch worst {
+	case written, duplicate:
+		p.end(ack, "delivered")
+	case replayed:
+		p.end(ack, "replayed")
+	case dropped:
+		p.end(ack, "dropped")
+	case shed:
+		p.announce("shed")
+		p.end(term, "shed")
+	case absent:
+		if p.second {
+			p.fail()
+			return
+		}
+		p.lookAgain()
+	default:
+		p.fail()
+	}
+}
+
+// lookAgain drops what was believed of the event's owners and has them looked up once more, in Redis itself. Targets
+// that have been served know the event by its count above 1.
+func (p *pulled) lookAgain() {
+	for _, r := range p.routes {
+		p.r.owners.forget(r)
+	}
+	p.second = true
+	p.count++
+	p.worst.Store(uint32(written))
+	if !p.r.enqueue(arrival{p: p}) {
+		p.fail() // a drain: the other pods look again
+	}
+}
+
+// fail has the event come again to all its targets, or gives it up when it is too old, or this pod holds too many.
+func (p *pulled) fail() {
+	switch {
+	case p.r.horizonPassed(p):
+		p.announce("expired")
+		p.end(term, "expired")
+	case !p.r.leaving() && !p.r.parked.park(time.Now(), p.deliveries, route{}, p.r.inHand.Load()):
+		p.announce("shed")
+		p.end(term, "shed")
+	default:
+		p.end(nak, "nak_failed")
+	}
+}
+
+// announce has the owners of an event that is given up told of the gap.
+func (p *pulled) announce(reason string) {
+	for i, owned := range p.owned {
+		if owned {
+			p.r.owners.mark(p.routes[i], p.seq-1, reason)
+		}
+	}
+}
+
+// horizonPassed says whether a failure ends the event. Its age is counted in the stream's own time, so that no clocks
+// are compared; at the latest it ends with the delivery whose delays add up to the horizon.
+func (r *router) horizonPassed(p *pulled) bool {
+	cfg := r.cfg.Load()
+	var waited time.Duration
+	for n := uint64(1); n < p.deliveries && waited <= cfg.NATSRetryHorizon; n++ {
+		waited += r.parked.nakDelay(n)
+	}
+	age := time.Duration(r.newest.Load() - p.stored.UnixNano())
+	return age > cfg.NATSRetryHorizon || waited >= cfg.NATSRetryHorizon
+}
+
+// verdict is what JetStream is told of a delivery.
+type verdict uint8
+
+const (
+	ack verdict = iota
+	nak         // with delay, by the delivery count
+	term
+)
+
+var errDisconnected = errors.New("NATS is not connected")
+
+// tell does not try while NATS is away: the library keeps its lock during an attempt to reconnect, and a shared writer
+// would wait for it, up to NATS_CONNECT_TIMEOUT.
+func (p *pulled) tell(v verdict) error {
+	if !p.r.connected() {
+		return errDisconnected
+	}
+	switch v {
+	case ack:
+		return p.msg.Ack()
+	case nak:
+		return p.msg.NakWithDelay(p.r.parked.nakDelay(p.deliveries))
+	default:
+		return p.msg.Term()
+	}
+}
+
+// end tells JetStream, unless it is too late for that, and closes the delivery's account.
+func (p *pulled) end(v verdict, outcome string) {
+	r := p.r
+	age := time.Since(p.arrived)
+	if age > r.cfg.Load().NATSAckWait-lateSlack {
+		outcome = "late"
+	} else if err := p.tell(v); err != nil {
+		slog.Debug("answer to JetStream not sent: the event comes again", "seq", p.seq, "outcome", outcome, "err", err)
+		outcome = "late"
+	}
+	if slog.Default().Enabled(context.Background(), slog.LevelDebug) {
+		slog.Debug("event ended", "request_id", p.requestID, "company", p.company, "agent", p.agent, "kind", p.kind.String(),
+			"seq", p.seq, "deliveries", p.deliveries, "outcome", outcome, "ms", age.Milliseconds())
+	}
+	r.m.eventsTotal.with(p.kind.String(), outcome).Inc()
+	r.m.eventsInHand.with().Dec()
+	r.bytes.Add(-int64(len(p.payload)))
+	r.inHand.Add(-1)
+	r.wake()
+}

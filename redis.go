@@ -1,0 +1,114 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// newRedis makes the client that all rooms share. It connects when first used.
+func newRedis(cfg *Config) (redis.UniversalClient, error) {
+	opt := &redis.UniversalOptions{
+		Addrs: strings.Split(cfg.RedisAddress, ","), IsClusterMode: cfg.RedisMode == "cluster",
+		Username: cfg.RedisUsername, Password: cfg.RedisPassword, DB: cfg.RedisDB,
+		DialTimeout: 2 * time.Second, ReadTimeout: 2 * time.Second, WriteTimeout: 2 * time.Second,
+		ContextTimeoutEnabled: true, // a batch of events waits for a read at most as long as its context
+		MaxRetries:            1,
+		DisableIdentity:       true, // an ACL user needs no right to CLIENT SETINFO
+	}
+	if cfg.RedisMode == "sentinel" {
+		opt.MasterName, opt.SentinelPassword = cfg.RedisSentinelMaster, cfg.RedisSentinelPassword
+	}
+	if cfg.RedisTLS {
+		t, err := clientTLS(cfg.RedisTLSCAFile, cfg.RedisTLSCertFile, cfg.RedisTLSKeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("TLS to Redis: %w", err)
+		}
+		opt.TLSConfig = t
+	}
+	redis.SetLogger(redisLog{})
+	return redis.NewUniversalClient(opt), nil
+}
+
+// redisLog takes the library's own complaints, of which there is one per attempt to connect, in a form of its own, on stderr.
+type redisLog struct{}
+
+func (redisLog) Printf(_ context.Context, format string, args ...any) {
+	slog.Debug("Redis client complains", "err", fmt.Sprintf(format, args...))
+}
+
+// clientTLS reads what a TLS client needs; each file may be absent.
+func clientTLS(ca, cert, key string) (*tls.Config, error) {
+	t := &tls.Config{MinVersion: tls.VersionTLS12}
+	if ca != "" {
+		pem, err := os.ReadFile(ca)
+		if err != nil {
+			return nil, fmt.Errorf("read CA: %w", err)
+		}
+		t.RootCAs = x509.NewCertPool()
+		if !t.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("%s holds no PEM certificate", ca)
+		}
+	}
+	if cert != "" {
+		pair, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			return nil, fmt.Errorf("read client certificate: %w", err)
+		}
+		t.Certificates = []tls.Certificate{pair}
+	}
+	return t, nil
+}
+
+// floorKey holds the consumer's ack floor, for making it again after someone deleted it.
+func floorKey(stream, consumer string) string { return "ack_floor:" + stream + ":" + consumer }
+
+// raiseFloor keeps the highest floor of the newest stream of the name (ARGV: its creation, in nanoseconds of 19 digits, which
+// compare as text; floor).
+var raiseFloor = redis.NewScript(`
+local cur = redis.call('GET', KEYS[1])
+if cur then
+  local created, floor = cur:match('^(%S+) (%d+)$')
+  if created > ARGV[1] or created == ARGV[1] and tonumber(floor) >= tonumber(ARGV[2]) then return 0 end
+end
+redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. ARGV[2])
+return 1`)
+
+// noteFloor notes in Redis up to where every event of the stream has been settled.
+func (o *owners) noteFloor(ctx context.Context, stream, consumer string, created time.Time, floor uint64) error {
+	return raiseFloor.Run(ctx, o.rdb, []string{floorKey(stream, consumer)}, strconv.FormatInt(created.UnixNano(), 10), floor).Err()
+}
+
+// floor reads what noteFloor noted; found is false where nothing was.
+func (o *owners) floor(ctx context.Context, stream, consumer string) (created time.Time, floor uint64, found bool, err error) {
+	s, err := o.rdb.Get(ctx, floorKey(stream, consumer)).Result()
+	if errors.Is(err, redis.Nil) {
+		return time.Time{}, 0, false, nil
+	}
+	var ns int64
+	if err == nil {
+		_, err = fmt.Sscanf(s, "%d %d", &ns, &floor)
+	}
+	if err != nil {
+		return time.Time{}, 0, false, fmt.Errorf("read ack floor of %s: %w", consumer, err)
+	}
+	return time.Unix(0, ns), floor, true, nil
+}
+
+// randomID returns 2n hex digits that no other call of any process returns.
+func randomID(n int) string {
+	b := make([]byte, n)
+	rand.Read(b) // never fails (crypto/rand)
+	return hex.EncodeToString(b)
+}
