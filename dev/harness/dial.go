@@ -170,8 +170,14 @@ func (p *Pod) DialAt(address string, d Dial) *Client {
 // after a close with 1013 as Dial does after a 503.
 func (p *Pod) Connect(d Dial) *Client {
 	p.W.T.Helper()
+	return p.ConnectAt(p.HTTP, d)
+}
+
+// ConnectAt is Connect through another address.
+func (p *Pod) ConnectAt(address string, d Dial) *Client {
+	p.W.T.Helper()
 	for began := time.Now(); ; {
-		c := p.Dial(d)
+		c := p.DialAt(address, d)
 		m, err := c.TryTake(Within(p.W.T, Patience), func(Message) bool { return true })
 		if end := c.Ended(); err != nil && end != nil && end.Code == 1013 && time.Since(began) < Patience {
 			continue
