@@ -109,7 +109,7 @@ type Config struct {
 	WebsocketAllowedOrigins       string        `set:"WEBSOCKET_ALLOWED_ORIGINS" default:"" list:"true" check:"origin" live:"true" help:"globs on host[:port] of origins, comma-separated; the request's own host is always allowed"`
 	WebsocketInsecureSkipVerify   bool          `set:"WEBSOCKET_INSECURE_SKIP_VERIFY" default:"false" live:"true" help:"accept any origin; for development"`
 
-	ResumeMaxEvents   int           `set:"RESUME_MAX_EVENTS" default:"1000" min:"1" help:"events that a resume replays at most"`
+	ResumeMaxEvents   int           `set:"RESUME_MAX_EVENTS" default:"1000" min:"1" help:"missed events that a resume replays at most"`
 	ResumeMaxAge      time.Duration `set:"RESUME_MAX_AGE" default:"1h" min:"1ms" help:"oldest point to resume from"`
 	ResumeOverlap     time.Duration `set:"RESUME_OVERLAP" default:"2m" min:"1ms" help:"how much earlier than asked a replay starts"`
 	ResumeConcurrency int           `set:"RESUME_CONCURRENCY" default:"32" min:"1" help:"reads of the stream for replays at the same time"`

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -20,10 +21,15 @@ type past struct {
 	nc    *nats.Conn
 	js    jetstream.JetStream
 	slots chan struct{} // one taken for each request under way, so that a storm of replays leaves the live flow its share
+
+	asking chan struct{} // room for 1: taken while the stream is asked for
+
+	mu   sync.Mutex // guards next
+	next *finding   // has not been sent yet; nil = nobody waits
 }
 
 func newPast(cfg *settings, nc *nats.Conn, js jetstream.JetStream) *past {
-	return &past{cfg: cfg, nc: nc, js: js, slots: make(chan struct{}, cfg.Load().ResumeConcurrency)}
+	return &past{cfg: cfg, nc: nc, js: js, slots: make(chan struct{}, cfg.Load().ResumeConcurrency), asking: make(chan struct{}, 1)}
 }
 
 // track is one subject on its way through a replay.
@@ -32,18 +38,68 @@ type track struct {
 	from    uint64    // next sequence to ask for; 0 = by start
 	start   time.Time // the zero time: from the stream's first message
 	head    *jetstream.RawStreamMsg
+	atEnd   bool // the leader had nothing more, as of from
 }
 
-// limited makes one request of the stream when it is its turn: a client that reads slowly keeps no one's turn.
-func limited[T any](ctx context.Context, p *past, request func() (T, error)) (T, error) {
+// limited makes one request of the stream when it is its turn: a client that reads slowly keeps no one's turn, nor does an
+// answer that was lost with the connection.
+func limited[T any](ctx context.Context, p *past, request func(context.Context) (T, error)) (T, error) {
 	select {
 	case p.slots <- struct{}{}:
 		defer func() { <-p.slots }()
-		return request()
+		ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+		defer cancel()
+		return request(ctx)
 	case <-ctx.Done():
 		var none T
 		return none, fmt.Errorf("wait for a turn to read the stream: %w", ctx.Err())
 	}
+}
+
+// finding is a question about the stream, of all who asked before it was sent.
+type finding struct {
+	done   chan struct{} // closed when stream and err are set
+	stream jetstream.Stream
+	err    error
+}
+
+// find asks the leader for the stream with its state, as of a moment after the call: a replica may be behind. Those who come
+// while another question is under way share the next one: each replay asks three times.
+func (p *past) find(ctx context.Context) (jetstream.Stream, error) {
+	p.mu.Lock()
+	f, first := p.next, p.next == nil
+	if first {
+		f = &finding{done: make(chan struct{})}
+		p.next = f
+	}
+	p.mu.Unlock()
+	if first {
+		p.answer(f)
+	}
+	select {
+	case <-f.done:
+		return f.stream, f.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// answer does not end with the client who happened to be the first.
+func (p *past) answer(f *finding) {
+	defer close(f.done)
+	p.asking <- struct{}{}
+	defer func() { <-p.asking }()
+	f.stream, f.err = limited(context.Background(), p, func(ctx context.Context) (jetstream.Stream, error) {
+		p.mu.Lock()
+		p.next = nil
+		p.mu.Unlock()
+		name := p.cfg.Load().NATSStreamName
+		s, err := p.js.Stream(ctx, name)
+		if err != nil {
+			return nil, fmt.Errorf("find stream %s: %w", name, err)
+		}
+		return s, nil
+	})
 }
 
 // replay reads several subjects in the order of the stream, pass by pass: each pass goes on where the one before ended.
@@ -51,17 +107,23 @@ type replay struct {
 	past   *past
 	stream jetstream.Stream // whose library call asks the nearest replica where the stream allows it
 	tracks []track
-	count  int // events so far
+	since  uint64
+	before int // events of the overlap so far
+	after  int // events after since so far
 }
+
+// overlapRoom is how many events of the overlap may be replayed for each that may be of those missed: the client has had
+// almost all of them, and a socket with ten events a second would be refused for these alone.
+const overlapRoom = 10
 
 // open prepares to read what came to subjects after since, and what came within RESUME_OVERLAP before: redelivery
 // reorders, so an older event may have been lost after a newer one had arrived. It returns errTooFar when since is
 // expired, too old, beyond the stream's end, or the stream forgets what was acked.
 func (p *past) open(ctx context.Context, since uint64, subjects []string) (*replay, error) {
 	cfg := p.cfg.Load()
-	s, err := limited(ctx, p, func() (jetstream.Stream, error) { return p.js.Stream(ctx, cfg.NATSStreamName) })
+	s, err := p.find(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("find stream %s: %w", cfg.NATSStreamName, err)
+		return nil, err
 	}
 	info := s.CachedInfo()
 	state := info.State
@@ -73,7 +135,7 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 	case since+1 < state.FirstSeq:
 		return nil, fmt.Errorf("%w: %d has expired, the stream begins at %d", errTooFar, since, state.FirstSeq)
 	}
-	r := &replay{past: p, stream: s}
+	r := &replay{past: p, stream: s, since: since}
 	var start time.Time
 	if since >= state.FirstSeq && since > 0 {
 		at, err := p.ask(ctx, map[string]any{"seq": since, "next_by_subj": ">"})
@@ -93,17 +155,17 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 	return r, nil
 }
 
-// last asks the stream's leader for its last sequence: a replica may be behind.
+// last asks for the stream's last sequence.
 func (r *replay) last(ctx context.Context) (uint64, error) {
-	info, err := limited(ctx, r.past, func() (*jetstream.StreamInfo, error) { return r.stream.Info(ctx) })
+	s, err := r.past.find(ctx)
 	if err != nil {
-		return 0, fmt.Errorf("find the stream's end: %w", err)
+		return 0, err
 	}
-	return info.State.LastSeq, nil
+	return s.CachedInfo().State.LastSeq, nil
 }
 
 // pass hands f every event up to the sequence to, in order, and returns how many there were. It stops with errTooFar
-// when the replay exceeds RESUME_MAX_EVENTS, and with f's error.
+// when there are too many, and with f's error.
 func (r *replay) pass(ctx context.Context, to uint64, f func(*event) error) (n int, err error) {
 	for {
 		var next *track
@@ -125,14 +187,31 @@ func (r *replay) pass(ctx context.Context, to uint64, f func(*event) error) (n i
 		if err != nil {
 			continue // malformed: it was never delivered either
 		}
-		if r.count++; r.count > r.past.cfg.Load().ResumeMaxEvents {
-			return n, fmt.Errorf("%w: more than RESUME_MAX_EVENTS", errTooFar)
+		if err := r.count(ev.seq); err != nil {
+			return n, err
 		}
 		if err := f(ev); err != nil {
 			return n, err
 		}
 		n++
 	}
+}
+
+// count returns errTooFar when the event seq is one too many.
+func (r *replay) count(seq uint64) error {
+	limit := r.past.cfg.Load().ResumeMaxEvents
+	if seq > r.since {
+		r.after++
+	} else {
+		r.before++
+	}
+	switch {
+	case r.after > limit:
+		return fmt.Errorf("%w: more than RESUME_MAX_EVENTS", errTooFar)
+	case r.before > overlapRoom*limit:
+		return fmt.Errorf("%w: more than %d times RESUME_MAX_EVENTS in the overlap", errTooFar, overlapRoom)
+	}
+	return nil
 }
 
 func (p *past) decode(msg *jetstream.RawStreamMsg) (*event, error) {
@@ -149,14 +228,14 @@ func (p *past) decode(msg *jetstream.RawStreamMsg) (*event, error) {
 }
 
 // fill finds the next message of t, if t may have one up to the sequence to. "Nothing more" is believed of the leader
-// alone.
+// alone; who was told so a moment ago asks it again at once.
 func (r *replay) fill(ctx context.Context, t *track, to uint64) error {
 	if t.head != nil || t.from > to {
 		return nil
 	}
 	var err error
-	if t.from > 0 {
-		t.head, err = limited(ctx, r.past, func() (*jetstream.RawStreamMsg, error) {
+	if t.from > 0 && !t.atEnd {
+		t.head, err = limited(ctx, r.past, func(ctx context.Context) (*jetstream.RawStreamMsg, error) {
 			return r.stream.GetMsg(ctx, t.from, jetstream.WithGetMsgSubject(t.subject))
 		})
 		if err == nil {
@@ -171,7 +250,7 @@ func (r *replay) fill(ctx context.Context, t *track, to uint64) error {
 		ask = map[string]any{"next_by_subj": t.subject, "start_time": t.start}
 	}
 	t.head, err = r.past.ask(ctx, ask)
-	if errors.Is(err, jetstream.ErrMsgNotFound) {
+	if t.atEnd = errors.Is(err, jetstream.ErrMsgNotFound); t.atEnd {
 		t.from = to + 1 // asked after the stream's end was known: there is none up to it
 		return nil
 	}
@@ -186,7 +265,7 @@ func (p *past) ask(ctx context.Context, request map[string]any) (*jetstream.RawS
 	if err != nil {
 		return nil, err
 	}
-	answer, err := limited(ctx, p, func() (*nats.Msg, error) {
+	answer, err := limited(ctx, p, func(ctx context.Context) (*nats.Msg, error) {
 		return p.nc.RequestWithContext(ctx, "$JS.API.STREAM.MSG.GET."+name, body)
 	})
 	if err != nil {

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // TestReplaysTakeTurns: no more than RESUME_CONCURRENCY requests of the stream are under way, and who waits for a turn
@@ -20,7 +22,7 @@ func TestReplaysTakeTurns(t *testing.T) {
 		done := make(chan error)
 		for range 5 {
 			go func() {
-				_, err := limited(t.Context(), p, func() (int, error) {
+				_, err := limited(t.Context(), p, func(context.Context) (int, error) {
 					most.Store(max(most.Load(), running.Add(1)))
 					time.Sleep(time.Second) // on the bubble's clock
 					running.Add(-1)
@@ -32,7 +34,7 @@ func TestReplaysTakeTurns(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
-		if _, err := limited(ctx, p, func() (int, error) { t.Error("made out of turn"); return 0, nil }); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := limited(ctx, p, func(context.Context) (int, error) { t.Error("made out of turn"); return 0, nil }); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("a wait that its context ended: %v", err)
 		}
 		for range 5 {
@@ -42,6 +44,97 @@ func TestReplaysTakeTurns(t *testing.T) {
 		}
 		if most.Load() != 2 {
 			t.Errorf("%d requests at once, want 2", most.Load())
+		}
+	})
+}
+
+// TestLostAnswerKeepsNoTurn: a request whose answer never comes, as when NATS goes away in the midst of it, ends.
+func TestLostAnswerKeepsNoTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := &settings{}
+		cfg.Store(&Config{ResumeConcurrency: 1})
+		p := newPast(cfg, nil, nil)
+		never := func(ctx context.Context) (int, error) {
+			<-ctx.Done()
+			return 0, ctx.Err()
+		}
+		for range 2 {
+			if _, err := limited(t.Context(), p, never); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("a request without an answer ended with %v", err)
+			}
+		}
+	})
+}
+
+// TestReplayLimits: the events missed count by themselves; the overlap has a limit of its own.
+func TestReplayLimits(t *testing.T) {
+	cfg := &settings{}
+	cfg.Store(&Config{ResumeConcurrency: 1, ResumeMaxEvents: 3})
+	for _, tc := range []struct {
+		before, after int
+		refused       bool
+	}{{0, 3, false}, {0, 4, true}, {3 * overlapRoom, 3, false}, {3*overlapRoom + 1, 0, true}} {
+		r := &replay{past: newPast(cfg, nil, nil), since: 100}
+		var err error
+		for i := range tc.before + tc.after {
+			seq := uint64(i + 1)
+			if i >= tc.before {
+				seq += r.since
+			}
+			err = errors.Join(err, r.count(seq))
+		}
+		if errors.Is(err, errTooFar) != tc.refused {
+			t.Errorf("%d of the overlap and %d missed: %v", tc.before, tc.after, err)
+		}
+	}
+}
+
+// countingStream answers questions about the stream one second after they were sent.
+type countingStream struct {
+	jetstream.JetStream
+	asked atomic.Int32
+}
+
+type numbered struct {
+	jetstream.Stream
+	n int32
+}
+
+func (s *countingStream) Stream(context.Context, string) (jetstream.Stream, error) {
+	n := s.asked.Add(1)
+	time.Sleep(time.Second)
+	return numbered{n: n}, nil
+}
+
+// TestQuestionsAreShared: a thousand replays that ask for the stream's end at once share answers, but only to questions that
+// were sent after they had asked.
+func TestQuestionsAreShared(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := &settings{}
+		cfg.Store(&Config{ResumeConcurrency: 2})
+		js := &countingStream{}
+		p := newPast(cfg, nil, js)
+		answers := make(chan int32, 1001)
+		ask := func() {
+			s, err := p.find(t.Context())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			answers <- s.(numbered).n
+		}
+		go ask()
+		synctest.Wait() // it is under way
+		for range 1000 {
+			go ask()
+		}
+		if n := <-answers; n != 1 {
+			t.Errorf("the first was answered by question %d", n)
+		}
+		for range 1000 {
+			if n := <-answers; n != 2 {
+				t.Fatalf("answered by question %d, which was sent before it was asked, or by one of its own", n)
+			}
 		}
 	})
 }

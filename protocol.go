@@ -120,17 +120,22 @@ func (c *conn) selectChat(req *request) {
 	}
 	chat, now := *id, c.ring.selection()
 	fresh := chat != "" && chat != now
+	since := req.Payload.Since
+	replays := since != nil && chat != ""
+	if replays { // before the claim: what comes between the two would be held, and replayed as well
+		c.ring.replaying(chat, time.Now())
+	}
 	if fresh {
 		c.ring.selecting(chat)
 		if err := c.claim(c.chatRoute(chat)); err != nil {
+			c.ring.goLive()
 			c.notSelected("claim the chat", err)
 			return
 		}
 	}
 	var info replayInfo
 	var err error
-	if since := req.Payload.Since; since != nil && chat != "" {
-		c.ring.replaying(chat, time.Now())
+	if replays {
 		info = c.replay(*since, []string{c.chatSubject(chat)})
 	}
 	if info.Seq, err = c.streamSeq(); err != nil {
@@ -139,7 +144,7 @@ func (c *conn) selectChat(req *request) {
 		}
 		c.notSelected("read the stream's sequence", err)
 		if info.Gap { // of a chat that was selected before too, live events were left to the replay
-			c.gap(*req.Payload.Since, "owner")
+			c.gap(*since, "owner")
 		}
 		return
 	}

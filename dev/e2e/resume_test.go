@@ -129,7 +129,8 @@ func TestResumeTooFar(t *testing.T) {
 	wantGap(3, false)
 	wantGap(11, true)
 	w.Chat("acme", "desk1")
-	wantGap(3, true) // 11 with the overlap
+	wantGap(1, false) // 10, and one of the overlap
+	wantGap(0, true)  // 11
 	for range 40 {
 		w.Chat("acme", "desk2")
 	}

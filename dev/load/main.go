@@ -186,6 +186,7 @@ func (b *bench) cut() {
 	}
 }
 
+// here is where sockets are that belong to the first pod.
 func (b *bench) here(int) *rig.Service { return b.pod }
 
 func (b *bench) close() {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -37,6 +38,7 @@ type returners struct {
 	replayed atomic.Int64
 	gaps     atomic.Int64
 	turned   atomic.Int64 // refusals and broken connections on the way back
+	why      sync.Map     // of these: how many by status or error
 	wg       sync.WaitGroup
 }
 
@@ -79,8 +81,15 @@ func (c *returner) attend(ctx context.Context) (greeted bool) {
 		url += fmt.Sprintf("?since=%d", c.top)
 	}
 	c.mu.Unlock()
-	ws, _, err := dialer.DialContext(ctx, url, http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(c.agent)}})
+	ws, resp, err := dialer.DialContext(ctx, url, http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(c.agent)}})
 	if err != nil {
+		key := "no connection"
+		if resp != nil {
+			b, _ := io.ReadAll(resp.Body)
+			key = resp.Status + string(b)
+		}
+		n, _ := c.crowd.why.LoadOrStore(key, new(atomic.Int64))
+		n.(*atomic.Int64).Add(1)
 		return false
 	}
 	defer ws.Close()
@@ -105,7 +114,7 @@ func (c *returner) attend(ctx context.Context) (greeted bool) {
 		case bytes.Contains(head, []byte(`"gap"`)):
 			c.crowd.gaps.Add(1)
 		case bytes.Contains(head, []byte(`"event"`)):
-			if bytes.Contains(m[:min(len(m), 120)], []byte(`"replay":true`)) {
+			if bytes.HasSuffix(m, []byte(`"replay":true}`)) {
 				c.crowd.replayed.Add(1)
 			}
 			c.have(field(m, "n"))
@@ -206,6 +215,10 @@ func resume(ctx context.Context, b *bench, p plan) (err error) {
 		return err
 	}
 	lostErr := wait(ctx, "events arrived at those who came back", &back.received, int64(sent))
+	back.why.Range(func(why, n any) bool {
+		fmt.Printf("resume: refused %d times: %s\n", n.(*atomic.Int64).Load(), why)
+		return true
+	})
 	mu.Lock()
 	defer mu.Unlock()
 	before, during := p99Of(samples, began, died), p99Of(samples, died, over)
