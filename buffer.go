@@ -93,6 +93,9 @@ type ring struct {
 	holding bool   // the replay is at its last pass: events wait for the confirmation
 	joins   []*delivery
 	written seqSet
+	first   uint64 // lowest sequence that the replay under way has queued; 0 = none
+	had     span   // of the general events, what a whole replay has queued,
+	hadChat span   // and of the selected chat's messages
 
 	closed bool   // nothing is pushed any more; replies that wait and then last are still written
 	last   []byte // the close frame
@@ -133,7 +136,7 @@ func (r *ring) push(d *delivery, now time.Time, out []settlement) (_ []settlemen
 		return append(out, settlement{d, duplicate}), false
 	case r.leave == leaveAll || r.leave != "" && d.kind == kindMessage && d.chat == r.leave:
 		return append(out, settlement{d, replayed}), false
-	case d.count > 1 && r.written.has(d.seq):
+	case r.hadLocked(d) || d.count > 1 && r.written.has(d.seq):
 		return append(out, settlement{d, duplicate}), false
 	case d.count > 1 && r.holdsLocked(d.seq):
 		r.joins = append(r.joins, d)
@@ -174,13 +177,6 @@ func (r *ring) waitingLocked() int {
 		}
 	}
 	return w
-}
-
-// forgetWritten is called when the stream was made anew: its sequences start again and name other events.
-func (r *ring) forgetWritten() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.written = seqSet{}
 }
 
 // holdsLocked says whether the event waits or is being written here.

@@ -101,7 +101,7 @@ func (m *ringModel) other() {
 		m.r.mu.Lock()
 		chat := m.r.pending
 		m.r.mu.Unlock()
-		ends, _, _, kick := m.r.selected(chat, f, now, nil)
+		ends, _, _, kick := m.r.selected(chat, f, 0, now, nil)
 		settleAll(ends)
 		m.kick(kick)
 	case 8:
@@ -141,7 +141,7 @@ func (m *ringModel) replay(now time.Time) {
 		m.r.goLive()
 	default:
 		m.replays = 0
-		ends, kick := m.r.resumed(newReply("resumed", nil), now, nil)
+		ends, kick := m.r.resumed(newReply("resumed", nil), m.seq*m.rnd.Uint64N(2), now, nil)
 		settleAll(ends)
 		m.kick(kick)
 	}
@@ -442,22 +442,73 @@ func TestRedeliveries(t *testing.T) {
 	wantEnd(t, &l, fourth) // long forgotten: it is written again
 }
 
-// What a replay has queued is not written again when JetStream gives it out again.
-func TestRedeliveryOfAReplayedEvent(t *testing.T) {
-	r, _ := newTestRing(4, false)
+// What a whole replay covers is not written again, whenever JetStream gives it out. Of one that failed it may be.
+func TestEventsOfAReplay(t *testing.T) {
+	for _, whole := range []bool{true, false} {
+		r, _ := newTestRing(8, false)
+		var l ledger
+		to := uint64(0)
+		if whole {
+			to = 9
+		}
+		push := func(k kind, chat string, seq uint64) *delivery {
+			d := newDelivery(&l, k, chat, seq, 1, 10)
+			ends, _ := r.push(d, time.Now(), nil)
+			settleAll(ends)
+			return d
+		}
+		r.replaying(leaveAll, time.Now())
+		r.replay(newDelivery(&l, kindChat, "", 7, 1, 10).event, time.Now())
+		r.goLive()
+		held := push(kindChat, "", 8)
+		ends, _ := r.resumed(newReply("resumed", nil), to, time.Now(), nil)
+		settleAll(ends)
+		inside, before, behind := push(kindContact, "", 9), push(kindChat, "", 6), push(kindChat, "", 10)
+		// Its messages are of a chat that is selected later.
+		r.selecting("c")
+		ends, _, _, _ = r.selected("c", newReply("chat_selected", nil), 0, time.Now(), nil)
+		settleAll(ends)
+		message := push(kindMessage, "c", 8)
+		writeAll(r)
+		covered := written
+		if whole {
+			covered = duplicate
+		}
+		for _, c := range []struct {
+			d    *delivery
+			want outcome
+		}{{held, covered}, {inside, covered}, {before, written}, {behind, written}, {message, written}} {
+			wantEnd(t, &l, c.d, c.want)
+		}
+	}
+}
+
+func TestEventsOfAChatsReplay(t *testing.T) {
+	r, _ := newTestRing(8, false)
 	var l ledger
-	d := newDelivery(&l, kindChat, "", 7, 2, 10)
-	r.replaying(leaveAll, time.Now())
-	r.replay(d.event, time.Now())
+	push := func(k kind, chat string, seq uint64) *delivery {
+		d := newDelivery(&l, k, chat, seq, 1, 10)
+		ends, _ := r.push(d, time.Now(), nil)
+		settleAll(ends)
+		return d
+	}
+	pick := func(chat string, to uint64) {
+		r.selecting(chat)
+		ends, _, _, _ := r.selected(chat, newReply("chat_selected", nil), to, time.Now(), nil)
+		settleAll(ends)
+	}
+	r.replaying("c", time.Now())
+	r.replay(newDelivery(&l, kindMessage, "c", 7, 1, 10).event, time.Now())
 	r.goLive()
-	r.resumed(newReply("resumed", nil), time.Now(), nil)
-	if ends, _ := r.push(d, time.Now(), nil); len(ends) != 1 || ends[0].o != duplicate {
-		t.Fatalf("settled %v", ends)
-	}
-	b, _ := r.take(make([]byte, 0, 1024), time.Now())
-	if bytes.Count(b, []byte(`"seq":7`)) != 1 || !bytes.Contains(b, []byte("resumed")) {
-		t.Fatalf("%q", b)
-	}
+	pick("c", 9)
+	message, general := push(kindMessage, "c", 8), push(kindChat, "", 8)
+	writeAll(r)
+	wantEnd(t, &l, message, duplicate)
+	wantEnd(t, &l, general, written)
+	pick("d", 0)
+	other := push(kindMessage, "d", 9)
+	writeAll(r)
+	wantEnd(t, &l, other, written)
 }
 
 func TestDropOldest(t *testing.T) {
@@ -553,7 +604,7 @@ func TestSelectionTakesOutTheChatBefore(t *testing.T) {
 		return d
 	}
 	pick := func(chat string) {
-		ends, _, _, _ := r.selected(chat, newReply("chat_selected", nil), time.Now(), nil)
+		ends, _, _, _ := r.selected(chat, newReply("chat_selected", nil), 0, time.Now(), nil)
 		settleAll(ends)
 	}
 	r.selecting("a")

@@ -271,7 +271,7 @@ func (c *conn) setUp(since *uint64) bool {
 		replayInfo
 	}{c.id, info})
 	if since != nil {
-		c.endReplay(ready)
+		c.endReplay(ready, info.to)
 	} else {
 		c.kick(c.ring.greet(ready, time.Now()))
 	}
@@ -283,6 +283,8 @@ type replayInfo struct {
 	Seq     uint64 `json:"seq"`
 	Resumed int    `json:"resumed"`
 	Gap     bool   `json:"gap"`
+
+	to uint64 // the sequence up to which the replay was whole, 0 = it was not
 }
 
 func (c *conn) unavailable(what string, err error) {

@@ -151,11 +151,11 @@ func (c *conn) selectChat(req *request) {
 	c.confirmChat(chat, fresh, newReply("chat_selected", struct {
 		ChatID string `json:"chat_id"`
 		replayInfo
-	}{chat, info}))
+	}{chat, info}), info.to)
 }
 
-func (c *conn) confirmChat(chat string, fresh bool, f *frame) {
-	ends, old, ok, kick := c.ring.selected(chat, f, time.Now(), nil)
+func (c *conn) confirmChat(chat string, fresh bool, f *frame, to uint64) {
+	ends, old, ok, kick := c.ring.selected(chat, f, to, time.Now(), nil)
 	c.kick(kick)
 	c.h.settle(ends, "buffer")
 	if !ok && fresh {
@@ -168,7 +168,7 @@ func (c *conn) confirmChat(chat string, fresh bool, f *frame) {
 }
 
 func (c *conn) notSelected(what string, err error) {
-	ends, _, open, _ := c.ring.selected("", nil, time.Now(), nil)
+	ends, _, open, _ := c.ring.selected("", nil, 0, time.Now(), nil)
 	c.h.settle(ends, "")
 	if open {
 		slog.Warn("chat not selected: "+what, append(c.logAttrs(), "err", err)...)
@@ -195,8 +195,8 @@ func (r *ring) selecting(chat string) {
 
 // selected ends a selection in one step: messages of the chat before that still wait are not for this socket any more,
 // then comes the confirmation, then what was held. f is nil if the selection failed: all stays as it was. ok is false
-// if the ring was closed meanwhile; nothing is selected then.
-func (r *ring) selected(chat string, f *frame, now time.Time, out []settlement) (_ []settlement, old string, ok, kick bool) {
+// if the ring was closed meanwhile; nothing is selected then. to is that of resumed, for the chat.
+func (r *ring) selected(chat string, f *frame, to uint64, now time.Time, out []settlement) (_ []settlement, old string, ok, kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	held := r.held
@@ -208,6 +208,12 @@ func (r *ring) selected(chat string, f *frame, now time.Time, out []settlement) 
 		return out, "", !r.closed, false
 	}
 	old, r.chat = r.chat, chat
+	if old != chat {
+		r.hadChat = span{}
+	}
+	if to > 0 && r.first > 0 {
+		r.hadChat = span{r.first, to}
+	}
 	if old != "" && old != chat {
 		out = r.siftLocked(func(d *delivery) bool { return d.kind == kindMessage && d.chat == old }, duplicate, out)
 	}
@@ -219,7 +225,11 @@ func (r *ring) selected(chat string, f *frame, now time.Time, out []settlement) 
 func (r *ring) confirmLocked(f *frame, held []item, now time.Time, out []settlement) []settlement {
 	r.insertLocked(r.n, item{f: f, at: now})
 	for _, it := range held {
-		out = r.acceptLocked(it, now, out)
+		if r.hadLocked(it.d) {
+			out = r.settleLocked(it.d, duplicate, out)
+		} else {
+			out = r.acceptLocked(it, now, out)
+		}
 	}
 	return out
 }

@@ -26,11 +26,12 @@ func (c *conn) resume(req *request) {
 	if info.Seq, err = c.streamSeq(); err != nil {
 		info.Gap = true
 	}
-	c.endReplay(newReply("resumed", info))
+	c.endReplay(newReply("resumed", info), info.to)
 }
 
-func (c *conn) endReplay(confirmation *frame) {
-	ends, kick := c.ring.resumed(confirmation, time.Now(), nil)
+// endReplay is given the end up to which everything was replayed, 0 if something may be missing.
+func (c *conn) endReplay(confirmation *frame, to uint64) {
+	ends, kick := c.ring.resumed(confirmation, to, time.Now(), nil)
 	c.kick(kick)
 	c.h.settle(ends, "buffer")
 }
@@ -64,7 +65,7 @@ func (c *conn) replay(since uint64, subjects []string) replayInfo {
 	if gone {
 		cancel()
 	}
-	n, err := c.passes(ctx, since, subjects)
+	n, to, err := c.passes(ctx, since, subjects)
 	c.ring.goLive() // after a failure too
 	c.mu.Lock()
 	c.cancel = nil
@@ -77,13 +78,14 @@ func (c *conn) replay(since uint64, subjects []string) replayInfo {
 		}
 		slog.Log(ctx, level, "replay ended in a gap", append(c.logAttrs(), "since", since, "resumed", n, "err", err)...)
 	}
-	return replayInfo{Resumed: n, Gap: err != nil}
+	return replayInfo{Resumed: n, Gap: err != nil, to: to}
 }
 
-func (c *conn) passes(ctx context.Context, since uint64, subjects []string) (n int, err error) {
+// passes returns how many events it has queued, and the end up to which these are all, 0 with an error.
+func (c *conn) passes(ctx context.Context, since uint64, subjects []string) (n int, to uint64, err error) {
 	r, err := c.h.openPast(ctx, since, subjects)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	write := func(ev *event) error {
 		c.ring.waitRoom()
@@ -98,12 +100,15 @@ func (c *conn) passes(ctx context.Context, since uint64, subjects []string) (n i
 	for live := false; ; {
 		end, err := r.last(ctx)
 		if err != nil {
-			return n, err
+			return n, 0, err
 		}
 		found, err := r.pass(ctx, end, write)
 		n += found
-		if err != nil || live {
-			return n, err
+		if err != nil {
+			return n, 0, err
+		}
+		if live {
+			return n, end, nil
 		}
 		if found <= replayEnough {
 			live = true
@@ -120,12 +125,13 @@ const leaveAll = "*"
 func (r *ring) replaying(what string, now time.Time) (kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.leave, r.ready = what, true
+	r.leave, r.ready, r.first = what, true, 0
 	return r.kickLocked(now)
 }
 
-// replay queues an event of the past like a reply. If JetStream gives it out again later (it had no owner, and is still
-// retried), it is a duplicate: what is queued here stands before it, and is written or asked for by the next resume.
+// replay queues an event of the past like a reply. If JetStream gives it out later (again, mostly: it had no owner, or the
+// consumer was made anew), it is a duplicate once the replay has ended well: all from the first event up to the end were
+// queued, and are written or asked for by the next resume.
 func (r *ring) replay(ev *event, now time.Time) (kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -133,7 +139,9 @@ func (r *ring) replay(ev *event, now time.Time) (kick bool) {
 		return false
 	}
 	r.insertLocked(r.n, item{f: ev.frame, at: now})
-	r.written.add(ev.seq)
+	if r.first == 0 {
+		r.first = ev.seq
+	}
 	return r.kickLocked(now)
 }
 
@@ -147,8 +155,9 @@ func (r *ring) goLive() {
 	}
 }
 
-// resumed ends a replay of everything: the confirmation f, then what was held.
-func (r *ring) resumed(f *frame, now time.Time, out []settlement) (_ []settlement, kick bool) {
+// resumed ends a replay of everything, which was whole up to the sequence to unless that is 0: the confirmation f, then what
+// was held.
+func (r *ring) resumed(f *frame, to uint64, now time.Time, out []settlement) (_ []settlement, kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	held := r.held
@@ -156,6 +165,29 @@ func (r *ring) resumed(f *frame, now time.Time, out []settlement) (_ []settlemen
 	if r.closed {
 		return out, false // close has settled them
 	}
+	if to > 0 && r.first > 0 {
+		r.had, r.hadChat = span{r.first, to}, span{r.first, to}
+	}
 	out = r.confirmLocked(f, held, now, out)
 	return out, r.kickLocked(now)
+}
+
+// span is all sequences from one to another; the zero span holds none.
+type span struct{ from, to uint64 }
+
+func (s span) has(seq uint64) bool { return s.to > 0 && s.from <= seq && seq <= s.to }
+
+// hadLocked says whether a replay has queued d.
+func (r *ring) hadLocked(d *delivery) bool {
+	if d.kind == kindMessage {
+		return d.chat == r.chat && r.hadChat.has(d.seq)
+	}
+	return r.had.has(d.seq)
+}
+
+// forgetWritten is called when the stream was made anew: its sequences start again and name other events.
+func (r *ring) forgetWritten() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.written, r.had, r.hadChat = seqSet{}, span{}, span{}
 }
