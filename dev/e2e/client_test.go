@@ -276,7 +276,9 @@ func (r *resident) loseEvents() {
 	big := []byte(`{"pad":"` + strings.Repeat("x", 256<<10) + `"}`)
 	r.a.Freeze(true)
 	harness.Eventually(r.t, harness.Patience, "events to be dropped", func() bool {
-		r.due = append(r.due, r.w.PublishRaw(r.w.Prefix+".acme.desk0.chats", big))
+		if r.pod.Metric("dws_websocket_buffer_used") < 8 { // the kernel still takes them; then the flow fills the ring
+			r.due = append(r.due, r.w.PublishRaw(r.w.Prefix+".acme.desk0.chats", big))
+		}
 		return r.pod.Metric("dws_targets_total", `outcome="dropped"`) > 0
 	})
 	r.a.Freeze(false)
@@ -287,21 +289,20 @@ func (r *resident) loseEvents() {
 // throughTokens lets tokens end: renewed in time, and not.
 func (r *resident) throughTokens() {
 	r.t.Helper()
-	r.set(func() { r.ttl = 5 * time.Second })
+	r.set(func() { r.ttl = 6 * time.Second })
 	r.cut()
 	r.back()
 	r.mu.Lock()
 	before := len(r.news)
 	r.mu.Unlock()
-	r.pod.WaitMetric(func(n float64) bool { return n >= 2 }, "dws_messages_received_total", `message_type="refresh_token"`)
-	r.wantNews() // more than 7 s after it connected with a token of 5 s
+	r.pod.WaitMetric(func(n float64) bool { return n >= 4 }, "dws_messages_received_total", `message_type="refresh_token"`)
+	r.wantNews() // longer than its first token lasted
 	r.mu.Lock()
 	if len(r.news) != before {
 		r.t.Errorf("while its tokens were renewed: %+v", r.news[before:])
 	}
 	r.closed = "no tokens today"
 	r.mu.Unlock()
-	r.want("a failed refresh", func(n news) bool { return n.Got == "error" && n.Text == "NoAccess" })
 	r.wantState("busy", "4403 token-expired")
 	r.wantState("busy", "no tokens today")
 	r.set(func() { r.closed, r.ttl = "", time.Hour })

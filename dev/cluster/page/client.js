@@ -13,12 +13,13 @@
 //   ready(m), selected(m), gap(payload), error(payload)   optional
 
 class Client {
-  constructor(handlers, { quiet = 25000, least = 500, most = 30000, steady = 60000 } = {}) {
+  constructor(handlers, { quiet = 25000, least = 500, most = 30000, steady = 60000, renew = 0.75 } = {}) {
     this.on = handlers;
     this.quiet = quiet;      // ms without a message until it pings, and then without an answer until it gives the socket up
     this.least = least;      // ms of back-off at first
     this.most = most;        // and at the most
     this.steady = steady;    // ms after which a socket counts as one that works
+    this.renew = renew;      // part of a token's time after which it is replaced
     this.attempt = 0;        // doublings of the back-off
     this.chat = "";          // selected, over all sockets
     this.fresh = new Set();  // sequences seen, a set since a lower number may be new;
@@ -188,13 +189,13 @@ class Client {
     this.on.event(m, known);
   }
 
-  // refreshAt has the token replaced when a quarter of its time is left.
+  // refreshAt has the token replaced well before it ends.
   refreshAt(expires) {
     this.expires = expires;
     const left = Date.parse(expires) - Date.now();
     clearTimeout(this.timers.refresh);
     // What ends sooner, or is no time, is left to the close code; timers take no more than 2^31 ms.
-    if (left > 1000) this.timers.refresh = setTimeout(() => this.refresh(), Math.min(left * 0.75, 2 ** 31 - 1));
+    if (left > 1000) this.timers.refresh = setTimeout(() => this.refresh(), Math.min(left * this.renew, 2 ** 31 - 1));
   }
 
   async refresh() {

@@ -19,7 +19,7 @@ const commands = {
       gap({ since, reason }) { tell({ got: "gap", seq: since, text: reason }); },
       selected(m) { tell({ got: "selected", seq: m.payload.seq }); },
       error(e) { tell({ got: "error", text: e.code }); },
-    }, { quiet, most: 2000 });
+    }, { quiet, most: 2000, renew: 0.3 });
     client.connect();
   },
   connect() { client.connect(); },
