@@ -5,9 +5,12 @@
 //	go -C dev run ./load latency      from publish to client, p50 and p99, at a steady rate
 //	go -C dev run ./load memory       resident memory per idle socket
 //	go -C dev run ./load compare      memory, compression off and on, and beside it plain servers of three libraries
+//	go -C dev run ./load redis        Redis commands per idle socket and second
+//	go -C dev run ./load takeover     until a newcomer is ready whose session is on another pod, living or killed
 //	go -C dev run ./load absent       from publish to client, with and without nine of ten events for agents without a socket
 //	go -C dev run ./load resume       the same, while the clients of a pod that died come over and resume
 //
+// throughput prints Redis commands per event too. Both figures are the server's own count: they need a real redis-server.
 // With -wrong there are two pods, and one pulls every event: NATS is out of reach for the other, which has the sockets
 // (throughput: all of them; latency: those of every second agent, measured beside the rest in the same run).
 package main
@@ -24,6 +27,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/redis/go-redis/v9"
 
 	"daisi-ws-service/dev/rig"
 )
@@ -39,6 +43,7 @@ type plan struct {
 	settle  time.Duration
 	procs   int
 	rounds  int
+	taken   int
 	clients int
 	backlog int
 	wrong   bool
@@ -58,11 +63,12 @@ func run() error {
 	flag.IntVar(&p.events, "events", 200_000, "throughput: events published")
 	flag.IntVar(&p.rate, "rate", 2000, "latency: events per second")
 	flag.IntVar(&p.size, "size", 600, "bytes of a payload")
-	flag.IntVar(&p.seconds, "seconds", 20, "latency: how long; absent: each stretch; resume: before the pod dies")
+	flag.IntVar(&p.seconds, "seconds", 20, "latency, redis: how long; absent: each stretch; resume: before the pod dies")
 	flag.IntVar(&p.rounds, "rounds", 3, "absent: stretches with and without")
+	flag.IntVar(&p.taken, "taken", 200, "takeover: sessions taken over from a living pod")
 	flag.IntVar(&p.clients, "clients", 5000, "resume: sockets of the pod that dies")
 	flag.IntVar(&p.backlog, "backlog", 10, "resume: events that each of them has had")
-	flag.IntVar(&p.sockets, "sockets", 10_000, "memory, compare: sockets, each of an agent of its own")
+	flag.IntVar(&p.sockets, "sockets", 10_000, "memory, compare, redis: sockets, each of an agent of its own")
 	flag.DurationVar(&p.settle, "settle", 60*time.Second, "memory, compare: pause between the last connect and the reading")
 	flag.IntVar(&p.procs, "procs", 2, "GOMAXPROCS of the pod")
 	flag.BoolVar(&p.wrong, "wrong", false, "throughput, latency: every event is pulled by the pod that has not the socket")
@@ -77,10 +83,10 @@ func run() error {
 		return servePlain(flag.Arg(1))
 	}
 	measure, ok := map[string]func(context.Context, *bench, plan) error{
-		"throughput": throughput, "latency": latency, "memory": memory, "absent": absent, "resume": resume,
+		"throughput": throughput, "latency": latency, "memory": memory, "absent": absent, "resume": resume, "redis": redisIdle, "takeover": takeOver,
 	}[flag.Arg(0)]
 	if !ok {
-		return fmt.Errorf("usage: load [flags] throughput|latency|memory|compare|absent|resume, got %q", flag.Arg(0))
+		return fmt.Errorf("usage: load [flags] throughput|latency|memory|compare|absent|resume|redis|takeover, got %q", flag.Arg(0))
 	}
 	return withBench(ctx, p, measure)
 }
@@ -103,8 +109,9 @@ type bench struct {
 	bin     rig.Binaries
 	nats    *rig.NATS
 	redis   *rig.Redis
+	rdb     *redis.Client
 	pod     *rig.Service // pulls
-	other   *rig.Service // with -wrong
+	other   *rig.Service // the second of two
 	way     *rig.Proxy   // from other to NATS
 	nc      *nats.Conn
 	js      jetstream.JetStream
@@ -140,6 +147,7 @@ func newBench(ctx context.Context, p plan) (*bench, error) {
 	if b.redis, err = rig.StartRedis(filepath.Join(dir, "redis")); err != nil {
 		return b, err
 	}
+	b.rdb = redis.NewClient(&redis.Options{Addr: b.redis.Address()})
 	if b.nc, err = b.nats.Connect(); err != nil {
 		return b, err
 	}
@@ -207,6 +215,9 @@ func (b *bench) close() {
 	}
 	if b.nc != nil {
 		b.nc.Close()
+	}
+	if b.rdb != nil {
+		b.rdb.Close()
 	}
 	if b.nats != nil {
 		b.nats.Stop()

@@ -2,9 +2,7 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -12,8 +10,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"github.com/nats-io/nats.go/jetstream"
 
 	"daisi-ws-service/dev/rig"
 )
@@ -30,78 +26,6 @@ func field(m []byte, name string) int64 {
 	end := bytes.IndexFunc(rest, func(r rune) bool { return r < '0' || r > '9' })
 	n, _ := strconv.ParseInt(string(rest[:max(end, 0)]), 10, 64)
 	return n
-}
-
-// throughput pauses the consumer, publishes, and measures from its resumption until nothing is pending.
-func throughput(ctx context.Context, b *bench, p plan) error {
-	var mu sync.Mutex
-	seen := make([]uint8, p.events)
-	duplicates := 0
-	c, err := connect(ctx, p.agents, func(int) *rig.Service { return cmp.Or(b.other, b.pod) }, func(_ int, m []byte) {
-		n := field(m, "n")
-		mu.Lock()
-		if seen[n]++; seen[n] > 1 {
-			duplicates++
-		}
-		mu.Unlock()
-	})
-	if err != nil {
-		return err
-	}
-	defer c.close()
-	b.cut()
-	if _, err := b.stream.PauseConsumer(ctx, "ws_fanout", time.Now().Add(10*time.Minute)); err != nil {
-		return fmt.Errorf("pause the consumer: %w", err)
-	}
-	for i := range p.events {
-		agent := agentID(i % p.agents)
-		if _, err := b.js.PublishAsync("wa.acme."+agent+".chats", payload(agent, i, p.size), jetstream.WithStallWait(time.Minute)); err != nil {
-			return fmt.Errorf("publish event %d: %w", i, err)
-		}
-	}
-	select {
-	case <-b.js.PublishAsyncComplete():
-	case <-time.After(2 * time.Minute):
-		return errors.New("the stream did not take the events within 2 minutes")
-	}
-	cpu := cpuSeconds(b.pod.PID())
-	began := time.Now()
-	if _, err := b.stream.ResumeConsumer(ctx, "ws_fanout"); err != nil {
-		return fmt.Errorf("resume the consumer: %w", err)
-	}
-	for {
-		left, err := b.pending(ctx)
-		if err != nil {
-			return err
-		}
-		if left == 0 {
-			break
-		}
-		if time.Since(began) > 3*time.Minute {
-			return fmt.Errorf("%d events still pending after 3 minutes", left)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	took := time.Since(began)
-	cpu = cpuSeconds(b.pod.PID()) - cpu
-	// What is acked was written, but the clients here may not have read it yet.
-	for wait := time.Now().Add(5 * time.Second); c.received.Load() < int64(p.events) && time.Now().Before(wait); {
-		time.Sleep(10 * time.Millisecond)
-	}
-	mu.Lock()
-	defer mu.Unlock()
-	lost := 0
-	for _, n := range seen {
-		if n == 0 {
-			lost++
-		}
-	}
-	fmt.Printf("throughput%s: %d events of %d bytes to %d agents in %.2f s: %.0f events/s, pulling pod CPU %.2f s (%.1f us/event), lost %d, duplicates %d\n",
-		across(p), p.events, p.size, p.agents, took.Seconds(), float64(p.events)/took.Seconds(), cpu, cpu/float64(p.events)*1e6, lost, duplicates)
-	if lost > 0 {
-		return fmt.Errorf("%d events were acked and did not arrive", lost)
-	}
-	return nil
 }
 
 // latency publishes at a steady rate and measures from just before the publish until the client has the message.
@@ -133,9 +57,8 @@ func latency(ctx context.Context, b *bench, p plan) error {
 	for i := 0; i < total; {
 		<-tick.C
 		for due := int(time.Since(began).Seconds() * float64(p.rate)); i < min(due, total); i++ {
-			agent := agentID(i % p.agents)
-			if _, err := b.js.PublishAsync("wa.acme."+agent+".chats", payload(agent, i, p.size), jetstream.WithStallWait(time.Minute)); err != nil {
-				return fmt.Errorf("publish event %d: %w", i, err)
+			if err := b.publishTo(agentID(i%p.agents), i, p.size); err != nil {
+				return err
 			}
 		}
 	}
@@ -157,13 +80,6 @@ func latency(ctx context.Context, b *bench, p plan) error {
 		}
 	}
 	return nil
-}
-
-func across(p plan) string {
-	if p.wrong {
-		return " across pods"
-	}
-	return ""
 }
 
 // memory measures the pod.

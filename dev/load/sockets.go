@@ -36,26 +36,31 @@ func mint(agent string) string {
 type crowd struct {
 	conns    []*websocket.Conn
 	received atomic.Int64
-	deflate  atomic.Int64 // sockets that compress
+	gaps     []atomic.Bool // whether the i-th was told that it misses events
+	deflate  atomic.Int64  // sockets that compress
 	readers  sync.WaitGroup
 }
 
 // connect opens n sockets of agents, the i-th at the pod that at names, each read by a goroutine that hands every event to got.
 func connect(ctx context.Context, n int, at func(i int) *rig.Service, got func(agent int, message []byte)) (*crowd, error) {
-	to := func(i int) (string, http.Header) {
-		return fmt.Sprintf("ws://%s/ws/acme/%s", at(i).HTTP, agentID(i)), http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(agentID(i))}}
+	return dialAll(ctx, n, func(i int) (string, http.Header) { return socketOf(at(i), agentID(i)) }, readReady, got)
+}
+
+// socketOf is where and how to dial for an agent's socket on pod.
+func socketOf(pod *rig.Service, agent string) (url string, header http.Header) {
+	return fmt.Sprintf("ws://%s/ws/acme/%s", pod.HTTP, agent), http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(agent)}}
+}
+
+func readReady(ws *websocket.Conn) error {
+	if _, m, err := ws.ReadMessage(); err != nil || !bytes.Contains(m, []byte(`"ready"`)) {
+		return fmt.Errorf("want ready, got %q, %v", m, err)
 	}
-	return dialAll(ctx, n, to, func(ws *websocket.Conn) error {
-		if _, m, err := ws.ReadMessage(); err != nil || !bytes.Contains(m, []byte(`"ready"`)) {
-			return fmt.Errorf("want ready, got %q, %v", m, err)
-		}
-		return nil
-	}, got)
+	return nil
 }
 
 // dialAll opens n sockets, 64 at a time, where to says, each greeted and then read.
 func dialAll(ctx context.Context, n int, to func(i int) (url string, header http.Header), greet func(*websocket.Conn) error, got func(i int, message []byte)) (*crowd, error) {
-	c := &crowd{conns: make([]*websocket.Conn, n)}
+	c := &crowd{conns: make([]*websocket.Conn, n), gaps: make([]atomic.Bool, n)}
 	var wg sync.WaitGroup
 	errs := make(chan error, n)
 	slots := make(chan struct{}, 64)
@@ -96,9 +101,12 @@ func (c *crowd) read(i int, ws *websocket.Conn, got func(int, []byte)) {
 		if err != nil {
 			return
 		}
-		if bytes.Contains(m[:min(len(m), 40)], []byte(`"event"`)) {
+		switch head := m[:min(len(m), 40)]; {
+		case bytes.Contains(head, []byte(`"event"`)):
 			c.received.Add(1)
 			got(i, m)
+		case bytes.Contains(head, []byte(`"gap"`)):
+			c.gaps[i].Store(true)
 		}
 	}
 }
