@@ -22,11 +22,17 @@ import (
 	"daisi-ws-service/dev/rig"
 )
 
-const seeds = 5
+// options are the command's flags.
+type options struct {
+	check, control bool
+	seeds          int
+}
 
 func main() {
-	check := flag.Bool("check", false, "only see that each patch applies and compiles")
-	control := flag.Bool("control", false, "leave the service as it is: chaos, with the flags of each patch, must be content")
+	var o options
+	flag.BoolVar(&o.check, "check", false, "only see that each patch applies and compiles")
+	flag.BoolVar(&o.control, "control", false, "leave the service as it is: chaos, with the flags of each patch, must be content")
+	flag.IntVar(&o.seeds, "seeds", 5, "how many seeds of chaos a mutant may survive")
 	flag.Usage = func() {
 		fmt.Fprintln(flag.CommandLine.Output(), "mutants [flags] [name of a patch ...]")
 		flag.PrintDefaults()
@@ -34,13 +40,13 @@ func main() {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, flag.Args(), *check, *control); err != nil {
+	if err := run(ctx, flag.Args(), o); err != nil {
 		fmt.Fprintln(os.Stderr, "mutants:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, only []string, check, control bool) error {
+func run(ctx context.Context, only []string, o options) error {
 	root, err := rig.Root()
 	if err != nil {
 		return err
@@ -64,18 +70,18 @@ func run(ctx context.Context, only []string, check, control bool) error {
 			continue
 		}
 		tree := filepath.Join(dir, m.name)
-		if err := m.plant(ctx, root, tree, control); err != nil {
+		if err := m.plant(ctx, root, tree, o.control); err != nil {
 			return err
 		}
-		if check {
+		if o.check {
 			fmt.Println(m.name, "applies and compiles")
 			continue
 		}
-		caught, err := m.hunt(ctx, chaos, tree)
+		caught, err := m.hunt(ctx, chaos, tree, o.seeds)
 		if err != nil {
 			return err
 		}
-		if caught == control {
+		if caught == o.control {
 			wrong = append(wrong, m.name)
 		}
 	}
@@ -130,7 +136,7 @@ func (m mutant) plant(ctx context.Context, root, tree string, control bool) erro
 }
 
 // hunt runs chaos until it finds fault with the service, and says whether it did.
-func (m mutant) hunt(ctx context.Context, chaos, tree string) (caught bool, err error) {
+func (m mutant) hunt(ctx context.Context, chaos, tree string, seeds int) (caught bool, err error) {
 	for seed := 1; seed <= seeds; seed++ {
 		cmd := exec.CommandContext(ctx, chaos, append([]string{"-seed", strconv.Itoa(seed)}, m.flags...)...)
 		cmd.Dir = filepath.Join(tree, "dev")
