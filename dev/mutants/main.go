@@ -111,7 +111,7 @@ func patches(root string) (all []mutant, err error) {
 		}
 		flags := flagsLine.FindSubmatch(text)
 		if flags == nil {
-			return nil, fmt.Errorf("%s has no line that begins with chaos:", f)
+			return nil, fmt.Errorf("%s has no line that begins with %q", f, "chaos:")
 		}
 		all = append(all, mutant{strings.TrimSuffix(filepath.Base(f), ".patch"), f, strings.Fields(string(flags[1]))})
 	}
