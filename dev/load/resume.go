@@ -226,6 +226,9 @@ func resume(ctx context.Context, b *bench, p plan) (err error) {
 		p.clients, took.Seconds(), back.turned.Load(), back.replayed.Load(), float64(back.replayed.Load())/took.Seconds(), back.gaps.Load(), cpu, natsCPU)
 	fmt.Printf("resume: p99 of the %d others at %d events/s in all: %s before, %s during: ratio %.2f; %s after\n",
 		p.agents, p.rate, before, during, float64(during)/float64(before), p99Of(samples, over, time.Now()))
+	if back.gaps.Load() > 0 {
+		fmt.Print(outcomes(ctx, b.pod))
+	}
 	return lostErr
 }
 

@@ -161,10 +161,11 @@ func outcomes(ctx context.Context, pod *rig.Service) string {
 	if err != nil {
 		return err.Error() + "\n"
 	}
-	told := []string{"dws_events_total", "dws_targets_total", "dws_gaps_total", "dws_websocket_messages_dropped_total"}
+	told := []string{"dws_events_total", "dws_targets_total", "dws_gaps_total", "dws_resume_gaps_total", "dws_websocket_messages_dropped_total"}
 	all := ""
 	for line := range strings.Lines(string(body)) {
 		name, _, _ := strings.Cut(line, "{")
+		name, _, _ = strings.Cut(name, " ")
 		if slices.Contains(told, name) && !strings.HasSuffix(line, " 0\n") {
 			all += "  " + pod.Name + " " + line
 		}
