@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -335,5 +336,53 @@ func TestOwnersLastKnownStay(t *testing.T) {
 	o.forgetPod("pod-2")
 	if o.find(r, time.Now()).known {
 		t.Error("with Redis there, an answer that names a lost pod is kept")
+	}
+}
+
+// pipelined takes what is sent to Redis in pipelines.
+type pipelined struct {
+	redis.Hook
+	cmds []redis.Cmder
+}
+
+func (h *pipelined) DialHook(next redis.DialHook) redis.DialHook          { return next }
+func (h *pipelined) ProcessHook(next redis.ProcessHook) redis.ProcessHook { return next }
+
+func (h *pipelined) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(_ context.Context, cmds []redis.Cmder) error {
+		h.cmds = append(h.cmds, cmds...)
+		return nil
+	}
+}
+
+// TestLogEntriesAreSmall: the last entry of the log is read again with every batch of events, so thousands of marks do not
+// go into one; none is left out.
+func TestLogEntriesAreSmall(t *testing.T) {
+	o := newTestOwners(t)
+	o.cfg.Load().PodOwnerCacheSize = 4096
+	h := &pipelined{}
+	o.rdb.AddHook(h)
+	const marks = 1000
+	for i := range marks {
+		o.mark(route{routeGeneral, "c", strconv.Itoa(i), ""}, 7, "shed")
+	}
+	o.flushMarks(t.Context())
+	named := map[string]bool{}
+	for _, cmd := range h.cmds {
+		n := 0
+		for i, arg := range cmd.Args() {
+			if s, ok := arg.(string); ok && strings.HasPrefix(s, "route:") {
+				n++
+				named[s] = cmd.Args()[i+1] == "gap 7 shed"
+			}
+		}
+		if n == 0 || n > logFields {
+			t.Errorf("an entry of %d routes, want 1 to %d: %v", n, logFields, cmd)
+		}
+	}
+	for i := range marks {
+		if key := (route{routeGeneral, "c", strconv.Itoa(i), ""}).key(); !named[key] {
+			t.Fatalf("the mark of %s is in no entry", key)
+		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -15,6 +16,7 @@ import (
 const (
 	logKey    = "owner_log"
 	logLength = 100_000 // entries that Redis keeps, more or less
+	logFields = 16
 	logPage   = 1000
 )
 
@@ -24,9 +26,14 @@ type mark struct {
 	reason string
 }
 
+// appendLog writes fields, pairs of a route's key and what is said of it, in entries of logFields at the most: the last
+// entry is read again with every batch of events, and one of 5,000 marks cost each of them 1.5 ms.
 func (o *owners) appendLog(ctx context.Context, fields []any) error {
-	err := o.rdb.XAdd(ctx, &redis.XAddArgs{Stream: logKey, MaxLen: logLength, Approx: true, Values: fields}).Err()
-	if err != nil {
+	p := o.pipe()
+	for entry := range slices.Chunk(fields, 2*logFields) {
+		p.XAdd(ctx, &redis.XAddArgs{Stream: logKey, MaxLen: logLength, Approx: true, Values: entry})
+	}
+	if _, err := p.Exec(ctx); err != nil {
 		o.m.redisErrorsTotal.with("log").Inc()
 		return fmt.Errorf("append to %s: %w", logKey, err)
 	}
