@@ -16,6 +16,8 @@ type parked struct {
 	held atomic.Int64 // entries in queues
 
 	mu      sync.Mutex // guards all below
+	naks    []heldNak
+	nakSize int // bytes of their payloads
 	queues  [nakLevels][]parkedEvent
 	noOwner int
 	byAgent map[route]int
@@ -27,9 +29,21 @@ type parkedEvent struct {
 	agent route
 }
 
+// heldNak is a NAK that is sent together with others. A server looks for delays that have ended 10 ms after the last NAK
+// (nats-server 2.15, processNak): with one every few milliseconds it did not look for seconds, and then gave out thousands
+// of events at once. Those for agents who are there came up to 70 ms late.
+type heldNak struct {
+	p       *pulled
+	outcome string
+}
+
 const (
 	nakLevels      = 5 // delays of 1, 2, 4, 8 and 16 times NAK_DELAY: each has a queue, in the order of expiry
 	parkedPerAgent = 16
+	nakEvery       = 25 * time.Millisecond
+	// Or sooner, when so many are held, or so large: until they are sent they count twice in the share, and in memory.
+	naksAtOnce = 128
+	nakBytes   = 256 << 10
 )
 
 func newParked(cfg *Config, m *Metrics) *parked {
@@ -66,6 +80,28 @@ func (p *parked) park(now time.Time, count uint64, agent route, inHand int64) bo
 	p.queues[level] = append(p.queues[level], parkedEvent{now.Add(p.nakDelay(count)), agent})
 	p.m.parkedEvents.with().Set(float64(p.held.Add(1)))
 	return true
+}
+
+// hold keeps a NAK until the next takeNaks, and returns those that are to be sent now.
+func (p *parked) hold(n heldNak) []heldNak {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.naks, p.nakSize = append(p.naks, n), p.nakSize+len(n.p.payload)
+	if len(p.naks) < naksAtOnce && p.nakSize < nakBytes {
+		return nil
+	}
+	return p.takeNaksLocked()
+}
+
+func (p *parked) takeNaks() []heldNak {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.takeNaksLocked()
+}
+
+func (p *parked) takeNaksLocked() (due []heldNak) {
+	due, p.naks, p.nakSize = p.naks, nil, 0
+	return due
 }
 
 // expire lets go of the events whose delay has ended, and notes how many pods share the consumer.

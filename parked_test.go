@@ -73,3 +73,32 @@ func TestParkedBudgetAndAgents(t *testing.T) {
 		t.Errorf("after all delays: %d parked, %d without owner, %d agents", p.held.Load(), p.noOwner, len(p.byAgent))
 	}
 }
+
+// TestNaksGoTogether: they are held until the next tick, or until there are many, or large ones; each is sent once.
+func TestNaksGoTogether(t *testing.T) {
+	p := newTestParked(100, 10, 1)
+	held := func(outcome string, size int) heldNak {
+		return heldNak{&pulled{delivery: delivery{event: &event{payload: make([]byte, size)}}}, outcome}
+	}
+	for i := range naksAtOnce - 1 {
+		if due := p.hold(held("nak_failed", 10)); due != nil {
+			t.Fatalf("%d NAKs sent with the %d-th", len(due), i+1)
+		}
+	}
+	if due := p.hold(held("nak_failed", 10)); len(due) != naksAtOnce {
+		t.Errorf("%d sent when %d were held", len(due), naksAtOnce)
+	}
+	for n := 1; n <= 2; n++ { // what was sent counts no more
+		p.hold(held("nak_failed", nakBytes/2))
+		if due := p.hold(held("nak_failed", nakBytes/2)); len(due) != 2 {
+			t.Errorf("%d sent when two that are large were held", len(due))
+		}
+	}
+	p.hold(held("nak_no_owner", 10))
+	if due := p.takeNaks(); len(due) != 1 || due[0].outcome != "nak_no_owner" {
+		t.Errorf("a tick sends %v", due)
+	}
+	if due := p.takeNaks(); len(due) != 0 {
+		t.Errorf("the next tick sends %v again", due)
+	}
+}

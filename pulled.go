@@ -137,8 +137,23 @@ func (p *pulled) tell(v verdict) error {
 	}
 }
 
-// end tells JetStream, unless it is too late for that, and closes the delivery's account.
+// end tells JetStream what became of a delivery, at once or, a NAK, with those of the same moment.
 func (p *pulled) end(v verdict, outcome string) {
+	if v == nak && !p.r.leaving() {
+		sendNaks(p.r.parked.hold(heldNak{p, outcome}))
+		return
+	}
+	p.conclude(v, outcome)
+}
+
+func sendNaks(due []heldNak) {
+	for _, n := range due {
+		n.p.conclude(nak, n.outcome)
+	}
+}
+
+// conclude tells JetStream, unless it is too late for that, and closes the delivery's account.
+func (p *pulled) conclude(v verdict, outcome string) {
 	r := p.r
 	age := time.Since(p.arrived)
 	if age > r.cfg.Load().NATSAckWait-lateSlack {

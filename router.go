@@ -181,15 +181,17 @@ func (r *router) routed(batch []arrival) {
 	r.wake()
 }
 
-// tick wakes an accept that waits for rings to be recognised as stuck, and lets NAKed events leave the share, until ctx ends.
+// tick sends the NAKs that are held, lets NAKed events leave the share, and wakes an accept that waits for rings to be
+// recognised as stuck, until ctx ends.
 func (r *router) tick(ctx context.Context) {
-	t := time.NewTicker(100 * time.Millisecond)
+	t := time.NewTicker(nakEvery)
 	defer t.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case now := <-t.C:
+			sendNaks(r.parked.takeNaks())
 			r.parked.expire(now, r.owners.livePods())
 			r.wake()
 		}

@@ -191,3 +191,18 @@ func TestBigEventsInBulk(t *testing.T) {
 		})
 	}
 }
+
+// TestRedeliveriesKeepTheirTime: while events for absent agents come every few milliseconds, those that wait come again when
+// their delay has ended, and not only at the next pause.
+func TestRedeliveriesKeepTheirTime(t *testing.T) {
+	t.Parallel()
+	const budget = 1200
+	w := harness.New(t, harness.Settings("NATS_NAK_DELAY=300ms", fmt.Sprint("NATS_PARKED_BUDGET=", budget)))
+	pod := w.Start()
+	flow := w.Flow(400, func(i int) feed.Event { return feed.Chat("acme", fmt.Sprintf("gone%d", i), "628111@c.us", "hi", 1) })
+	pod.WaitMetric(func(v float64) bool { return v > 0 }, "dws_redelivered_total")
+	if n := flow.Sent(); n >= budget {
+		t.Errorf("nothing came again before %d events were parked and the flow of NAKs paused", n)
+	}
+	flow.Stop()
+}
