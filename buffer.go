@@ -90,6 +90,7 @@ type ring struct {
 	pending string // the one that is being selected
 	held    []item // messages of pending, until its confirmation is queued; all events while holding
 	leave   string // what is left to the replay that runs: "" nothing, leaveAll, or the messages of one chat
+	since   uint64 // what that replay was asked for
 	holding bool   // the replay is at its last pass: events wait for the confirmation
 	joins   []*delivery
 	written seqSet
@@ -347,11 +348,12 @@ func (r *ring) shed(out []settlement) []settlement {
 	return r.dropLocked(dropped, "shed", out)
 }
 
-// gap notes that events after since may be missing.
+// gap notes that events after since may be missing. A replay of all that came after an earlier sequence says so itself if it
+// fails, and fetches them otherwise: they had been pulled, so they are before the end that its last pass reads up to.
 func (r *ring) gap(since uint64, reason string, now time.Time) (kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed {
+	if r.closed || r.leave == leaveAll && since >= r.since {
 		return false
 	}
 	r.gapLocked(since, reason)

@@ -131,7 +131,7 @@ func (m *ringModel) replay(now time.Time) {
 	case m.r.pending != "": // it is selecting
 	case m.replays == 0:
 		m.replays = 1
-		m.kick(m.r.replaying(leaveAll, now))
+		m.kick(m.r.replaying(leaveAll, 0, now))
 	case m.rnd.IntN(2) == 0 && m.seq > 0:
 		seq := 1 + m.rnd.Uint64N(m.seq)
 		m.replayed[seq] = true
@@ -457,7 +457,7 @@ func TestEventsOfAReplay(t *testing.T) {
 			settleAll(ends)
 			return d
 		}
-		r.replaying(leaveAll, time.Now())
+		r.replaying(leaveAll, 0, time.Now())
 		r.replay(newDelivery(&l, kindChat, "", 7, 1, 10).event, time.Now())
 		r.goLive()
 		held := push(kindChat, "", 8)
@@ -483,6 +483,31 @@ func TestEventsOfAReplay(t *testing.T) {
 	}
 }
 
+// TestGapDuringAReplay: what a replay of everything fetches by itself is not announced; what it may not fetch is.
+func TestGapDuringAReplay(t *testing.T) {
+	now := time.Now()
+	for _, c := range []struct {
+		name  string
+		begin func(*ring)
+		since uint64
+		told  bool
+	}{
+		{"no replay", func(*ring) {}, 7, true},
+		{"behind its start", func(r *ring) { r.replaying(leaveAll, 7, now) }, 7, false},
+		{"before its start", func(r *ring) { r.replaying(leaveAll, 7, now) }, 6, true},
+		{"at its last pass, whose end is known", func(r *ring) { r.replaying(leaveAll, 7, now); r.goLive() }, 7, true},
+		{"of one chat", func(r *ring) { r.replaying("c", 7, now) }, 7, true},
+		{"of a stream that is gone", func(r *ring) { r.replaying(leaveAll, 7, now); r.forgetWritten() }, 7, true},
+	} {
+		r, _ := newTestRing(8, false)
+		c.begin(r)
+		r.gap(c.since, "shed", now)
+		if r.gapNoted != c.told {
+			t.Errorf("%s: a gap since %d is announced: %t, want %t", c.name, c.since, r.gapNoted, c.told)
+		}
+	}
+}
+
 func TestEventsOfAChatsReplay(t *testing.T) {
 	r, _ := newTestRing(8, false)
 	var l ledger
@@ -497,7 +522,7 @@ func TestEventsOfAChatsReplay(t *testing.T) {
 		ends, _, _, _ := r.selected(chat, newReply("chat_selected", nil), to, time.Now(), nil)
 		settleAll(ends)
 	}
-	r.replaying("c", time.Now())
+	r.replaying("c", 0, time.Now())
 	r.replay(newDelivery(&l, kindMessage, "c", 7, 1, 10).event, time.Now())
 	r.goLive()
 	pick("c", 9)

@@ -242,7 +242,7 @@ func (c *conn) logAttrs() []any {
 func (c *conn) setUp(since *uint64) bool {
 	r := c.firstRoute()
 	if since != nil {
-		c.kick(c.ring.replaying(leaveAll, time.Now()))
+		c.kick(c.ring.replaying(leaveAll, *since, time.Now()))
 	}
 	if err := c.claim(r); err != nil {
 		c.unavailable("claim the route", err)

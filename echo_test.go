@@ -86,7 +86,7 @@ func (c *conn) echo(u *upgrade) {
 		return
 	}
 	c.begin()
-	c.ring.replaying("", time.Now()) // messages may be written, though `ready` was not
+	c.ring.replaying("", 0, time.Now()) // messages may be written, though `ready` was not
 	in := c.inbound(u)
 	in.binary = true
 	in.message = func(op byte, p []byte) {

@@ -123,7 +123,7 @@ func (c *conn) selectChat(req *request) {
 	since := req.Payload.Since
 	replays := since != nil && chat != ""
 	if replays { // before the claim: what comes between the two would be held, and replayed as well
-		c.ring.replaying(chat, time.Now())
+		c.ring.replaying(chat, *since, time.Now())
 	}
 	if fresh {
 		c.ring.selecting(chat)

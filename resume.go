@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math"
 	"time"
 )
 
@@ -16,7 +17,7 @@ func (c *conn) resume(req *request) {
 		c.fault(badRequest("since", "resume without since"))
 		return
 	}
-	c.ring.replaying(leaveAll, time.Now())
+	c.ring.replaying(leaveAll, *req.Payload.Since, time.Now())
 	subjects := c.subjects()
 	if chat := c.ring.selection(); chat != "" {
 		subjects = append(subjects, c.chatSubject(chat))
@@ -122,10 +123,10 @@ const leaveAll = "*"
 
 // replaying begins a replay: from now on what it covers is left to its passes. Replayed events may be written before
 // the greeting, which is queued at the replay's end.
-func (r *ring) replaying(what string, now time.Time) (kick bool) {
+func (r *ring) replaying(what string, since uint64, now time.Time) (kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.leave, r.ready, r.first = what, true, 0
+	r.leave, r.since, r.ready, r.first = what, since, true, 0
 	return r.kickLocked(now)
 }
 
@@ -190,4 +191,5 @@ func (r *ring) forgetWritten() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.written, r.had, r.hadChat = seqSet{}, span{}, span{}
+	r.since = math.MaxUint64 // a replay under way reads the new stream
 }
