@@ -112,7 +112,7 @@ type Config struct {
 	ResumeMaxEvents   int           `set:"RESUME_MAX_EVENTS" default:"1000" min:"1" help:"missed events that a resume replays at most"`
 	ResumeMaxAge      time.Duration `set:"RESUME_MAX_AGE" default:"1h" min:"1ms" help:"oldest point to resume from"`
 	ResumeOverlap     time.Duration `set:"RESUME_OVERLAP" default:"2m" min:"1ms" help:"how much earlier than asked a replay starts"`
-	ResumeConcurrency int           `set:"RESUME_CONCURRENCY" default:"32" min:"1" help:"reads of the stream for replays at the same time"`
+	ResumeConcurrency int           `set:"RESUME_CONCURRENCY" default:"4" min:"1" help:"reads of the stream for replays at the same time"`
 
 	PeerTimeout          time.Duration `set:"PEER_TIMEOUT" default:"5s" min:"1ms" help:"how long a peer may take to say that it received an event"`
 	PeerIdleTimeout      time.Duration `set:"PEER_IDLE_TIMEOUT" default:"5m" min:"1ms" help:"an unused connection to a peer is closed after it"`
