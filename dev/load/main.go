@@ -22,6 +22,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -81,6 +82,12 @@ func run() error {
 		return compare(ctx, p)
 	case "plain":
 		return servePlain(flag.Arg(1))
+	case "back":
+		n, err := strconv.Atoi(flag.Arg(1))
+		if err != nil {
+			return err
+		}
+		return come(ctx, n)
 	}
 	measure, ok := map[string]func(context.Context, *bench, plan) error{
 		"throughput": throughput, "latency": latency, "memory": memory, "absent": absent, "resume": resume, "redis": redisIdle, "takeover": takeOver,

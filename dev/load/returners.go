@@ -1,0 +1,246 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// backTally is what has become of the clients that come back.
+type backTally struct {
+	Ready    int64 // sockets that came to their ready
+	Over     int64 // of these, those that resumed; a client whose socket breaks then is counted again
+	Received int64 // events, each once per client
+	Replayed int64
+	Gaps     int64
+	Turned   int64            // refusals and broken connections on the way back
+	Why      map[string]int64 // of these: how many by status or error
+}
+
+// returners are the clients of the pod that dies, in a process of their own: in the one that measures, thousands that
+// dial at once would delay what it measures.
+type returners struct {
+	cmd   *exec.Cmd
+	tell  io.WriteCloser
+	done  chan struct{} // closed when the process says no more
+	tally atomic.Pointer[backTally]
+}
+
+// backID names the i-th agent of those who come back.
+func backID(i int) string { return fmt.Sprintf("back%05d", i) }
+
+// gather starts the process of n clients at address.
+func gather(n int, address string) (*returners, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	r := &returners{cmd: exec.Command(self, "back", fmt.Sprint(n)), done: make(chan struct{})}
+	r.tally.Store(&backTally{})
+	r.cmd.Stderr = os.Stderr
+	said, err := r.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if r.tell, err = r.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	if err := r.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", self, err)
+	}
+	go func() {
+		defer close(r.done)
+		for d := json.NewDecoder(said); ; {
+			var t backTally
+			if d.Decode(&t) != nil {
+				return
+			}
+			r.tally.Store(&t)
+		}
+	}()
+	return r, r.moveTo(address)
+}
+
+// moveTo has clients connect to address from now on.
+func (r *returners) moveTo(address string) error {
+	_, err := fmt.Fprintln(r.tell, address)
+	return err
+}
+
+func (r *returners) close() {
+	r.tell.Close()
+	<-r.done
+	r.cmd.Wait()
+}
+
+// wait waits until what is counted reaches n.
+func (r *returners) wait(ctx context.Context, what string, counted func(*backTally) int64, n int) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	for counted(r.tally.Load()) < int64(n) {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d of %d %s after two minutes", counted(r.tally.Load()), n, what)
+		case <-r.done:
+			return fmt.Errorf("%d of %d %s: the clients' process ended", counted(r.tally.Load()), n, what)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return nil
+}
+
+// returner is a client that resumes and keeps what it has had, as docs/protocol.md tells clients to do.
+type returner struct {
+	agent string
+	crowd *comers
+
+	mu   sync.Mutex // guards all below
+	seen map[int64]bool
+	top  uint64
+}
+
+// comers are the clients within their process.
+type comers struct {
+	address atomic.Pointer[string] // of the pod to connect to
+	mu      sync.Mutex             // guards tally
+	tally   backTally
+}
+
+// come is the clients' process: it reads addresses, each to be connected to from then on, until its input ends, and
+// writes the tally a hundred times a second.
+func come(ctx context.Context, n int) error {
+	ctx, cancel := context.WithCancel(ctx)
+	in := bufio.NewScanner(os.Stdin)
+	if !in.Scan() {
+		cancel()
+		return in.Err()
+	}
+	first := in.Text()
+	all := &comers{tally: backTally{Why: map[string]int64{}}}
+	all.address.Store(&first)
+	var wg sync.WaitGroup
+	for i := range n {
+		c := &returner{agent: backID(i), crowd: all, seen: map[int64]bool{}}
+		wg.Go(func() { c.run(ctx) })
+	}
+	go func() {
+		defer cancel()
+		for in.Scan() {
+			next := in.Text()
+			all.address.Store(&next)
+		}
+	}()
+	for out := json.NewEncoder(os.Stdout); ctx.Err() == nil; time.Sleep(10 * time.Millisecond) {
+		all.mu.Lock()
+		b, err := json.Marshal(all.tally)
+		all.mu.Unlock()
+		if err = errors.Join(err, out.Encode(json.RawMessage(b))); err != nil {
+			cancel()
+		}
+	}
+	wg.Wait()
+	return nil
+}
+
+func (c *comers) count(f func(*backTally)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f(&c.tally)
+}
+
+// run connects again and again: each time after a random part of a doubling time.
+func (c *returner) run(ctx context.Context) {
+	for attempt := 0; ctx.Err() == nil; attempt++ {
+		wait := time.Duration(rand.Int64N(int64(min(500*time.Millisecond<<min(attempt, 6), 30*time.Second))))
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		if c.attend(ctx) {
+			attempt = -1
+		} else {
+			c.crowd.count(func(t *backTally) { t.Turned++ })
+		}
+	}
+}
+
+// attend is the life of one socket; it says whether it came to its ready.
+func (c *returner) attend(ctx context.Context) (greeted bool) {
+	dialer := websocket.Dialer{ReadBufferSize: 1024, WriteBufferSize: 256, NetDialContext: (&net.Dialer{}).DialContext}
+	url := fmt.Sprintf("ws://%s/ws/acme/%s", *c.crowd.address.Load(), c.agent)
+	c.mu.Lock()
+	resumes := c.top > 0
+	if resumes {
+		url += fmt.Sprintf("?since=%d", c.top)
+	}
+	c.mu.Unlock()
+	ws, resp, err := dialer.DialContext(ctx, url, http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(c.agent)}})
+	if err != nil {
+		key := "no connection"
+		if resp != nil {
+			b, _ := io.ReadAll(resp.Body)
+			key = resp.Status + string(b)
+		}
+		c.crowd.count(func(t *backTally) { t.Why[key]++ })
+		return false
+	}
+	defer ws.Close()
+	defer context.AfterFunc(ctx, func() { ws.Close() })()
+	top := uint64(0) // counts from ready on: a replay that is cut short must begin again
+	for {
+		_, m, err := ws.ReadMessage()
+		if err != nil {
+			return greeted
+		}
+		top = max(top, uint64(field(m, "seq")))
+		switch head := m[:min(len(m), 60)]; {
+		case bytes.Contains(head, []byte(`"ready"`)):
+			if bytes.Contains(m, []byte(`"gap":true`)) {
+				c.crowd.count(func(t *backTally) { t.Gaps++ })
+			}
+			greeted = true
+			c.crowd.count(func(t *backTally) {
+				t.Ready++
+				if resumes {
+					t.Over++
+				}
+			})
+		case bytes.Contains(head, []byte(`"gap"`)):
+			c.crowd.count(func(t *backTally) { t.Gaps++ })
+		case bytes.Contains(head, []byte(`"event"`)):
+			if bytes.HasSuffix(m, []byte(`"replay":true}`)) {
+				c.crowd.count(func(t *backTally) { t.Replayed++ })
+			}
+			c.have(field(m, "n"))
+		}
+		if greeted {
+			c.mu.Lock()
+			c.top = max(c.top, top)
+			c.mu.Unlock()
+		}
+	}
+}
+
+func (c *returner) have(n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.seen[n] {
+		c.seen[n] = true
+		c.crowd.count(func(t *backTally) { t.Received++ })
+	}
+}
