@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 const (
@@ -14,17 +16,30 @@ const (
 	absentNames = 5000 // agents without any socket
 )
 
+// others is what the nine of ten events are that are not for agents who are there.
+type others int
+
+const (
+	noOthers  others = iota
+	elsewhere        // in a stream that no pod reads: what the load on this machine costs by itself
+	forNobody
+)
+
+func (o others) String() string {
+	return [...]string{"no others", "nine times as many in another stream", "nine times as many for nobody"}[o]
+}
+
 // stretch is one part of a run: latencies of the events for agents that are there.
 type stretch struct {
-	absent   bool
+	others   others
 	events   int // for agents that are there
 	latency  []time.Duration
 	cpu      float64 // of the pod, seconds
 	duration time.Duration
 }
 
-// absent alternates between stretches in which all events are for agents that are there and stretches in which nine of ten
-// are for agents without any socket, and compares the latency of the former.
+// absent alternates between stretches of events for agents that are there, alone and with others beside them, and compares
+// their latency.
 func absent(ctx context.Context, b *bench, p plan) error {
 	var mu sync.Mutex
 	var now *stretch
@@ -40,11 +55,14 @@ func absent(ctx context.Context, b *bench, p plan) error {
 		return err
 	}
 	defer c.close()
+	if _, err := b.js.CreateStream(ctx, jetstream.StreamConfig{Name: "elsewhere", Subjects: []string{"elsewhere.>"}}); err != nil {
+		return err
+	}
 	next := 0
 	var all []*stretch
 	for range p.rounds {
-		for _, with := range []bool{false, true} {
-			s := &stretch{absent: with}
+		for _, kind := range []others{noOthers, elsewhere, forNobody} {
+			s := &stretch{others: kind}
 			mu.Lock()
 			now = s
 			mu.Unlock()
@@ -74,15 +92,19 @@ func (b *bench) stretch(ctx context.Context, p plan, s *stretch, next *int) erro
 			return ctx.Err()
 		}
 		for due := int(time.Since(began).Seconds() * absentRate); i < min(due, total); i++ {
-			agent, n := fmt.Sprintf("gone%05d", i%absentNames), 0
-			if i%absentOf == 0 {
-				agent, n = agentID(*next%p.agents), *next
+			gone := fmt.Sprintf("gone%05d", i%absentNames)
+			var err error
+			switch {
+			case i%absentOf == 0:
+				err = b.publishTo(agentID(*next%p.agents), *next, p.size)
 				*next++
 				s.events++
-			} else if !s.absent {
-				continue
+			case s.others == elsewhere:
+				err = b.publish("elsewhere.acme."+gone+".chats", payload(gone, 0, p.size))
+			case s.others == forNobody:
+				err = b.publishTo(gone, 0, p.size)
 			}
-			if err := b.publishTo(agent, n, p.size); err != nil {
+			if err != nil {
 				return err
 			}
 		}
@@ -92,23 +114,26 @@ func (b *bench) stretch(ctx context.Context, p plan, s *stretch, next *int) erro
 }
 
 func reportAbsent(all []*stretch, seen, published int) error {
-	var p99 [2][]time.Duration
-	var cpu, took [2]float64
+	var p99 [3][]time.Duration
+	var cpu, took [3]float64
 	for _, s := range all {
 		slices.Sort(s.latency)
 		if len(s.latency) == 0 {
 			return fmt.Errorf("nothing arrived in a stretch of %s", s.duration)
 		}
-		i := map[bool]int{true: 1}[s.absent]
+		i := s.others
 		p99[i] = append(p99[i], quantile(s.latency, .99))
 		cpu[i], took[i] = cpu[i]+s.cpu, took[i]+s.duration.Seconds()
-		fmt.Printf("absent: 9 of 10 events for nobody %t: %d events in %.0f s: p50 %s, p99 %s, max %s; pod CPU %.2f s\n", s.absent,
-			s.events, s.duration.Seconds(), quantile(s.latency, .5), quantile(s.latency, .99), quantile(s.latency, 1), s.cpu)
+		fmt.Printf("absent: %d events in %.0f s, %s: p50 %s, p99 %s, max %s; pod CPU %.2f s\n",
+			s.events, s.duration.Seconds(), s.others, quantile(s.latency, .5), quantile(s.latency, .99), quantile(s.latency, 1), s.cpu)
 	}
-	without, with := median(p99[0]), median(p99[1])
-	gone := absentRate * took[1] * (absentOf - 1) / absentOf
-	fmt.Printf("absent: median of p99 %s without, %s with %d %% of %d events/s for absent agents: ratio %.2f; %.1f us of CPU per absent event; lost %d\n",
-		without, with, 100-100/absentOf, absentRate, float64(with)/float64(without), (cpu[1]-cpu[0]*took[1]/took[0])/gone*1e6, published-seen)
+	alone := median(p99[noOthers])
+	for _, o := range []others{elsewhere, forNobody} {
+		with := median(p99[o])
+		fmt.Printf("absent: median of p99 %s alone, %s with %s: ratio %.2f\n", alone, with, o, float64(with)/float64(alone))
+	}
+	gone := absentRate * took[forNobody] * (absentOf - 1) / absentOf
+	fmt.Printf("absent: %.1f us of CPU per absent event; lost %d\n", (cpu[forNobody]-cpu[noOthers]*took[forNobody]/took[noOthers])/gone*1e6, published-seen)
 	if seen < published {
 		return fmt.Errorf("%d events did not arrive", published-seen)
 	}

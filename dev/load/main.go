@@ -7,7 +7,7 @@
 //	go -C dev run ./load compare      memory, compression off and on, and beside it plain servers of three libraries
 //	go -C dev run ./load redis        Redis commands per idle socket and second
 //	go -C dev run ./load takeover     until a newcomer is ready whose session is on another pod, living or killed
-//	go -C dev run ./load absent       from publish to client, with and without nine of ten events for agents without a socket
+//	go -C dev run ./load absent       from publish to client, alone and with nine times as many events for agents without a socket
 //	go -C dev run ./load resume       the same, while the clients of a pod that died come over and resume
 //
 // throughput prints Redis commands per event too. Both figures are the server's own count: they need a real redis-server.
@@ -65,7 +65,7 @@ func run() error {
 	flag.IntVar(&p.rate, "rate", 2000, "latency: events per second")
 	flag.IntVar(&p.size, "size", 600, "bytes of a payload")
 	flag.IntVar(&p.seconds, "seconds", 20, "latency, redis: how long; absent: each stretch; resume: before the pod dies")
-	flag.IntVar(&p.rounds, "rounds", 3, "absent: stretches with and without")
+	flag.IntVar(&p.rounds, "rounds", 3, "absent: stretches of each kind")
 	flag.IntVar(&p.taken, "taken", 200, "takeover: sessions taken over from a living pod")
 	flag.IntVar(&p.clients, "clients", 5000, "resume: sockets of the pod that dies")
 	flag.IntVar(&p.backlog, "backlog", 10, "resume: events that each of them has had")

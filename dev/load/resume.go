@@ -127,8 +127,12 @@ func (b *bench) alternate(p plan, sent *int) func(end func() bool) error {
 }
 
 func (b *bench) publishTo(agent string, n, size int) error {
-	if _, err := b.js.PublishAsync("wa.acme."+agent+".chats", payload(agent, n, size), jetstream.WithStallWait(time.Minute)); err != nil {
-		return fmt.Errorf("publish event %d: %w", n, err)
+	return b.publish("wa.acme."+agent+".chats", payload(agent, n, size))
+}
+
+func (b *bench) publish(subject string, body []byte) error {
+	if _, err := b.js.PublishAsync(subject, body, jetstream.WithStallWait(time.Minute)); err != nil {
+		return fmt.Errorf("publish to %s: %w", subject, err)
 	}
 	return nil
 }
