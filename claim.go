@@ -78,7 +78,7 @@ func (o *owners) queueLocked(lr *localRoute) {
 
 // claimLoop writes claims, releases and marks until ctx ends. It is the only writer of this pod's claims.
 func (o *owners) claimLoop(ctx context.Context) {
-	tick := time.NewTicker(time.Second) // marks: at most one per route and second
+	tick := time.NewTicker(time.Second) // marks: at most one per route and second, unless very many events wait for them
 	defer tick.Stop()
 	for {
 		flush := false
@@ -86,6 +86,8 @@ func (o *owners) claimLoop(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-o.wakeClaim:
+		case <-o.wakeMarks:
+			flush = true
 		case <-tick.C:
 			flush = true
 		}

@@ -97,6 +97,7 @@ type owners struct {
 	base      time.Time
 	away      atomic.Bool // Redis: a renewal failed or took over 1 s, or a log read over 500 ms
 	wakeClaim chan struct{}
+	wakeMarks chan struct{}
 	wakeLease chan struct{}
 
 	leaseMu sync.Mutex // serialises renewals; guards givenUp and tried
@@ -124,6 +125,8 @@ type owners struct {
 	seqRead    uint64           // stream sequence noted before the last read of the log
 	marks      map[route]mark   // gaps to announce
 	markAll    *mark            // one for all routes, when marks overflowed
+	told       []func()         // to be called when these are in the log
+	toldSize   int              // bytes that this keeps in memory
 	instances  map[string]bool  // run and replication ids of the Redis masters; nil before the first answer
 	regap      bool             // after a new epoch, sockets get a gap once everything is claimed again
 	regapSince uint64
@@ -141,7 +144,7 @@ func newOwners(cfg *settings, rdb redis.UniversalClient, m *Metrics) *owners {
 	return &owners{
 		cfg: cfg, rdb: rdb, m: m, pod: cfg.Load().ServerPodID, pipe: rdb.Pipeline,
 		base: time.Now().Add(-time.Nanosecond), noteSeq: func() uint64 { return 0 },
-		wakeClaim: make(chan struct{}, 1), wakeLease: make(chan struct{}, 1),
+		wakeClaim: make(chan struct{}, 1), wakeMarks: make(chan struct{}, 1), wakeLease: make(chan struct{}, 1),
 		routes: map[route]*localRoute{}, cache: map[route]*answer{}, pods: map[string]lease{}, marks: map[route]mark{},
 	}
 }

@@ -60,13 +60,13 @@ func TestMarkKeepsTheLowestAndOverflowsIntoOne(t *testing.T) {
 	o := newTestOwners(t)
 	r := route{routeGeneral, "c", "a", ""}
 	for _, seq := range []uint64{9, 5, 7} {
-		o.mark(r, seq, "shed")
+		o.announce([]route{r}, seq, "shed", 10, func() {})
 	}
 	if o.marks[r].since != 5 {
 		t.Errorf("marked since %d, want the lowest, 5", o.marks[r].since)
 	}
 	for i := range 100 {
-		o.mark(route{routeGeneral, "c", randomID(4), ""}, uint64(10+i), "shed")
+		o.announce([]route{{routeGeneral, "c", randomID(4), ""}}, uint64(10+i), "shed", 10, func() {})
 	}
 	if len(o.marks) != 64 {
 		t.Errorf("%d routes marked, want the cache's size, 64", len(o.marks))
@@ -343,6 +343,7 @@ func TestOwnersLastKnownStay(t *testing.T) {
 type pipelined struct {
 	redis.Hook
 	cmds []redis.Cmder
+	err  error
 }
 
 func (h *pipelined) DialHook(next redis.DialHook) redis.DialHook          { return next }
@@ -351,7 +352,7 @@ func (h *pipelined) ProcessHook(next redis.ProcessHook) redis.ProcessHook { retu
 func (h *pipelined) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return func(_ context.Context, cmds []redis.Cmder) error {
 		h.cmds = append(h.cmds, cmds...)
-		return nil
+		return h.err
 	}
 }
 
@@ -363,10 +364,20 @@ func TestLogEntriesAreSmall(t *testing.T) {
 	h := &pipelined{}
 	o.rdb.AddHook(h)
 	const marks = 1000
+	told := 0
 	for i := range marks {
-		o.mark(route{routeGeneral, "c", strconv.Itoa(i), ""}, 7, "shed")
+		o.announce([]route{{routeGeneral, "c", strconv.Itoa(i), ""}}, 7, "shed", 10, func() { told++ })
+	}
+	h.err = errUnavailable
+	o.flushMarks(t.Context())
+	h.cmds, h.err = nil, nil
+	if told > 0 {
+		t.Errorf("%d events given up before their marks were in the log", told)
 	}
 	o.flushMarks(t.Context())
+	if told != marks {
+		t.Errorf("%d events given up when their marks were in the log, want %d", told, marks)
+	}
 	named := map[string]bool{}
 	for _, cmd := range h.cmds {
 		n := 0

@@ -18,6 +18,11 @@ const (
 	logLength = 100_000 // entries that Redis keeps, more or less
 	logFields = 16
 	logPage   = 1000
+
+	// Marks are written every second, and sooner when so many events wait for it, or such large ones: JetStream counts them
+	// as pending, and this pod keeps them in memory.
+	toldAtOnce = 1024
+	toldBytes  = 1 << 20
 )
 
 // mark announces that events of a route after since may be missing.
@@ -163,11 +168,24 @@ func parseMark(s string) (mark, bool) {
 	return mark{since, f[2]}, err == nil
 }
 
-// mark has the owners of r told, through the log, that events after since may be missing.
-func (o *owners) mark(r route, since uint64, reason string) {
+// announce marks routes and calls then, which keeps size bytes in memory, when the marks are in the log; at once if Redis
+// can't be told now: they are kept.
+func (o *owners) announce(routes []route, since uint64, reason string, size int, then func()) {
 	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.markLocked(r, mark{since, reason})
+	for _, r := range routes {
+		o.markLocked(r, mark{since, reason})
+	}
+	wait := len(routes) > 0 && !o.away.Load()
+	if wait {
+		o.told, o.toldSize = append(o.told, then), o.toldSize+size
+		if len(o.told) >= toldAtOnce || o.toldSize >= toldBytes {
+			poke(o.wakeMarks)
+		}
+	}
+	o.mu.Unlock()
+	if !wait {
+		then()
+	}
 }
 
 func (o *owners) markLocked(r route, m mark) {
@@ -190,23 +208,15 @@ func (o *owners) markAllLocked(m mark) {
 // flushMarks writes the marks noted since the last call; what cannot be written is kept.
 func (o *owners) flushMarks(ctx context.Context) {
 	o.mu.Lock()
-	marks, all := o.marks, o.markAll
-	if len(marks) == 0 && all == nil || o.away.Load() {
-		o.mu.Unlock()
-		return
+	var marks map[route]mark
+	var all *mark
+	if !o.away.Load() {
+		marks, all, o.marks, o.markAll = o.marks, o.markAll, map[route]mark{}, nil
 	}
-	o.marks, o.markAll = map[route]mark{}, nil
+	told := o.told
+	o.told, o.toldSize = nil, 0
 	o.mu.Unlock()
-	fields := make([]any, 0, 2*len(marks)+2)
-	for r, m := range marks {
-		fields = append(fields, r.key(), m.String())
-	}
-	if all != nil {
-		fields = append(fields, "*", all.String())
-	}
-	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
-	defer cancel()
-	if err := o.appendLog(ctx, fields); err != nil {
+	if err := o.writeMarks(ctx, marks, all); err != nil {
 		o.mu.Lock()
 		defer o.mu.Unlock()
 		for r, m := range marks {
@@ -215,7 +225,28 @@ func (o *owners) flushMarks(ctx context.Context) {
 		if all != nil {
 			o.markAllLocked(*all)
 		}
+		o.told = append(o.told, told...)
+		return
 	}
+	for _, then := range told {
+		then()
+	}
+}
+
+func (o *owners) writeMarks(ctx context.Context, marks map[route]mark, all *mark) error {
+	fields := make([]any, 0, 2*len(marks)+2)
+	for r, m := range marks {
+		fields = append(fields, r.key(), m.String())
+	}
+	if all != nil {
+		fields = append(fields, "*", all.String())
+	}
+	if len(fields) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	return o.appendLog(ctx, fields)
 }
 
 // noteStale remembers the first sequence that is dispatched, and may be acked, on knowledge that may be old.

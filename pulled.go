@@ -48,8 +48,7 @@ func (p *pulled) settled(_ *delivery, worst outcome) {
 	case dropped:
 		p.end(ack, "dropped")
 	case shed:
-		p.announce("shed")
-		p.end(term, "shed")
+		p.giveUp("shed")
 	case absent:
 		if p.second {
 			p.fail()
@@ -79,23 +78,25 @@ func (p *pulled) lookAgain() {
 func (p *pulled) fail() {
 	switch {
 	case p.r.horizonPassed(p):
-		p.announce("expired")
-		p.end(term, "expired")
+		p.giveUp("expired")
 	case !p.r.leaving() && !p.r.parked.park(time.Now(), p.deliveries, route{}, p.r.inHand.Load()):
-		p.announce("shed")
-		p.end(term, "shed")
+		p.giveUp("shed")
 	default:
 		p.end(nak, "nak_failed")
 	}
 }
 
-// announce has the owners of an event that is given up told of the gap.
-func (p *pulled) announce(reason string) {
+// giveUp terminates an event once the gap is in the owner log, so that its owners hear of it whatever becomes of this pod.
+// Meanwhile it counts in no share: to give up is to make room.
+func (p *pulled) giveUp(reason string) {
+	var routes []route
 	for i, owned := range p.owned {
 		if owned {
-			p.r.owners.mark(p.routes[i], p.seq-1, reason)
+			routes = append(routes, p.routes[i])
 		}
 	}
+	p.letGo()
+	p.r.owners.announce(routes, p.seq-1, reason, len(p.payload), func() { p.answer(term, reason) })
 }
 
 // horizonPassed says whether a failure ends the event. Its age is counted in the stream's own time, so that no clocks
@@ -143,17 +144,26 @@ func (p *pulled) end(v verdict, outcome string) {
 		sendNaks(p.r.parked.hold(heldNak{p, outcome}))
 		return
 	}
-	p.conclude(v, outcome)
+	p.answer(v, outcome)
+	p.letGo()
 }
 
 func sendNaks(due []heldNak) {
 	for _, n := range due {
-		n.p.conclude(nak, n.outcome)
+		n.p.answer(nak, n.outcome)
+		n.p.letGo()
 	}
 }
 
-// conclude tells JetStream, unless it is too late for that, and closes the delivery's account.
-func (p *pulled) conclude(v verdict, outcome string) {
+// letGo takes the delivery out of this pod's share.
+func (p *pulled) letGo() {
+	p.r.bytes.Add(-int64(len(p.payload)))
+	p.r.inHand.Add(-1)
+	p.r.wake()
+}
+
+// answer tells JetStream, unless it is too late for that, and closes the delivery's account.
+func (p *pulled) answer(v verdict, outcome string) {
 	r := p.r
 	age := time.Since(p.arrived)
 	if age > r.cfg.Load().NATSAckWait-lateSlack {
@@ -168,7 +178,4 @@ func (p *pulled) conclude(v verdict, outcome string) {
 	}
 	r.m.eventsTotal.with(p.kind.String(), outcome).Inc()
 	r.m.eventsInHand.with().Dec()
-	r.bytes.Add(-int64(len(p.payload)))
-	r.inHand.Add(-1)
-	r.wake()
 }

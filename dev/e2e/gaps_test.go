@@ -62,6 +62,23 @@ func TestGivenUpWithoutKnowingTheOwner(t *testing.T) {
 	}
 }
 
+// TestKilledAfterGivingUp: a pod that gives an event up is killed at once. The owner, on another pod, is told all the same.
+func TestKilledAfterGivingUp(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, harness.Settings("NATS_NAK_DELAY=200ms", "NATS_RETRY_HORIZON=2s"))
+	there, proxy := behindProxy(w, "NATS_CONSUMER_NAME=idle")
+	if _, err := w.JS.PauseConsumer(harness.Within(t, harness.Patience), w.Stream, "idle", time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	here, bob := w.Start(), there.Connect(harness.User("acme", "desk1", "bob"))
+	bob.WaitEvent(w.Chat("acme", "desk1"))
+	proxy.Cut()
+	lost := w.Chat("acme", "desk1")
+	harness.Eventually(t, harness.Patience, "JetStream to be told", func() bool { return w.ConsumerInfo().AckFloor.Stream >= lost })
+	here.Kill()
+	wantResumed(bob, bob.WantGap("expired"), lost)
+}
+
 // TestAbsentAgents: a client that arrives while its event waits for it gets it live. Where far more events come for agents
 // without a socket than may wait, who is there notices nothing, and who arrives then has his by the resume.
 func TestAbsentAgents(t *testing.T) {
