@@ -108,8 +108,12 @@ func (o *owners) leaseLoop(ctx context.Context) {
 		case <-t.C:
 		}
 		t.Stop()
-		if err := o.renew(ctx); err != nil && ctx.Err() == nil {
+		err := o.renew(ctx)
+		if err != nil && ctx.Err() == nil {
 			slog.Debug("lease not renewed", "err", err)
+		}
+		if errors.Is(err, errDuplicatePod) {
+			o.replaced(err)
 		}
 	}
 }
@@ -242,7 +246,7 @@ func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error
 		return fmt.Errorf("take lease of pod %s: %w", o.pod, err)
 	}
 	if n != 1 {
-		return fmt.Errorf("take lease of pod %s: held by another process", o.pod)
+		return o.heldByAnother(ctx)
 	}
 	o.mu.Lock()
 	o.epochNow = next.epoch
@@ -264,6 +268,18 @@ func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error
 		f(own.epoch, next.epoch)
 	}
 	return nil
+}
+
+// heldByAnother says who holds the lease: errDuplicatePod if it is a process that answers for it. This one was suspended then,
+// or cut off, for longer than the lease, and can never have it again while the other lives.
+func (o *owners) heldByAnother(ctx context.Context) error {
+	cur, err := o.rdb.Get(ctx, podKey(o.pod)).Result()
+	if l, ok := parseLease(cur); ok && err == nil {
+		if pod, epoch, err := o.identify(ctx, l.addr); err == nil && pod == o.pod && epoch == l.epoch && epoch != o.epoch() {
+			return fmt.Errorf("%w: pod %s epoch %s answers at %s", errDuplicatePod, pod, epoch, l.addr)
+		}
+	}
+	return fmt.Errorf("take lease of pod %s: held by another process", o.pod)
 }
 
 // refreshPods is readPods between two renewals.
@@ -412,9 +428,12 @@ func (o *owners) close(ctx context.Context) error {
 		return nil
 	}
 	o.flushMarks(ctx) // those of the last second
-	if err := dropLease.Run(ctx, o.rdb, []string{podKey(o.pod)}, own.String()).Err(); err != nil {
+	n, err := dropLease.Run(ctx, o.rdb, []string{podKey(o.pod)}, own.String()).Int()
+	if err != nil {
 		return fmt.Errorf("give up lease of pod %s: %w", o.pod, err)
 	}
-	o.rdb.SRem(ctx, podsKey, o.pod)
+	if n == 1 { // else the name is that of another process
+		o.rdb.SRem(ctx, podsKey, o.pod)
+	}
 	return nil
 }

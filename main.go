@@ -143,7 +143,7 @@ func newService(cfg *Config) (*service, error) {
 	s.router = newRouter(s.cfg, s.m, s.owners, s.hub, s.peers)
 	s.consumer.accept, s.consumer.anew, s.consumer.limit = s.router.accept, s.router.forgetSeq, s.peers.setMaxPayload
 	s.router.connected = s.consumer.up.Load
-	s.owners.identify = s.peers.identify
+	s.owners.identify, s.owners.replaced = s.peers.identify, s.fail
 	s.owners.noteSeq = func() uint64 { return max(s.router.lastSeen.Load(), s.consumer.known.Load()) }
 	s.peers.deliver, s.peers.lost, s.peers.share = s.router.fromPeer, s.owners.forgetPod, s.router.parked.share
 	s.owners.onPods(s.peers.keep)

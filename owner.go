@@ -89,6 +89,7 @@ type owners struct {
 	confirms []func(context.Context) error
 	returns  []func()                  // Redis is back: claim everything again
 	watchers []func(map[string]string) // told the addresses of the live pods when they changed
+	replaced func(error)               // another process has this pod's id and lease; set before start
 
 	advertise func(context.Context) (string, error) // finds address; set before start
 	address   string                                // that peers dial; constant once the lease is held
@@ -143,7 +144,7 @@ const (
 func newOwners(cfg *settings, rdb redis.UniversalClient, m *Metrics) *owners {
 	return &owners{
 		cfg: cfg, rdb: rdb, m: m, pod: cfg.Load().ServerPodID, pipe: rdb.Pipeline,
-		base: time.Now().Add(-time.Nanosecond), noteSeq: func() uint64 { return 0 },
+		base: time.Now().Add(-time.Nanosecond), noteSeq: func() uint64 { return 0 }, replaced: func(error) {},
 		wakeClaim: make(chan struct{}, 1), wakeMarks: make(chan struct{}, 1), wakeLease: make(chan struct{}, 1),
 		routes: map[route]*localRoute{}, cache: map[route]*answer{}, pods: map[string]lease{}, marks: map[route]mark{},
 	}

@@ -248,6 +248,34 @@ func TestTwoProcessesOneID(t *testing.T) {
 	first.WantExit(0, harness.Patience)
 }
 
+// TestIDTakenWhileSuspended: a pod stands still past its lease, another process takes its id. Awake again, the first ends: nobody
+// would find its sockets any more, since claims of its epoch are dead.
+func TestIDTakenWhileSuspended(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	w := harness.New(t, harness.Settings("POD_LEASE=2s"))
+	first := w.Start("SERVER_POD_ID=blue")
+	ann := first.Connect(harness.User("acme", "desk1", "ann"))
+	first.Signal(syscall.SIGSTOP)
+	waitStopped(t, first.Process)
+	second := w.Launch("SERVER_POD_ID=blue")
+	second.WaitListening()
+	second.WaitReady()
+	first.Signal(syscall.SIGCONT)
+	first.WantExit(1, harness.Patience)
+	ann.WantClose(1001, "drain retry-after-ms=*")
+	if log := first.Log.Text(); !strings.Contains(log, "another process serves under this pod id") || !strings.Contains(log, second.GRPC) {
+		t.Errorf("the log does not say why: %s", log)
+	}
+	if ok, err := w.RedisClient().SIsMember(t.Context(), "pods", "blue").Result(); err != nil || !ok {
+		t.Errorf("the end of the first has removed the name of the second (%v, %v)", ok, err)
+	}
+	c := second.Connect(harness.User("acme", "desk1", "ann"))
+	c.WantEvent(w.Chat("acme", "desk1"))
+	w.Settled()
+	second.WantLedgers()
+}
+
 // TestTwoProcessesAtOnce: of two processes that start at the same moment under one id, exactly one serves.
 func TestTwoProcessesAtOnce(t *testing.T) {
 	t.Parallel()
