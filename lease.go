@@ -250,7 +250,7 @@ func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error
 	}
 	o.mu.Lock()
 	o.epochNow = next.epoch
-	if own.epoch != "" {
+	if own.epoch != "" && len(o.allConnsLocked()) > 0 { // else nobody here can have missed anything
 		if !o.regap || o.seqHeld < o.regapSince {
 			o.regapSince = o.seqHeld
 		}
