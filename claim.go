@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 )
 
 // localRoute is a route with sockets on this pod, or with a claim still to be released.
@@ -14,6 +16,7 @@ type localRoute struct {
 	claimed string       // the epoch under which Redis holds claim and log entry; "" = none
 	queued  bool         // stands in owners.dirty
 	waiters []chan error // attachments that wait for the claim; each gets one answer, buffered
+	names   []string     // the members that Redis may hold for it; owned by claimLoop
 }
 
 // attach makes c a target of r's events: into the local index first, then claim and log entry in Redis. It returns
@@ -131,6 +134,12 @@ func (o *owners) takeBatch() (batch []*localRoute, claim []bool, epoch string) {
 			// 1. The release is sent. 2. A socket attaches and finds the route claimed. 3. The release arrives, and
 			// that socket has no claim. So the claim is gone from here on.
 			lr.claimed = ""
+			continue
+		}
+		self := member{o.pod, o.epochNow}
+		lr.names = slices.DeleteFunc(lr.names, func(name string) bool { m, _ := parseMember(name); return m != self })
+		if name := self.name(o.releases); !slices.Contains(lr.names, name) {
+			lr.names = append(lr.names, name)
 		}
 	}
 	return batch, claim, o.epochNow
@@ -139,23 +148,56 @@ func (o *owners) takeBatch() (batch []*localRoute, claim []bool, epoch string) {
 // writeClaims writes the sets first and the log entry only after they were answered: a reader that reads the
 // set again because of the entry finds the claim.
 func (o *owners) writeClaims(ctx context.Context, batch []*localRoute, claim []bool, self member) error {
+	if err := o.findNames(ctx, batch, claim, self); err != nil {
+		return err
+	}
 	p := o.pipe()
 	fields := make([]any, 0, 2*len(batch))
 	for i, lr := range batch {
 		key := lr.key()
-		if claim[i] {
-			p.SAdd(ctx, key, self.String())
-		} else {
-			p.SRem(ctx, key, self.String())
+		switch {
+		case claim[i]:
+			p.SAdd(ctx, key, lr.names[len(lr.names)-1])
+		case len(lr.names) > 0:
+			p.SRem(ctx, key, lr.names)
 		}
 		fields = append(fields, key, "")
 	}
-	if _, err := p.Exec(ctx); err != nil {
-		o.m.redisErrorsTotal.with("claim").Inc()
-		return fmt.Errorf("write %d claims: %w", len(batch), err)
+	if p.Len() > 0 {
+		if _, err := p.Exec(ctx); err != nil {
+			o.m.redisErrorsTotal.with("claim").Inc()
+			return fmt.Errorf("write %d claims: %w", len(batch), err)
+		}
 	}
 	if err := o.appendLog(ctx, fields); err != nil {
 		return err
+	}
+	return nil
+}
+
+// findNames asks Redis under which names this pod still claims the routes to be released of which it knows none: a peer has
+// found such a remnant (see again).
+func (o *owners) findNames(ctx context.Context, batch []*localRoute, claim []bool, self member) error {
+	p := o.pipe()
+	sets := map[*localRoute]*redis.StringSliceCmd{}
+	for i, lr := range batch {
+		if !claim[i] && len(lr.names) == 0 {
+			sets[lr] = p.SMembers(ctx, lr.key())
+		}
+	}
+	if len(sets) == 0 {
+		return nil
+	}
+	if _, err := p.Exec(ctx); err != nil {
+		o.m.redisErrorsTotal.with("claim").Inc()
+		return fmt.Errorf("read %d claims to be released: %w", len(sets), err)
+	}
+	for lr, set := range sets {
+		for _, name := range set.Val() {
+			if m, _ := parseMember(name); m == self {
+				lr.names = append(lr.names, name)
+			}
+		}
 	}
 	return nil
 }
@@ -172,6 +214,11 @@ func (o *owners) claimed(batch []*localRoute, claim []bool, epoch string, err er
 			c.gap(since, "owner")
 		}
 	}()
+	if err != nil && slices.Contains(claim, false) {
+		// 1. A release gets no answer in time. 2. It is sent again, over another connection. 3. A newcomer claims the route.
+		// 4. The first one arrives. So what is claimed from now on has another name.
+		o.releases++
+	}
 	for i, lr := range batch {
 		for _, w := range lr.waiters {
 			if err != nil || claim[i] && epoch == o.epochNow {
@@ -185,6 +232,8 @@ func (o *owners) claimed(batch []*localRoute, claim []bool, epoch string, err er
 			lr.claimed = ""
 			if claim[i] {
 				lr.claimed = epoch
+			} else {
+				lr.names = nil
 			}
 		}
 		switch want := len(lr.conns) > 0; {

@@ -249,7 +249,7 @@ func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error
 		return o.heldByAnother(ctx)
 	}
 	o.mu.Lock()
-	o.epochNow = next.epoch
+	o.epochNow, o.releases = next.epoch, 0
 	if own.epoch != "" && len(o.allConnsLocked()) > 0 { // else nobody here can have missed anything
 		if !o.regap || o.seqHeld < o.regapSince {
 			o.regapSince = o.seqHeld

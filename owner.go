@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -62,10 +63,19 @@ func parseRoute(key string) (route, bool) {
 // member is a pod that claims a route: a claim lives exactly as long as the pod's lease holds this epoch.
 type member struct{ pod, epoch string }
 
-func (m member) String() string { return m.pod + "#" + m.epoch }
+// name is how the set of a route's owners names m. n is above 0 once a release of this pod may still be under way: it must not
+// take away what is claimed after it.
+func (m member) name(n uint64) string {
+	if n == 0 {
+		return m.pod + "#" + m.epoch
+	}
+	return m.pod + "#" + m.epoch + "#" + strconv.FormatUint(n, 10)
+}
 
+// parseMember is name's inverse, but for the number.
 func parseMember(s string) (member, bool) {
 	pod, epoch, ok := strings.Cut(s, "#")
+	epoch, _, _ = strings.Cut(epoch, "#")
 	return member{pod, epoch}, ok
 }
 
@@ -117,6 +127,7 @@ type owners struct {
 	epochNow   string
 	routes     map[route]*localRoute
 	dirty      []*localRoute
+	releases   uint64 // that got no answer; part of the names of later claims
 	cache      map[route]*answer
 	pods       map[string]lease // live pods by id, this one too, as far as is known
 	renewed    map[string]lease // those as of the last renewal
@@ -283,7 +294,9 @@ func (o *owners) fetch(ctx context.Context, routes []route) error {
 			switch {
 			case ok && m.pod == o.pod && m.epoch == o.epochNow: // the local index knows better
 			case ok && m.pod != o.pod && live[m.pod].epoch == m.epoch:
-				a.peers = append(a.peers, m)
+				if !slices.Contains(a.peers, m) {
+					a.peers = append(a.peers, m)
+				}
 			default:
 				p.SRem(ctx, r.key(), s)
 			}
