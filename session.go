@@ -281,6 +281,7 @@ func (s *sessions) revoke(ctx context.Context, key string) (found bool, err erro
 	ctx, cancel := context.WithTimeout(ctx, sessionFight)
 	defer cancel()
 	var first lockClaim
+	var sent time.Time // the kill; again after a while, since its pod may have heard nothing at that moment
 	for pause := 2 * time.Millisecond; ; pause = min(2*pause, sessionLongestPause) {
 		value, err := s.rdb.Get(ctx, lockKey(key)).Result()
 		if errors.Is(err, redis.Nil) {
@@ -293,9 +294,12 @@ func (s *sessions) revoke(ctx context.Context, key string) (found bool, err erro
 		switch {
 		case !found:
 			found, first = true, holder
-			s.sendKill(ctx, key, killMessage{holder.pod, holder.socket, 4403, "revoked"})
 		case holder.socket != first.socket:
 			return true, nil
+		}
+		if time.Since(sent) >= sessionSilence {
+			sent = time.Now()
+			s.sendKill(ctx, key, killMessage{holder.pod, holder.socket, 4403, "revoked"})
 		}
 		if s.orphaned(ctx, holder) {
 			s.drop(ctx, []lockDrop{{key: key, socket: holder.socket}})

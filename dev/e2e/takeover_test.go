@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -215,6 +216,22 @@ func TestDeafPod(t *testing.T) {
 	for _, p := range pods {
 		p.WantLedgers()
 	}
+}
+
+// TestRevokeOnADeafPod: a session is revoked while its pod's subscription is broken for a moment. The kill is sent again.
+func TestRevokeOnADeafPod(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	w := harness.New(t)
+	pods := startPods(w, 2)
+	ann := pods[0].Connect(harness.User("acme", "desk1", "ann"))
+	if n, err := w.RedisClient().Do(t.Context(), "CLIENT", "KILL", "TYPE", "pubsub").Int(); err != nil || n != 2 {
+		t.Fatalf("%d subscriptions broken (%v), want those of both pods", n, err)
+	}
+	if a := pods[1].Do("DELETE", "/admin/sessions/acme/desk1/ann", http.Header{"X-Api-Key": {harness.AdminAPIKey}}, nil); a.StatusCode != 200 {
+		t.Errorf("%s %s", a.Status, a.Body)
+	}
+	ann.WantClose(4403, "revoked")
 }
 
 // TestSuspendedPod: a pod is suspended under load for longer than its lease and the life of its session locks. A newcomer takes
