@@ -167,8 +167,14 @@ func (r *resident) move() (old *harness.Pod) {
 
 func (r *resident) cut() {
 	r.t.Helper()
+	r.cutWhile(func() {})
+}
+
+func (r *resident) cutWhile(f func()) {
+	r.t.Helper()
 	r.proxy.Cut()
 	r.wantState("busy", "1006")
+	f()
 	r.proxy.Restore()
 }
 
@@ -197,6 +203,7 @@ func TestReferenceClient(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			r := newResident(t, start(t))
+			r.throughTheFirstEvent()
 			flow := r.w.Flow(50, desk0)
 			r.throughTokens() // before there is much to replay: that takes some of a short token's time
 			r.throughFaults()
@@ -284,6 +291,18 @@ func (r *resident) loseEvents() {
 	r.a.Freeze(false)
 	r.want("a gap", func(n news) bool { return n.Got == "gap" })
 	r.wantNews()
+}
+
+// throughTheFirstEvent has the stream's very first event come, and be acked for another user, while the client is away.
+func (r *resident) throughTheFirstEvent() {
+	r.t.Helper()
+	other := r.pod.Connect(harness.User("acme", "desk0", "bob"))
+	r.cutWhile(func() {
+		seq := r.w.Chat("acme", "desk0")
+		other.WantEvent(seq)
+		r.due = append(r.due, seq)
+	})
+	r.back()
 }
 
 // throughTokens lets tokens end: renewed in time, and not.

@@ -13,19 +13,21 @@
 //   ready(m), selected(m), gap(payload), error(payload)   optional
 
 class Client {
-  constructor(handlers, { quiet = 25000, least = 500, most = 30000, steady = 60000, renew = 0.75 } = {}) {
+  constructor(handlers, { quiet = 25000, least = 500, most = 30000, steady = 60000, renew = 0.75, remember = 3600000 } = {}) {
     this.on = handlers;
     this.quiet = quiet;      // ms without a message until it pings, and then without an answer until it gives the socket up
     this.least = least;      // ms of back-off at first
     this.most = most;        // and at the most
     this.steady = steady;    // ms after which a socket counts as one that works
+    this.remember = remember; // ms, at least, for which it knows what has come
     this.renew = renew;      // part of a token's time after which it is replaced
     this.attempt = 0;        // doublings of the back-off
     this.chat = "";          // selected, over all sockets
     this.fresh = new Set();  // sequences seen, a set since a lower number may be new;
     this.old = new Set();    // those from before the last turn
     this.turned = Date.now();
-    this.top = 0;            // the highest sequence known
+    this.top = 0;            // the highest sequence known,
+    this.known = false;      // once one is: that of an empty stream is 0
     this.owed = null;        // the lowest `since` that is not answered yet, also over a reconnect
     this.socket = null;      // the one that counts; what older ones say is ignored
     this.timers = {};
@@ -67,7 +69,7 @@ class Client {
   }
 
   dial({ url, token }) {
-    if (this.owed === null && this.top > 0) this.owed = this.top;
+    if (this.owed === null && this.known) this.owed = this.top;
     const u = new URL(url);
     u.searchParams.set("errors", "close"); // a page cannot read the HTTP status of a refusal, but a close code
     if (this.owed !== null) u.searchParams.set("since", this.owed);
@@ -150,6 +152,7 @@ class Client {
       this.old.clear();
     }
     this.top = Math.max(this.top, p.seq);
+    this.known = true;
     this.stale ||= p.gap;
     if (this.underWay()) return;
     if (this.again) {
@@ -180,8 +183,8 @@ class Client {
     const known = this.fresh.has(m.seq) || this.old.has(m.seq);
     this.fresh.add(m.seq);
     this.top = Math.max(this.top, m.seq);
-    // Two turns last longer than an event is retried. While something is owed, old ones may still be replayed.
-    if (this.owed === null && Date.now() - this.turned > 300000) {
+    // A gap may reach as far back as events are replayed, RESUME_MAX_AGE. While something is owed, old ones may still come.
+    if (this.owed === null && Date.now() - this.turned > this.remember) {
       this.old = this.fresh;
       this.fresh = new Set();
       this.turned = Date.now();
