@@ -25,7 +25,8 @@ func (c *conn) resume(req *request) {
 	info := c.replay(*req.Payload.Since, subjects)
 	var err error
 	if info.Seq, err = c.streamSeq(); err != nil {
-		info.Gap = true
+		// What is known may be older than what the client has: it would take this for the answer of a stream made anew.
+		info.Seq, info.Gap = max(info.Seq, *req.Payload.Since), true
 	}
 	c.endReplay(newReply("resumed", info), info.to)
 }
