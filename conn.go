@@ -259,7 +259,7 @@ func (c *conn) setUp(since *uint64) bool {
 	}
 	var info replayInfo
 	if since != nil {
-		info = c.replay(*since, c.subjects())
+		info = c.replay(c.h.resumeFrom(*since, r), c.subjects())
 	}
 	var err error
 	if info.Seq, err = c.streamSeq(); err != nil {

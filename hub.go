@@ -27,10 +27,11 @@ type hub struct {
 	openPast func(ctx context.Context, since uint64, subjects []string) (*replay, error)
 	// openToken opens a token for refresh_token; main sets it.
 	openToken func(ctx context.Context, token string, admin bool) (*claims, *apiError)
-	// attach, detach and confirm are those of owners.
-	attach  func(context.Context, *conn, route) error
-	detach  func(*conn, route)
-	confirm func()
+	// attach, detach, confirm and resumeFrom are those of owners.
+	attach     func(context.Context, *conn, route) error
+	detach     func(*conn, route)
+	confirm    func()
+	resumeFrom func(since uint64, routes ...route) uint64
 
 	policy  sendPolicy
 	count   counts
@@ -102,7 +103,7 @@ func newHub(cfg *settings, m *Metrics, o *owners, streamSeq func(context.Context
 	c := cfg.Load()
 	h := &hub{
 		cfg: cfg, m: m, streamSeq: streamSeq,
-		attach: o.attach, detach: o.detach, confirm: o.confirm,
+		attach: o.attach, detach: o.detach, confirm: o.confirm, resumeFrom: o.resumeFrom,
 		count: newCounts(m),
 		conns: map[*conn]struct{}{},
 		slow:  map[*conn]int{},

@@ -181,6 +181,7 @@ func (o *owners) renewLocked(ctx context.Context) error {
 	o.mu.Lock()
 	o.seqHeld = seq
 	o.mu.Unlock()
+	o.forgetMissed(seq)
 	if err := o.readPods(ctx, names.Val()); err != nil {
 		return err
 	}

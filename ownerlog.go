@@ -128,6 +128,7 @@ func (o *owners) apply(entries []redis.XMessage) {
 		mark
 	}
 	var notices []notice
+	now := time.Now()
 	o.mu.Lock()
 	for _, e := range entries {
 		for key, v := range e.Values {
@@ -136,8 +137,10 @@ func (o *owners) apply(entries []redis.XMessage) {
 			r, isRoute := parseRoute(key)
 			switch {
 			case isMark && key == "*":
+				o.missedLocked(route{}, m, now)
 				notices = append(notices, notice{o.allConnsLocked(), m})
 			case isMark && isRoute:
+				o.missedLocked(r, m, now)
 				if lr := o.routes[r]; lr != nil {
 					notices = append(notices, notice{lr.conns, m})
 				}
@@ -155,6 +158,58 @@ func (o *owners) apply(entries []redis.XMessage) {
 			c.gap(n.since, n.reason)
 		}
 	}
+}
+
+// missed is a mark that was read, kept for clients who were between two sockets then: what it names may be older than
+// what their resume begins with.
+type missed struct {
+	since uint64
+	read  time.Time
+	last  uint64 // sequence up to which clients may not have heard of it; 0 = not known yet
+}
+
+// missedLocked notes a mark of r, the zero route for all. Of several of one route one is made: the lowest, as of now.
+func (o *owners) missedLocked(r route, m mark, now time.Time) {
+	if old, ok := o.missed[r]; ok {
+		m.since = min(m.since, old.since)
+	} else if len(o.missed) >= o.cfg.Load().PodOwnerCacheSize {
+		r = route{}
+		if old, ok := o.missed[r]; ok {
+			m.since = min(m.since, old.since)
+		}
+	}
+	o.missed[r] = missed{since: m.since, read: now}
+}
+
+// forgetMissed is called with each renewal. A lease after this pod has read a mark all have: who has a later sequence than
+// the stream had then was told, or had it by such a resume. Who has an older one than RESUME_MAX_AGE reloads.
+func (o *owners) forgetMissed(seq uint64) {
+	cfg := o.cfg.Load()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for r, m := range o.missed {
+		switch age := time.Since(m.read); {
+		case age > cfg.ResumeMaxAge+cfg.PodLease:
+			delete(o.missed, r)
+		case m.last == 0 && age > cfg.PodLease:
+			m.last = max(seq, 1)
+			o.missed[r] = m
+		}
+	}
+}
+
+// resumeFrom is since, or an earlier sequence where a client that asks for what came after since may have missed a gap on one
+// of routes.
+func (o *owners) resumeFrom(since uint64, routes ...route) uint64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	from := since
+	for _, r := range append(routes, route{}) {
+		if m, ok := o.missed[r]; ok && (m.last == 0 || since <= m.last) {
+			from = min(from, m.since)
+		}
+	}
+	return from
 }
 
 func (m mark) String() string { return "gap " + strconv.FormatUint(m.since, 10) + " " + m.reason }

@@ -136,7 +136,7 @@ func (c *conn) selectChat(req *request) {
 	var info replayInfo
 	var err error
 	if replays {
-		info = c.replay(*since, []string{c.chatSubject(chat)})
+		info = c.replay(c.h.resumeFrom(*since, c.chatRoute(chat)), []string{c.chatSubject(chat)})
 	}
 	if info.Seq, err = c.streamSeq(); err != nil {
 		if fresh {

@@ -62,6 +62,44 @@ func TestGivenUpWithoutKnowingTheOwner(t *testing.T) {
 	}
 }
 
+// TestGapBetweenSockets: a pod that is cut off from Redis gives an event up, and can announce it only when the client, who has had
+// later ones, is between two sockets, and the event is older than the overlap of a resume. It comes with that resume all the same.
+func TestGapBetweenSockets(t *testing.T) {
+	t.Parallel()
+	const overlap = 8 * time.Second
+	w := harness.New(t, harness.Settings("POD_LEASE=6s", "NATS_NAK_DELAY=200ms", "NATS_RETRY_HORIZON=2s", "NATS_ACK_WAIT=6s", "PEER_TIMEOUT=1s",
+		"WEBSOCKET_WRITE_TIMEOUT=2s", "WEBSOCKET_BLOCK_TIMEOUT=1s", "RESUME_OVERLAP="+overlap.String()))
+	redis := w.Proxy(w.Redis.Address())
+	here, there := w.Start("REDIS_ADDRESS="+redis.Address()), idlePod(w)
+	bob := there.Connect(harness.User("acme", "desk1", "bob"))
+	bob.WantEvent(w.Chat("acme", "desk1"))
+	redis.Cut()
+	bob.WantEvent(w.Chat("acme", "desk1")) // an owner that is known; the pod notices
+	notReady(here, "redis")
+	bob.SelectChat("c1")
+	lost, at := w.Message("acme", "desk1", "c1"), time.Now()
+	waitEnded(here, "expired", 1)
+	var last uint64
+	harness.Eventually(t, harness.Patience, "the event to be older than the overlap", func() bool {
+		last = w.Chat("acme", "desk1")
+		bob.WantEvent(last)
+		time.Sleep(500 * time.Millisecond)
+		return time.Since(at) > overlap+2*time.Second
+	})
+	bob.Abort()
+	w.Settled()
+	redis.Restore()
+	here.WaitReady()
+	alarm := there.Connect(harness.User("acme", "desk1", "eve")) // hears of the same marks
+	alarm.WantGap("owner")
+	time.Sleep(3 * time.Second) // a renewal: those of the chat are read, too
+	bob = there.Dial(harness.User("acme", "desk1", "bob").With("since", since(last)))
+	bob.TakeType("ready")
+	bob.Send(map[string]any{"type": "select_chat", "payload": map[string]any{"chat_id": "c1", "since": last}})
+	bob.TakeType("chat_selected")
+	bob.WaitEvent(lost)
+}
+
 // TestKilledAfterGivingUp: a pod that gives an event up is killed at once. The owner, on another pod, is told all the same.
 func TestKilledAfterGivingUp(t *testing.T) {
 	t.Parallel()
