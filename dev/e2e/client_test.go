@@ -136,6 +136,11 @@ func (r *resident) wantNews() {
 	r.t.Helper()
 	seq := r.w.Message("acme", "desk0", residentChat)
 	r.due = append(r.due, seq)
+	r.wantApplied(seq)
+}
+
+func (r *resident) wantApplied(seq uint64) {
+	r.t.Helper()
 	harness.Eventually(r.t, harness.Patience, "an event to be applied", func() bool {
 		r.mu.Lock()
 		defer r.mu.Unlock()
@@ -297,12 +302,14 @@ func (r *resident) loseEvents() {
 func (r *resident) throughTheFirstEvent() {
 	r.t.Helper()
 	other := r.pod.Connect(harness.User("acme", "desk0", "bob"))
+	var seq uint64
 	r.cutWhile(func() {
-		seq := r.w.Chat("acme", "desk0")
+		seq = r.w.Chat("acme", "desk0")
 		other.WantEvent(seq)
-		r.due = append(r.due, seq)
 	})
+	r.due = append(r.due, seq)
 	r.back()
+	r.wantApplied(seq) // now: any later resume would bring it, too
 }
 
 // throughTokens lets tokens end: renewed in time, and not.
