@@ -92,19 +92,19 @@ func newPeers(cfg *settings, m *Metrics, podID string, epoch func() string) *pee
 	}
 	p.setMaxPayload(natsMaxPayload)
 	p.server = grpc.NewServer(
-		grpc.Creds(p.certs.serverCredentials()),
+		grpc.Creds(watching{p.certs.serverCredentials()}),
 		grpc.MaxRecvMsgSize(natsMaxPayload+messageSlack),
 		grpc.MaxConcurrentStreams(32),
 		grpc.InitialWindowSize(streamWindow),
 		grpc.InitialConnWindowSize(streamWindow),
 		grpc.MaxHeaderListSize(16<<10),
 		grpc.ConnectionTimeout(proofTimeout),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, MaxConnectionIdle: strangerIdle}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 2, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true), // stop waits for what the handlers start
 	)
 	peerpb.RegisterPeerServer(p.server, p)
-	healthpb.RegisterHealthServer(p.server, p.health)
+	healthpb.RegisterHealthServer(p.server, probes{p.health})
 	if c.ServerEnableReflection {
 		reflection.Register(p.server)
 	}
@@ -241,6 +241,7 @@ func (in *intake) receive() error {
 	if !in.fate.CompareAndSwap(unproven, proven) {
 		return nil // the handler has gone
 	}
+	trust(in.stream.Context())
 	if err := in.stream.Send(&peerpb.Response{Body: &peerpb.Response_Welcome{Welcome: &peerpb.Welcome{}}}); err != nil {
 		return err
 	}

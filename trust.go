@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/rand"
@@ -12,14 +13,20 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
+	"net"
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	peerpb "daisi-ws-service/proto"
@@ -277,4 +284,66 @@ func (c *certificates) clientCredentials() credentials.TransportCredentials {
 		return insecure.NewCredentials()
 	}
 	return credentials.NewTLS(c.config())
+}
+
+// strangerBytes is what a connection may send until one of its streams is proven: far more than a handshake with a client's
+// chain, introduction and proof take, and than hours of health checks. A message may be as long as the largest event, so
+// 16 strangers' introductions of 8 MiB took 350 MiB of memory (measured).
+const strangerBytes = 64 << 10
+
+// strangerIdle ends connections without a stream; a peer's has one.
+const strangerIdle = time.Minute
+
+var errTalkative = errors.New("it sends too much without a proof")
+
+// watched is a connection to the gRPC port.
+type watched struct {
+	net.Conn
+	left atomic.Int64 // bytes that it may still send; once trusted it may go on for ever
+}
+
+func (w *watched) Read(b []byte) (int, error) {
+	n, err := w.Conn.Read(b)
+	if w.left.Add(-int64(n)) < 0 {
+		w.Conn.Close()
+		return 0, errTalkative
+	}
+	return n, err
+}
+
+// watching hands every connection on as a watched one, which its streams find in their AuthInfo.
+type watching struct {
+	credentials.TransportCredentials
+}
+
+type watchedInfo struct {
+	credentials.AuthInfo
+	conn *watched
+}
+
+func (c watching) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	w := &watched{Conn: raw}
+	w.left.Store(strangerBytes)
+	conn, info, err := c.TransportCredentials.ServerHandshake(w)
+	return conn, watchedInfo{info, w}, err
+}
+
+func (c watching) Clone() credentials.TransportCredentials {
+	return watching{c.TransportCredentials.Clone()}
+}
+
+// trust lets the connection of a proven stream send as much as it likes.
+func trust(ctx context.Context) {
+	if p, ok := grpcpeer.FromContext(ctx); ok {
+		if info, ok := p.AuthInfo.(watchedInfo); ok {
+			info.conn.left.Store(math.MaxInt64)
+		}
+	}
+}
+
+// probes is the standard health service without Watch: a stranger who watches would hold up the end of a drain.
+type probes struct{ *health.Server }
+
+func (probes) Watch(*healthpb.HealthCheckRequest, healthpb.Health_WatchServer) error {
+	return status.Error(codes.Unimplemented, "ask by Check")
 }

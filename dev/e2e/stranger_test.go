@@ -424,3 +424,43 @@ func TestPeerTLS(t *testing.T) {
 		p.WantLedgers()
 	}
 }
+
+// TestTalkativeStranger: strangers who introduce themselves at length are cut off before their words fill a pod's memory, those
+// who watch its health are sent away, and peers are served as ever.
+func TestTalkativeStranger(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	pods := startPods(w, 2)
+	conn := dialGRPC(t, pods[0].GRPC, insecure.NewCredentials())
+	watch, err := healthpb.NewHealthClient(conn).Watch(harness.Within(t, harness.Patience), &healthpb.HealthCheckRequest{})
+	if err == nil {
+		_, err = watch.Recv()
+	}
+	if status.Code(err) != codes.Unimplemented {
+		t.Errorf("a watch of the health: %v, want it refused", err)
+	}
+	before := pods[0].Metric("process_resident_memory_peak_bytes")
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			conn := dialGRPC(t, pods[0].GRPC, insecure.NewCredentials())
+			s, err := peerpb.NewPeerClient(conn).Deliver(harness.Within(t, harness.Patience))
+			if err == nil {
+				if err = s.Send(&peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: "x", Nonce: make([]byte, 8<<20)}}}); err == nil || err == io.EOF {
+					_, err = s.Recv()
+				}
+			}
+			if status.Code(err) != codes.Unavailable {
+				t.Errorf("an introduction of 8 MiB ended with %v, want a broken connection", err)
+			}
+		})
+	}
+	wg.Wait()
+	if more := pods[0].Metric("process_resident_memory_peak_bytes") - before; more > 32<<20 {
+		t.Errorf("128 MiB of introductions took %.0f MiB of memory", more/(1<<20))
+	}
+	ann := pods[0].Connect(harness.User("acme", "desk1", "ann"))
+	for range 20 { // some are pulled by the other pod
+		ann.WaitEvent(w.Chat("acme", "desk1"))
+	}
+}
