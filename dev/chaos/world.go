@@ -89,6 +89,9 @@ func newWorld(ctx context.Context, p plan) (*world, error) {
 
 func podID(i int) string { return fmt.Sprintf("pod-%d", i) }
 
+// horizon is the pods' NATS_RETRY_HORIZON.
+const horizon = 5 * time.Second
+
 // startPod starts the i-th pod, again under the same id and address. Times are shorter than the defaults so that every
 // time-out runs out in a run of half a minute, all in proportion to ACK_WAIT; the past is long enough that no client ever has
 // to reload for it.
@@ -100,6 +103,9 @@ func (w *world) startPod(ctx context.Context, i int) error {
 		"PEER_TIMEOUT=" + (w.plan.ackWait / 5).String(), "PEER_BREAKER_OPEN=3s",
 		"WEBSOCKET_WRITE_TIMEOUT=" + (2 * w.plan.ackWait / 5).String(), "WEBSOCKET_BLOCK_TIMEOUT=" + (w.plan.ackWait / 5).String(),
 		"WEBSOCKET_BUFFER_SIZE=32", "WEBSOCKET_DROP_POLICY=" + w.plan.policy, "RESUME_MAX_EVENTS=1000000",
+		// As short as they may be: with an overlap longer than the run every resume would replay all of it, and heal whatever
+		// was lost unannounced.
+		"NATS_RETRY_HORIZON=" + horizon.String(), "RESUME_OVERLAP=" + (horizon + w.plan.ackWait).String(),
 		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=" + adminAPI, "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
 	})
 	if err != nil {
