@@ -136,23 +136,35 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 		return nil, fmt.Errorf("%w: %d has expired, the stream begins at %d", errTooFar, since, state.FirstSeq)
 	}
 	r := &replay{past: p, stream: s, since: since}
+	at, err := p.notAfter(ctx, since, max(state.FirstSeq, 1))
+	if err != nil {
+		return nil, err
+	}
 	var start time.Time
-	if since >= state.FirstSeq && since > 0 {
-		at, err := p.ask(ctx, map[string]any{"seq": since, "next_by_subj": ">"})
-		if err != nil {
-			return nil, err
-		}
-		if at.Time.Before(state.LastTime.Add(-cfg.ResumeMaxAge)) {
-			return nil, fmt.Errorf("%w: %d is older than %s", errTooFar, since, cfg.ResumeMaxAge)
-		}
-		start = at.Time.Add(-cfg.ResumeOverlap)
-	} else if state.Msgs > 0 && state.FirstTime.Before(state.LastTime.Add(-cfg.ResumeMaxAge)) {
+	oldest := state.FirstTime
+	if at != nil {
+		start, oldest = at.Time.Add(-cfg.ResumeOverlap), at.Time
+	}
+	if state.Msgs > 0 && oldest.Before(state.LastTime.Add(-cfg.ResumeMaxAge)) {
 		return nil, fmt.Errorf("%w: %d is older than %s", errTooFar, since, cfg.ResumeMaxAge)
 	}
 	for _, subject := range subjects {
 		r.tracks = append(r.tracks, track{subject: subject, start: start})
 	}
 	return r, nil
+}
+
+// notAfter finds the message seq or, where it was removed from within the stream, one before it: the overlap is counted from
+// its time. Nil means that there is none from first on.
+func (p *past) notAfter(ctx context.Context, seq, first uint64) (*jetstream.RawStreamMsg, error) {
+	for back := uint64(0); seq >= first+back; back = max(1, 2*back) {
+		m, err := p.ask(ctx, map[string]any{"seq": seq - back, "next_by_subj": ">"})
+		if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && m.Sequence > seq {
+			continue
+		}
+		return m, err
+	}
+	return nil, nil
 }
 
 // last asks for the stream's last sequence.
