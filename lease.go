@@ -53,7 +53,10 @@ func (o *owners) start(ctx context.Context) error {
 	said := ""
 	for {
 		err := o.tryStart(ctx)
-		if err == nil || errors.Is(err, errDuplicatePod) || ctx.Err() != nil {
+		if err == nil {
+			return o.learnMarks(ctx)
+		}
+		if errors.Is(err, errDuplicatePod) || ctx.Err() != nil {
 			return err
 		}
 		if err.Error() != said {

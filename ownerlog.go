@@ -160,6 +160,66 @@ func (o *owners) apply(entries []redis.XMessage) {
 	}
 }
 
+// learnMarks reads the marks that were written before this pod began to read the log: a client may come here who was
+// between two sockets then. It waits for Redis until ctx ends.
+func (o *owners) learnMarks(ctx context.Context) error {
+	o.readMu.Lock()
+	end := o.place.ID
+	o.readMu.Unlock()
+	ms, _, _ := strings.Cut(end, "-") // of Redis' clock, as in every entry's id
+	now, err := strconv.ParseInt(ms, 10, 64)
+	if err != nil {
+		return fmt.Errorf("time of entry %s of %s: %w", end, logKey, err)
+	}
+	from := strconv.FormatInt(max(0, now-o.cfg.Load().ResumeMaxAge.Milliseconds()), 10)
+	for {
+		page, err := o.readPage(ctx, from, end)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
+			slog.Warn("waiting for Redis to tell which gaps were announced", "err", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(300 * time.Millisecond):
+			}
+			continue
+		}
+		o.noteMarks(page)
+		if len(page) < logPage {
+			return nil
+		}
+		from = page[len(page)-1].ID // once more
+	}
+}
+
+func (o *owners) readPage(ctx context.Context, from, to string) ([]redis.XMessage, error) {
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	page, err := o.rdb.XRangeN(ctx, logKey, from, to, logPage).Result()
+	if err != nil {
+		o.m.redisErrorsTotal.with("log").Inc()
+		return nil, fmt.Errorf("read %s from %s: %w", logKey, from, err)
+	}
+	return page, nil
+}
+
+func (o *owners) noteMarks(entries []redis.XMessage) {
+	now := time.Now()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, e := range entries {
+		for key, v := range e.Values {
+			value, _ := v.(string)
+			m, isMark := parseMark(value)
+			r, isRoute := parseRoute(key)
+			if isMark && (isRoute || key == "*") { // "*" is the zero route, all
+				o.missedLocked(r, m, now)
+			}
+		}
+	}
+}
+
 // missed is a mark that was read, kept for clients who were between two sockets then: what it names may be older than
 // what their resume begins with.
 type missed struct {
