@@ -241,6 +241,7 @@ func (o *owners) begin(ctx context.Context, routes []route, lowest uint64) {
 		defer cancel()
 		if err = o.readLog(ctx); err == nil {
 			if missing := o.missing(routes); len(missing) > 0 {
+				o.makeRoom(len(missing), routes)
 				err = o.fetch(ctx, missing)
 			}
 		}
@@ -305,7 +306,7 @@ func (o *owners) fetch(ctx context.Context, routes []route) error {
 		if len(a.peers) == 0 {
 			a.nobodySince = now
 		}
-		o.storeLocked(r, a)
+		o.cache[r] = a
 	}
 	o.mu.Unlock()
 	if p.Len() > 0 {
@@ -316,16 +317,28 @@ func (o *owners) fetch(ctx context.Context, routes []route) error {
 	return nil
 }
 
-func (o *owners) storeLocked(r route, a *answer) {
-	if size := o.cfg.Load().PodOwnerCacheSize; len(o.cache) >= size {
-		for old := range o.cache { // any: the map's order is random
+// makeRoom drops answers so that n more fit into the cache, but none about the routes of this batch: its events would fail
+// for want of them, again and again. Of a batch of 8,000 events behind a full cache every fifth did. A batch larger than
+// the cache goes beyond its size until the next one.
+func (o *owners) makeRoom(n int, batch []route) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	size := o.cfg.Load().PodOwnerCacheSize
+	if len(o.cache)+n <= size {
+		return
+	}
+	needed := make(map[route]bool, len(batch))
+	for _, r := range batch {
+		needed[r] = true
+	}
+	for old := range o.cache { // any: the map's order is random
+		if len(o.cache)+n <= size-size/64 {
+			return
+		}
+		if !needed[old] {
 			delete(o.cache, old)
-			if len(o.cache) < size-size/64 {
-				break
-			}
 		}
 	}
-	o.cache[r] = a
 }
 
 // leasesOf returns the live pods, having read anew the leases of members with an unknown pod or epoch.

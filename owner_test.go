@@ -397,3 +397,36 @@ func TestLogEntriesAreSmall(t *testing.T) {
 		}
 	}
 }
+
+// TestRoomIsNotMadeAtTheBatchsExpense: however small the cache, what one batch needs is in it when the batch is dispatched.
+func TestRoomIsNotMadeAtTheBatchsExpense(t *testing.T) {
+	o := newTestOwners(t) // room for 64
+	named := func(name string, n int) (routes []route) {
+		for i := range n {
+			routes = append(routes, route{routeMessages, "c", "a", name + strconv.Itoa(i)})
+		}
+		return routes
+	}
+	load := func(batch []route) {
+		missing := o.missing(batch)
+		o.makeRoom(len(missing), batch)
+		for _, r := range missing {
+			o.cache[r] = &answer{}
+		}
+		for _, r := range batch {
+			if !o.find(r, time.Now()).known {
+				t.Fatalf("%s is not known after its own batch's look-up", r.key())
+			}
+		}
+	}
+	load(named("a", 40))
+	load(append(named("a", 10), named("b", 40)...))
+	if len(o.cache) > 64 {
+		t.Errorf("%d answers are cached, there is room for 64", len(o.cache))
+	}
+	load(named("c", 200)) // more than there is room for
+	load(named("d", 2))
+	if len(o.cache) > 64 {
+		t.Errorf("%d answers are still cached", len(o.cache))
+	}
+}
