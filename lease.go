@@ -201,13 +201,14 @@ func (o *owners) leaseMS() int64 { return o.cfg.Load().PodLease.Milliseconds() }
 // fail-over Redis may have lost writes. A server that refuses INFO is taken at its word.
 func (o *owners) instancesChanged(ctx context.Context) bool {
 	var mu sync.Mutex
-	ids := map[string]bool{}
+	ids, silent := map[string]bool{}, false
 	ask := func(ctx context.Context, c *redis.Client) error {
 		p := c.Pipeline()
 		server, repl := p.Info(ctx, "server"), p.Info(ctx, "replication")
-		p.Exec(ctx)
+		_, err := p.Exec(ctx)
 		mu.Lock()
 		defer mu.Unlock()
+		silent = silent || err != nil
 		for line := range strings.Lines(server.Val() + "\n" + repl.Val()) {
 			if strings.HasPrefix(line, "run_id:") || strings.HasPrefix(line, "master_replid:") {
 				ids[strings.TrimSpace(line)] = true
@@ -230,6 +231,10 @@ func (o *owners) instancesChanged(ctx context.Context) bool {
 	defer o.mu.Unlock()
 	old := o.instances
 	o.instances = ids
+	if silent { // a master that stood still for a moment is no new one when it answers again
+		o.instances = maps.Clone(ids)
+		maps.Copy(o.instances, old)
+	}
 	for id := range ids {
 		if old != nil && !old[id] {
 			slog.Warn("Redis was restarted, failed over, or lost writes")

@@ -341,6 +341,45 @@ func TestRedisClusterNode(t *testing.T) {
 	}
 }
 
+// TestRedisClusterStandsStill: one master of the cluster answers nothing for seconds and then goes on, with all that it had. Its
+// sockets have missed nothing and are told of no gap.
+func TestRedisClusterStandsStill(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	w := harness.New(t, harness.NoRedis())
+	cluster := w.RedisCluster(3)
+	rdb := redis.NewClusterClient(&redis.ClusterOptions{Addrs: strings.Split(cluster.Addresses(), ",")})
+	defer rdb.Close()
+	at := func(key string) string {
+		master, err := rdb.MasterForKey(t.Context(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return master.Options().Addr
+	}
+	id := "blue" // the lease shall be renewed all the time
+	for at("pod:"+id) != at("pods") {
+		id += "e"
+	}
+	p := w.Start("SERVER_POD_ID=" + id)
+	c := p.Connect(harness.User("acme", "desk1", "ann"))
+	i := slices.IndexFunc(cluster.Nodes, func(r *rig.Redis) bool { return r.Address() != at("pods") && r.Address() != at("owner_log") })
+	node := cluster.Nodes[i].Process()
+	time.Sleep(2500 * time.Millisecond) // one renewal has seen all masters
+	node.Signal(syscall.SIGSTOP)
+	p.WantLine("Redis is away")
+	node.Signal(syscall.SIGCONT)
+	p.WantLine("Redis is back")
+	time.Sleep(time.Second)
+	c.WaitEvent(w.Chat("acme", "desk1"))
+	if others := c.Others(); len(others) > 0 {
+		t.Errorf("the socket got %s", others[0].Raw)
+	}
+	if strings.Contains(p.Log.Text(), "lost writes") {
+		t.Error("the pod believes that Redis lost writes")
+	}
+}
+
 // TestRedisSentinel: the master is lost and the replica takes over: the pods follow, claim everything again, and keep their
 // sockets, which miss nothing; new ones come. A master that is killed closes its connections at once, and comes back as
 // the replica that takes over the second time; one that hangs leaves them open, and believes to be master for a moment
