@@ -246,7 +246,6 @@ func (in *intake) receive() error {
 		return err
 	}
 	in.pod = pod
-	count := in.ps.receivedFrom(pod)
 	slog.Info("peer opened a stream", "peer", pod)
 	for {
 		var req *peerpb.Request
@@ -255,7 +254,8 @@ func (in *intake) receive() error {
 		}
 		switch body := req.GetBody().(type) {
 		case *peerpb.Request_Batch:
-			count.Add(len(body.Batch.GetEvents()))
+			// Looked up each time: the series goes when the pod's lease lapses for a moment, and the stream stays.
+			in.ps.receivedFrom(pod).Add(len(body.Batch.GetEvents()))
 			in.take(body.Batch)
 			continue
 		case *peerpb.Request_List:

@@ -598,3 +598,20 @@ func BenchmarkPeerForward(b *testing.B) {
 		<-places
 	}
 }
+
+// TestSeriesOfAPodThatComesBack: a pod that had no lease for a moment keeps its stream to this one, and what it sends is
+// counted again.
+func TestSeriesOfAPodThatComesBack(t *testing.T) {
+	b, addr := startPeers(t, "pod-b", "eb", peerConfig())
+	a, _ := startPeers(t, "pod-a", "ea", peerConfig())
+	ledger := newPeerLedger(t)
+	a.push("pod-b", "eb", addr, ledger.delivery(1))
+	ledger.want(1, absent)
+	b.keep(map[string]string{"pod-b": addr})
+	b.keep(map[string]string{"pod-b": addr, "pod-a": "elsewhere"})
+	a.push("pod-b", "eb", addr, ledger.delivery(2))
+	ledger.want(2, absent)
+	if n := b.m.grpcMessagesReceivedTotal.with("pod-a").Get(); n != 1 {
+		t.Errorf("%d events counted since the pod is back, want 1", n)
+	}
+}
