@@ -11,10 +11,11 @@ import (
 
 // TestClaimModel crosses attach, detach, the one write under way, its failure and new epochs at random. Whenever nothing moves,
 // a socket whose attach has succeeded has its claim in Redis under this pod's epoch, unless it is owed a gap; and when all
-// have gone nothing is left. Of 3,000 bubbles in one process the race detector broke once (see golang/go#78156), so there are
-// fewer.
+// have gone nothing is left. With many more bubbles in one process the race detector itself breaks now and then (see
+// golang/go#78156), so there are
+// few.
 func TestClaimModel(t *testing.T) {
-	for seed := range uint64(300) {
+	for seed := range uint64(20) {
 		synctest.Test(t, func(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(seed, 34))
 			o := newTestOwners(t)
