@@ -163,16 +163,11 @@ func (o *owners) writeClaims(ctx context.Context, batch []*localRoute, claim []b
 		}
 		fields = append(fields, key, "")
 	}
-	if p.Len() > 0 {
-		if _, err := p.Exec(ctx); err != nil {
-			o.m.redisErrorsTotal.with("claim").Inc()
-			return fmt.Errorf("write %d claims: %w", len(batch), err)
-		}
+	if _, err := p.Exec(ctx); err != nil {
+		o.m.redisErrorsTotal.with("claim").Inc()
+		return fmt.Errorf("write %d claims: %w", len(batch), err)
 	}
-	if err := o.appendLog(ctx, fields); err != nil {
-		return err
-	}
-	return nil
+	return o.appendLog(ctx, fields)
 }
 
 // findNames asks Redis under which names this pod still claims the routes to be released of which it knows none: a peer has
@@ -184,9 +179,6 @@ func (o *owners) findNames(ctx context.Context, batch []*localRoute, claim []boo
 		if !claim[i] && len(lr.names) == 0 {
 			sets[lr] = p.SMembers(ctx, lr.key())
 		}
-	}
-	if len(sets) == 0 {
-		return nil
 	}
 	if _, err := p.Exec(ctx); err != nil {
 		o.m.redisErrorsTotal.with("claim").Inc()

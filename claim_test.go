@@ -12,8 +12,7 @@ import (
 // TestClaimModel crosses attach, detach, the one write under way, its failure and new epochs at random. Whenever nothing moves,
 // a socket whose attach has succeeded has its claim in Redis under this pod's epoch, unless it is owed a gap; and when all
 // have gone nothing is left. With many more bubbles in one process the race detector itself breaks now and then (see
-// golang/go#78156), so there are
-// few.
+// golang/go#78156), so there are few.
 func TestClaimModel(t *testing.T) {
 	for seed := range uint64(20) {
 		synctest.Test(t, func(t *testing.T) {

@@ -58,7 +58,7 @@ func newTestHub(t *testing.T, change func(*Config)) *testHub {
 	th := &testHub{t: t, index: map[route][]*conn{}}
 	th.hub = newHub(testSettings(change), newMetrics(), nil, func(context.Context) (uint64, error) { return 41, nil })
 	th.hub.attach, th.hub.detach, th.hub.confirm = th.attachRoute, th.detachRoute, func() {}
-	th.hub.resumeFrom = func(since uint64, _ ...route) uint64 { return since }
+	th.hub.resumeFrom = func(since uint64, _ route) uint64 { return since }
 	th.hub.openPast = func(context.Context, uint64, []string) (*replay, error) { return nil, errTooFar }
 	th.hub.openToken = func(_ context.Context, token string, admin bool) (*claims, *apiError) {
 		if user, ok := strings.CutPrefix(token, "good-"); ok {

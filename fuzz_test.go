@@ -309,7 +309,7 @@ func FuzzClientMessage(f *testing.F) {
 	f.Cleanup(func() { slog.SetDefault(old) })
 	h := newHub(testSettings(nil), newMetrics(), nil, func(context.Context) (uint64, error) { return 41, nil })
 	h.attach = func(context.Context, *conn, route) error { return nil }
-	h.resumeFrom = func(since uint64, _ ...route) uint64 { return since }
+	h.resumeFrom = func(since uint64, _ route) uint64 { return since }
 	h.detach, h.confirm = func(*conn, route) {}, func() {}
 	h.openPast = func(context.Context, uint64, []string) (*replay, error) { return nil, errTooFar }
 	cl := claims{company: "c", agent: "a", user: "u", expires: time.Now().Add(time.Hour)}

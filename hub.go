@@ -31,7 +31,7 @@ type hub struct {
 	attach     func(context.Context, *conn, route) error
 	detach     func(*conn, route)
 	confirm    func()
-	resumeFrom func(since uint64, routes ...route) uint64
+	resumeFrom func(since uint64, r route) uint64
 
 	policy  sendPolicy
 	count   counts

@@ -86,13 +86,18 @@ func (o *owners) tryStart(ctx context.Context) error {
 	if l, ok := parseLease(cur); ok {
 		ask, cancel := context.WithTimeout(ctx, leaseTimeout)
 		defer cancel()
-		pod, epoch, err := o.identify(ask, l.addr)
-		if err == nil && pod == o.pod && epoch == l.epoch {
-			return fmt.Errorf("%w: pod %s epoch %s answers at %s; set SERVER_POD_ID", errDuplicatePod, pod, epoch, l.addr)
+		if o.answers(ask, l) {
+			return fmt.Errorf("%w: pod %s epoch %s answers at %s; set SERVER_POD_ID", errDuplicatePod, o.pod, l.epoch, l.addr)
 		}
 		return fmt.Errorf("pod id %s is still leased to %s, which does not answer for it: waiting until that lease ends", o.pod, l.addr)
 	}
 	return o.renew(ctx)
+}
+
+// answers says whether a process under this pod's id answers for the lease l.
+func (o *owners) answers(ctx context.Context, l lease) bool {
+	pod, epoch, err := o.identify(ctx, l.addr)
+	return err == nil && pod == o.pod && epoch == l.epoch
 }
 
 // leaseLoop renews the lease every third of its length, and sooner when Redis is away, until ctx ends.
@@ -283,10 +288,8 @@ func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error
 // or cut off, for longer than the lease, and can never have it again while the other lives.
 func (o *owners) heldByAnother(ctx context.Context) error {
 	cur, err := o.rdb.Get(ctx, podKey(o.pod)).Result()
-	if l, ok := parseLease(cur); ok && err == nil {
-		if pod, epoch, err := o.identify(ctx, l.addr); err == nil && pod == o.pod && epoch == l.epoch && epoch != o.epoch() {
-			return fmt.Errorf("%w: pod %s epoch %s answers at %s", errDuplicatePod, pod, epoch, l.addr)
-		}
+	if l, ok := parseLease(cur); ok && err == nil && l.epoch != o.epoch() && o.answers(ctx, l) {
+		return fmt.Errorf("%w: pod %s epoch %s answers at %s", errDuplicatePod, o.pod, l.epoch, l.addr)
 	}
 	return fmt.Errorf("take lease of pod %s: held by another process", o.pod)
 }

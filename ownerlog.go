@@ -59,10 +59,9 @@ func (o *owners) readLog(ctx context.Context) error {
 		}
 	}
 	for {
-		page, err := o.rdb.XRangeN(ctx, logKey, o.place.ID, "+", logPage).Result()
+		page, err := o.readPage(ctx, o.place.ID, "+")
 		if err != nil {
-			o.m.redisErrorsTotal.with("log").Inc()
-			return fmt.Errorf("read %s from %s: %w", logKey, o.place.ID, err)
+			return err
 		}
 		if len(page) == 0 || page[0].ID != o.place.ID || !maps.Equal(page[0].Values, o.place.Values) {
 			return o.losePlace(ctx)
@@ -132,19 +131,17 @@ func (o *owners) apply(entries []redis.XMessage) {
 	o.mu.Lock()
 	for _, e := range entries {
 		for key, v := range e.Values {
-			value, _ := v.(string)
-			m, isMark := parseMark(value)
-			r, isRoute := parseRoute(key)
+			r, m, isMark, ok := parseField(key, v)
 			switch {
-			case isMark && key == "*":
-				o.missedLocked(route{}, m, now)
-				notices = append(notices, notice{o.allConnsLocked(), m})
-			case isMark && isRoute:
+			case !ok:
+			case isMark:
 				o.missedLocked(r, m, now)
-				if lr := o.routes[r]; lr != nil {
+				if r == (route{}) {
+					notices = append(notices, notice{o.allConnsLocked(), m})
+				} else if lr := o.routes[r]; lr != nil {
 					notices = append(notices, notice{lr.conns, m})
 				}
-			case isRoute:
+			default:
 				delete(o.cache, r)
 				if o.awaySeq != 0 { // events were acked without knowing of this change
 					o.markLocked(r, mark{o.awaySeq - 1, "owner"})
@@ -173,7 +170,9 @@ func (o *owners) learnMarks(ctx context.Context) error {
 	}
 	from := strconv.FormatInt(max(0, now-o.cfg.Load().ResumeMaxAge.Milliseconds()), 10)
 	for {
-		page, err := o.readPage(ctx, from, end)
+		read, cancel := context.WithTimeout(ctx, claimTimeout)
+		page, err := o.readPage(read, from, end)
+		cancel()
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
@@ -194,8 +193,6 @@ func (o *owners) learnMarks(ctx context.Context) error {
 }
 
 func (o *owners) readPage(ctx context.Context, from, to string) ([]redis.XMessage, error) {
-	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
-	defer cancel()
 	page, err := o.rdb.XRangeN(ctx, logKey, from, to, logPage).Result()
 	if err != nil {
 		o.m.redisErrorsTotal.with("log").Inc()
@@ -210,10 +207,7 @@ func (o *owners) noteMarks(entries []redis.XMessage) {
 	defer o.mu.Unlock()
 	for _, e := range entries {
 		for key, v := range e.Values {
-			value, _ := v.(string)
-			m, isMark := parseMark(value)
-			r, isRoute := parseRoute(key)
-			if isMark && (isRoute || key == "*") { // "*" is the zero route, all
+			if r, m, isMark, ok := parseField(key, v); ok && isMark {
 				o.missedLocked(r, m, now)
 			}
 		}
@@ -230,13 +224,11 @@ type missed struct {
 
 // missedLocked notes a mark of r, the zero route for all. Of several of one route one is made: the lowest, as of now.
 func (o *owners) missedLocked(r route, m mark, now time.Time) {
+	if _, ok := o.missed[r]; !ok && len(o.missed) >= o.cfg.Load().PodOwnerCacheSize {
+		r = route{}
+	}
 	if old, ok := o.missed[r]; ok {
 		m.since = min(m.since, old.since)
-	} else if len(o.missed) >= o.cfg.Load().PodOwnerCacheSize {
-		r = route{}
-		if old, ok := o.missed[r]; ok {
-			m.since = min(m.since, old.since)
-		}
 	}
 	o.missed[r] = missed{since: m.since, read: now}
 }
@@ -258,13 +250,12 @@ func (o *owners) forgetMissed(seq uint64) {
 	}
 }
 
-// resumeFrom is since, or an earlier sequence where a client that asks for what came after since may have missed a gap on one
-// of routes.
-func (o *owners) resumeFrom(since uint64, routes ...route) uint64 {
+// resumeFrom is since, or an earlier sequence where a client that asks for what came after since may have missed a gap on r.
+func (o *owners) resumeFrom(since uint64, r route) uint64 {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	from := since
-	for _, r := range append(routes, route{}) {
+	for _, r := range [...]route{r, {}} {
 		if m, ok := o.missed[r]; ok && (m.last == 0 || since <= m.last) {
 			from = min(from, m.since)
 		}
@@ -281,6 +272,15 @@ func parseMark(s string) (mark, bool) {
 	}
 	since, err := strconv.ParseUint(f[1], 10, 64)
 	return mark{since, f[2]}, err == nil
+}
+
+// parseField tells what a field of a log entry says: that the claims on r have changed, or the mark m of r, the zero route for
+// all. Other fields give ok false.
+func parseField(key string, v any) (r route, m mark, isMark, ok bool) {
+	value, _ := v.(string)
+	m, isMark = parseMark(value)
+	r, ok = parseRoute(key)
+	return r, m, isMark, ok || isMark && key == "*"
 }
 
 // announce marks routes and calls then, which keeps size bytes in memory, when the marks are in the log; at once if Redis
