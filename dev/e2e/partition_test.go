@@ -238,10 +238,8 @@ func wantClaims(w *harness.World, pods []*harness.Pod, route string, owners ...*
 			epoch, _, _ := strings.Cut(lease, " ")
 			want = append(want, p.ID+"#"+epoch)
 		}
-		for i, m := range got { // behind the epoch there may be a number
-			if f := strings.SplitN(m, "#", 3); len(f) == 3 {
-				got[i] = f[0] + "#" + f[1]
-			}
+		for i, name := range got {
+			got[i] = memberOf(name)
 		}
 		// A member of an epoch that is gone stands until a reader removes it.
 		got = slices.DeleteFunc(got, func(m string) bool {
@@ -253,6 +251,13 @@ func wantClaims(w *harness.World, pods []*harness.Pod, route string, owners ...*
 		slices.Sort(want)
 		return slices.Equal(got, want)
 	})
+}
+
+// memberOf is the pod and epoch that a member of a route's set names: behind them there may be a number.
+func memberOf(name string) string {
+	pod, rest, _ := strings.Cut(name, "#")
+	epoch, _, _ := strings.Cut(rest, "#")
+	return pod + "#" + epoch
 }
 
 // mute accepts connections and answers nothing.

@@ -239,14 +239,12 @@ func TestResumeJoinsTheFlow(t *testing.T) {
 // not later than N's, so what was lost shortly before N comes, though the next event that is left is much younger.
 func TestResumeFromARemovedEvent(t *testing.T) {
 	t.Parallel()
-	const overlap = 7 * time.Second
-	w := harness.New(t, harness.Settings("NATS_RETRY_HORIZON=1s", "NATS_NAK_DELAY=200ms", "NATS_ACK_WAIT=6s", "PEER_TIMEOUT=1s",
-		"WEBSOCKET_WRITE_TIMEOUT=2s", "WEBSOCKET_BLOCK_TIMEOUT=1s", "RESUME_OVERLAP="+overlap.String()))
+	w := harness.New(t, shortPast)
 	pod := w.Start()
 	w.Contact("acme", "desk0")
 	lost := w.Chat("acme", "desk1")
 	last, at := w.Contact("acme", "desk1"), time.Now()
-	harness.Eventually(t, harness.Patience, "the overlap to be over", func() bool { return time.Since(at) > overlap+time.Second })
+	harness.Eventually(t, harness.Patience, "the overlap to be over", func() bool { return time.Since(at) > shortOverlap+time.Second })
 	next := w.Contact("acme", "desk1")
 	s, err := w.JS.Stream(harness.Within(t, harness.Patience), w.Stream)
 	if err != nil {

@@ -5,9 +5,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -146,9 +146,10 @@ func come(ctx context.Context, n int) error {
 	}()
 	for out := json.NewEncoder(os.Stdout); ctx.Err() == nil; time.Sleep(10 * time.Millisecond) {
 		all.mu.Lock()
-		b, err := json.Marshal(all.tally)
+		now := all.tally
+		now.Why = maps.Clone(now.Why)
 		all.mu.Unlock()
-		if err = errors.Join(err, out.Encode(json.RawMessage(b))); err != nil {
+		if out.Encode(now) != nil {
 			cancel()
 		}
 	}
