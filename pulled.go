@@ -14,28 +14,37 @@ type pulled struct {
 	delivery
 	r          *router
 	msg        jetstream.Msg
-	deliveries uint64   // JetStream's count
-	routes     [4]route // that lead to owners of the event
-	owned      [4]bool  // that route has a live owner, or may have one
-	second     bool     // its owners are looked up a second time, since a peer had no socket for it
+	deliveries uint64     // JetStream's count
+	routes     [4]route   // that lead to owners of the event
+	here       [4][]*conn // sockets of this pod on that route that have been given the event
+	owned      [4]bool    // that route has a live owner, or may have one
+	second     bool       // its owners are looked up a second time, since a peer had no socket for it
 }
 
-// wanted appends the routes whose owners decide where the event goes.
-func (p *pulled) wanted(to []route) []route {
+// wanted finds the routes whose owners decide where the event goes.
+func (p *pulled) wanted() []route {
 	switch p.kind {
 	case kindMessage:
 		p.routes[0] = route{routeMessages, p.company, p.agent, p.chat}
 		p.routes[1] = route{routeGeneral, p.company, p.agent, ""}
-		return append(to, p.routes[:2]...)
+		return p.routes[:2]
 	case kindAgent:
 		for i, scope := range [4][2]string{{p.company, p.agent}, {p.company, "*"}, {"*", p.agent}, {"*", "*"}} {
 			p.routes[i] = route{routeAgents, scope[0], scope[1], ""}
 		}
-		return append(to, p.routes[:]...)
+		return p.routes[:]
 	default:
 		p.routes[0] = route{routeGeneral, p.company, p.agent, ""}
-		return append(to, p.routes[0])
+		return p.routes[:1]
 	}
+}
+
+// ways is how many of the routes lead to targets; a message's second one only tells whether its agent has an owner.
+func (p *pulled) ways() int {
+	if p.kind == kindAgent {
+		return len(p.routes)
+	}
+	return 1
 }
 
 // settled ends a delivery from JetStream by the worst of its targets' outcomes.

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -44,14 +45,20 @@ type router struct {
 
 	patience time.Time // owned by run: until when its batch may wait for the writers
 
-	// Owned by accept. While it waited, messages may have come off the network behind its back: as many as PREFETCH at
-	// the most. They count as arrived when the wait began.
-	floor     time.Time
-	floorLeft int
+	// Owned by accept.
+	accepted int
+	waits    []wait // those that messages to come may have arrived during
 
 	mu    sync.Mutex // guards all below
 	queue []arrival
 	ended bool // nobody looks into the queue any more
+}
+
+// wait is when accept had to wait. Meanwhile messages may have come off the network behind its back, as many as PREFETCH at
+// the most: those up to the number last count as arrived when it began.
+type wait struct {
+	began time.Time
+	last  int
 }
 
 // arrival is a message as it came off the network, or a delivery whose owners are looked up a second time.
@@ -72,21 +79,34 @@ func newRouter(cfg *settings, m *Metrics, o *owners, h *hub, p *peers) *router {
 // ever holds the flow up; it waits when half of this pod's share is in hand without being stuck in a slow socket's
 // ring or at a sick peer, which is when router and writers are behind.
 func (r *router) accept(msg jetstream.Msg) {
+	r.accepted++
 	at := time.Now()
 	if r.full() {
-		r.floor, r.floorLeft = at, r.cfg.Load().NATSPrefetch
+		r.noteWait(at)
 		r.waitRoom()
 	}
-	if r.floorLeft > 0 {
-		r.floorLeft--
-		at = r.floor
-	}
+	at = r.arrivedAt(at)
 	r.inHand.Add(1)
 	r.bytes.Add(int64(len(msg.Data())))
 	r.unrouted.Add(int64(len(msg.Data())))
 	if !r.enqueue(arrival{msg: msg, at: at}) {
 		r.handBack(msg, at)
 	}
+}
+
+func (r *router) noteWait(began time.Time) {
+	r.waits = append(r.waits, wait{began, r.accepted + r.cfg.Load().NATSPrefetch})
+}
+
+// arrivedAt is when the message at hand came off the network at the earliest; the library does not tell.
+func (r *router) arrivedAt(now time.Time) time.Time {
+	for len(r.waits) > 0 && r.waits[0].last < r.accepted {
+		r.waits = r.waits[1:]
+	}
+	if len(r.waits) == 0 {
+		return now
+	}
+	return r.waits[0].began
 }
 
 // handBack is for what comes when run has ended: the drain was faster than this callback, which waited for room. It counts
@@ -204,7 +224,8 @@ func (r *router) wake() {
 	}
 }
 
-// route checks a batch, brings the knowledge of owners up to date for it, and dispatches its events in their order.
+// route checks a batch and dispatches its events in their order: to the sockets here at once, and then, the knowledge of
+// owners brought up to date for it, to all others.
 func (r *router) route(ctx context.Context, batch []arrival) {
 	events := make([]*pulled, 0, len(batch))
 	routes := make([]route, 0, 2*len(batch))
@@ -217,15 +238,18 @@ func (r *router) route(ctx context.Context, batch []arrival) {
 			}
 		}
 		events = append(events, p)
-		routes = p.wanted(routes)
+		routes = append(routes, p.wanted()...)
 		lowest = min(lowest, p.seq)
 	}
 	if len(events) == 0 {
 		return
 	}
+	r.patience = time.Now().Add(batchPatience)
+	for _, p := range events {
+		r.serveHere(p)
+	}
 	r.owners.begin(ctx, routes, lowest)
 	now := time.Now()
-	r.patience = now.Add(batchPatience)
 	for _, p := range events {
 		r.dispatch(p, now)
 	}
@@ -283,29 +307,36 @@ func (r *router) refuse(p *pulled, err error) {
 	p.end(term, "malformed")
 }
 
-// dispatch hands an event to all its owners. The delivery holds one target for itself while it adds them, so that the
-// last settle cannot come early.
-func (r *router) dispatch(p *pulled, now time.Time) {
+// serveHere hands an event to the sockets of this pod, before Redis is asked for other owners: the index of these is exact at
+// any time, and what is known of the others decides only whether the event may be acked. (Median latency 0.25 ms instead of
+// 0.34.) The delivery holds one target for itself until dispatch has added the others, so that the last settle cannot come early.
+func (r *router) serveHere(p *pulled) {
 	for !r.leaving() && r.inHand.Load()+r.parked.held.Load() > r.parked.share() && r.hub.shedOldest() {
 	}
 	p.open.Store(1)
-	targets, known, believed := 0, true, true
-	n := 1
-	if p.kind == kindAgent {
-		n = len(p.routes)
+	for i := range p.ways() {
+		p.here[i] = r.owners.local(p.routes[i])
+		p.open.Add(int32(len(p.here[i])))
+		for _, c := range p.here[i] {
+			r.pace(c)
+			c.push(&p.delivery)
+		}
 	}
+}
+
+// dispatch hands an event to its other owners: peers, and sockets that came after serveHere.
+func (r *router) dispatch(p *pulled, now time.Time) {
+	targets, known, believed := 0, true, true
 	var sent []member
 	nobodySince := time.Time{}
-	for i := range n {
+	for i := range p.ways() {
 		l := r.owners.find(p.routes[i], now)
 		known = known && l.known
 		believed = believed && (l.nobody || len(l.conns)+len(l.peers) > 0)
-		p.owned[i] = !l.nobody // what Redis was not asked about may have an owner that only it knows
-		targets += len(l.conns)
-		p.open.Add(int32(len(l.conns)))
-		for _, c := range l.conns {
-			r.pace(c)
-			c.push(&p.delivery)
+		p.owned[i] = !l.nobody || len(p.here[i]) > 0 // what Redis was not asked about may have an owner that only it knows
+		targets += len(p.here[i])
+		if !slices.Equal(l.conns, p.here[i]) {
+			targets += p.serveLate(l.conns, p.here[i])
 		}
 		targets += r.forward(p, p.routes[i], l.peers, &sent)
 		nobodySince = l.since
@@ -324,6 +355,22 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 	default:
 		r.noOwner(p, now.Sub(nobodySince))
 	}
+}
+
+// serveLate hands an event to those sockets of now that were not there in time.
+func (p *pulled) serveLate(now, inTime []*conn) (targets int) {
+	served := make(map[*conn]bool, len(inTime))
+	for _, c := range inTime {
+		served[c] = true
+	}
+	for _, c := range now {
+		if !served[c] {
+			p.open.Add(1)
+			c.push(&p.delivery)
+			targets++
+		}
+	}
+	return targets
 }
 
 // pace waits while a ring is full only because this pod's own writers are behind, as in the burst after an outage: of 5,000
@@ -404,12 +451,9 @@ func (r *router) fromPeer(d *delivery) {
 	d.open.Store(1)
 	var p pulled
 	p.event = d.event
-	n := len(p.wanted(nil))
-	if d.kind == kindMessage {
-		n = 1
-	}
+	p.wanted()
 	found := false
-	for i := range n {
+	for i := range p.ways() {
 		conns := r.owners.local(p.routes[i])
 		if len(conns) > 0 {
 			found = true
@@ -420,7 +464,7 @@ func (r *router) fromPeer(d *delivery) {
 		}
 	}
 	if !found {
-		for i := range n {
+		for i := range p.ways() {
 			r.owners.again(p.routes[i])
 		}
 		d.settle(absent)
