@@ -4,16 +4,24 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
 // returned is a message that counts its NAKs.
 type returned struct {
 	jetstream.Msg
+	seq  uint64
 	naks int
 }
 
-func (m *returned) Data() []byte { return []byte("{}") }
+func (m *returned) Subject() string      { return "wa.acme.ann.chats" }
+func (m *returned) Data() []byte         { return []byte("{}") }
+func (m *returned) Headers() nats.Header { return nil }
+
+func (m *returned) Metadata() (*jetstream.MsgMetadata, error) {
+	return &jetstream.MsgMetadata{Sequence: jetstream.SequencePair{Stream: m.seq}, NumDelivered: 1, Timestamp: time.Now()}, nil
+}
 
 func (m *returned) Nak() error {
 	m.naks++
@@ -22,7 +30,8 @@ func (m *returned) Nak() error {
 
 func newTestRouter(t *testing.T) *router {
 	cfg := &settings{}
-	cfg.Store(&Config{NATSAckWait: 30 * time.Second, NATSMaxAckPending: 100, NATSPrefetch: 10, NATSPrefetchBytes: 1 << 20, PodLease: time.Second})
+	cfg.Store(&Config{NATSAckWait: 30 * time.Second, NATSMaxAckPending: 100, NATSPrefetch: 10, NATSPrefetchBytes: 1 << 20,
+		NATSSubjectPrefix: "wa", WebsocketBufferSize: 16, WebsocketDropPolicy: "drop_oldest", PodLease: time.Second})
 	m := newMetrics()
 	o := newTestOwners(t)
 	r := newRouter(cfg, m, o, newHub(cfg, m, o, nil), &peers{cfg: cfg})
@@ -73,5 +82,43 @@ func TestArrivedAt(t *testing.T) {
 	}
 	if len(r.waits) != 0 {
 		t.Errorf("%d waits are kept for ever", len(r.waits))
+	}
+}
+
+// TestServedBeforeTheLookup: a socket of this pod has an event queued before Redis has answered; one that comes meanwhile
+// gets it too, nobody gets it twice, and it is not settled before its owners elsewhere are known.
+func TestServedBeforeTheLookup(t *testing.T) {
+	r := newTestRouter(t)
+	way := route{routeGeneral, "acme", "ann", ""}
+	socket := func() *conn {
+		c := r.hub.newConn(goneConn{}, &claims{company: "acme", agent: "ann"}, lock{release: func() {}}, "req")
+		c.ring.ready = true
+		return c
+	}
+	early, late := socket(), socket()
+	own := func(conns ...*conn) { r.owners.routes[way] = &localRoute{route: way, conns: conns} }
+
+	own(early)
+	p := r.decode(arrival{msg: &returned{seq: 7}, at: time.Now()})
+	p.wanted()
+	r.serveHere(p)
+	if early.ring.n != 1 || p.open.Load() != 2 {
+		t.Fatalf("before the look-up: %d events queued, %d targets open, want 1 and 2", early.ring.n, p.open.Load())
+	}
+	own(early, late)
+	r.owners.cache[way] = &answer{}
+	r.dispatch(p, time.Now())
+	if early.ring.n != 1 || late.ring.n != 1 || p.open.Load() != 2 {
+		t.Errorf("after it: %d and %d events queued, %d targets open, want 1, 1 and 2", early.ring.n, late.ring.n, p.open.Load())
+	}
+
+	own(early)
+	p = r.decode(arrival{msg: &returned{seq: 8}, at: time.Now()})
+	p.wanted()
+	r.serveHere(p)
+	own() // it left
+	r.dispatch(p, time.Now())
+	if early.ring.n != 2 || p.open.Load() != 1 || !p.owned[0] {
+		t.Errorf("a socket that left during the look-up: %d events queued, %d targets open, owned %v; want 2, 1, true", early.ring.n, p.open.Load(), p.owned[0])
 	}
 }
