@@ -136,6 +136,9 @@ func (r *ring) push(d *delivery, now time.Time, out []settlement) (_ []settlemen
 		// The chat was deselected while the event was on its way: it is not for this socket any more.
 		return append(out, settlement{d, duplicate}), false
 	case r.leave == leaveAll || r.leave != "" && d.kind == kindMessage && d.chat == r.leave:
+		if d.seq <= r.since {
+			d.missedHere.Store(true) // it may be older than the overlap, which is all that the replay reaches back
+		}
 		return append(out, settlement{d, replayed}), false
 	case r.hadLocked(d) || d.count > 1 && r.written.has(d.seq):
 		return append(out, settlement{d, duplicate}), false

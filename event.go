@@ -157,6 +157,8 @@ type delivery struct {
 
 	open  atomic.Int32  // targets not yet settled, plus one while the router is still adding targets
 	worst atomic.Uint32 // outcome
+
+	missedHere atomic.Bool // some socket of this pod may not have had it, and has not been told
 }
 
 // settle records one target's outcome. The call that settles the last open target reports to the source.

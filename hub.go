@@ -252,6 +252,9 @@ func (h *hub) settle(ends []settlement, why string) {
 		if e.o == dropped || e.o == shed {
 			h.m.websocketMessagesDroppedTotal.with(why).Inc()
 		}
+		if e.o >= shed {
+			e.d.missedHere.Store(true)
+		}
 		e.d.settle(e.o)
 	}
 }

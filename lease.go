@@ -189,7 +189,6 @@ func (o *owners) renewLocked(ctx context.Context) error {
 	o.mu.Lock()
 	o.seqHeld = seq
 	o.mu.Unlock()
-	o.forgetMissed(seq)
 	if err := o.readPods(ctx, names.Val()); err != nil {
 		return err
 	}
@@ -197,7 +196,11 @@ func (o *owners) renewLocked(ctx context.Context) error {
 	defer o.readMu.Unlock()
 	read, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
-	return o.readLog(read)
+	if err := o.readLog(read); err != nil {
+		return err
+	}
+	o.forgetMissed(seq)
+	return nil
 }
 
 func (o *owners) leaseMS() int64 { return o.cfg.Load().PodLease.Milliseconds() }

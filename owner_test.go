@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -44,9 +45,29 @@ func TestRouteKeys(t *testing.T) {
 }
 
 func TestMarksSurviveTheLog(t *testing.T) {
-	for _, m := range []mark{{0, "shed"}, {18446744073709551615, "owner"}} {
-		if got, ok := parseMark(m.String()); !ok || got != m {
-			t.Errorf("parseMark(%q) = %v, %v", m.String(), got, ok)
+	for _, m := range []mark{{0, "shed", ""}, {18446744073709551615, "owner", ""}, {7, "expired", "pod-1#e1"}} {
+		for _, r := range []route{{}, {routeMessages, "c", "a", "except"}} {
+			o, h := newTestOwners(t), &pipelined{}
+			o.rdb.AddHook(h)
+			marks, all, key := map[route]mark{r: m}, (*mark)(nil), r.key()
+			if r == (route{}) {
+				marks, all, key = nil, &m, "*"
+			}
+			if err := o.writeMarks(t.Context(), marks, all); err != nil {
+				t.Fatal(err)
+			}
+			entry := h.entries()[0].Values
+			if gotR, got, isMark, ok := parseField(entry, key); !ok || !isMark || gotR != r || got != m {
+				t.Errorf("%v reads as %v, %v (%v, %v), want %v, %v", entry, gotR, got, isMark, ok, r, m)
+			}
+			// A pod of before there were exceptions reads a mark of three words, and writes nothing else.
+			if entry[key] != "gap "+strconv.FormatUint(m.since, 10)+" "+m.reason {
+				t.Errorf("%v: older pods cannot read the mark", entry)
+			}
+			delete(entry, exceptField+key)
+			if _, got, isMark, _ := parseField(entry, key); !isMark || got != (mark{m.since, m.reason, ""}) {
+				t.Errorf("an older pod's mark %v reads as %v, %v", entry, got, isMark)
+			}
 		}
 	}
 	for _, bad := range []string{"", "gap", "gap 1", "gap x shed", "lost 1 shed", "gap 1 shed more"} {
@@ -60,13 +81,13 @@ func TestMarkKeepsTheLowestAndOverflowsIntoOne(t *testing.T) {
 	o := newTestOwners(t)
 	r := route{routeGeneral, "c", "a", ""}
 	for _, seq := range []uint64{9, 5, 7} {
-		o.announce([]route{r}, seq, "shed", 10, func() {})
+		o.announce(map[route][]*conn{r: nil}, mark{since: seq, reason: "shed"}, 10, func() {})
 	}
 	if o.marks[r].since != 5 {
 		t.Errorf("marked since %d, want the lowest, 5", o.marks[r].since)
 	}
 	for i := range 100 {
-		o.announce([]route{{routeGeneral, "c", randomID(4), ""}}, uint64(10+i), "shed", 10, func() {})
+		o.announce(map[route][]*conn{{routeGeneral, "c", randomID(4), ""}: nil}, mark{since: uint64(10 + i), reason: "shed"}, 10, func() {})
 	}
 	if len(o.marks) != 64 {
 		t.Errorf("%d routes marked, want the cache's size, 64", len(o.marks))
@@ -356,6 +377,111 @@ func (h *pipelined) ProcessPipelineHook(redis.ProcessPipelineHook) redis.Process
 	}
 }
 
+// entries are those that were appended to the log.
+func (h *pipelined) entries() (all []redis.XMessage) {
+	for _, cmd := range h.cmds {
+		args := cmd.Args()
+		e := redis.XMessage{Values: map[string]any{}}
+		for kv := range slices.Chunk(args[slices.Index(args, any("*"))+1:], 2) {
+			e.Values[kv[0].(string)] = kv[1]
+		}
+		all = append(all, e)
+	}
+	return all
+}
+
+func TestTwoMarksOfOneRoute(t *testing.T) {
+	for _, tc := range []struct{ a, b, want mark }{
+		{mark{5, "shed", "p#1"}, mark{9, "expired", "p#1"}, mark{5, "shed", "p#1"}},
+		{mark{5, "shed", "p#1"}, mark{9, "expired", ""}, mark{5, "shed", ""}},
+		{mark{5, "shed", "p#1"}, mark{9, "expired", "p#2"}, mark{5, "shed", ""}},
+	} {
+		o, r := newTestOwners(t), route{routeGeneral, "c", "a", ""}
+		for _, two := range [][2]mark{{tc.a, tc.b}, {tc.b, tc.a}} {
+			clear(o.marks)
+			o.markAll = nil
+			for _, m := range two {
+				o.markLocked(r, m)
+				o.markAllLocked(m)
+			}
+			if o.marks[r] != tc.want || *o.markAll != tc.want {
+				t.Errorf("%v and %v are %v, of all routes %v, want %v", two[0], two[1], o.marks[r], *o.markAll, tc.want)
+			}
+		}
+	}
+}
+
+// TestGapsOnlyForThoseWhoMissed: a mark of this pod sends no gap to its own sockets that have had the event, but all others get
+// theirs: those here that have not, those that came while it was under way, those of other pods and of a successor with
+// this pod's id; and whoever resumes from now on gets what was given up.
+func TestGapsOnlyForThoseWhoMissed(t *testing.T) {
+	r := route{routeGeneral, "acme", "ann", ""}
+	for _, tc := range []struct {
+		name      string
+		had, come int // sockets that have had it, and that have come since
+		left      bool
+		readAs    member
+		merged    bool // with a mark of other origin
+		all       bool // beyond OWNER_CACHE_SIZE
+		want      int  // gaps
+	}{
+		{name: "all have had it", had: 2, readAs: member{"pod-1", "e1"}},
+		{name: "all have had it, and one has left", had: 2, left: true, readAs: member{"pod-1", "e1"}},
+		{name: "nobody is here", readAs: member{"pod-1", "e1"}},
+		{name: "one has come since", had: 1, come: 1, readAs: member{"pod-1", "e1"}, want: 2},
+		{name: "not known who has had it", come: 2, readAs: member{"pod-1", "e1"}, want: 2},
+		{name: "another pod", had: 2, readAs: member{"pod-2", "e1"}, want: 2},
+		{name: "a successor", had: 2, readAs: member{"pod-1", "e2"}, want: 2},
+		{name: "with another mark", had: 2, readAs: member{"pod-1", "e1"}, merged: true, want: 2},
+		{name: "one mark for all routes", had: 2, readAs: member{"pod-1", "e1"}, all: true},
+		{name: "one mark for all routes, another pod", had: 2, readAs: member{"pod-2", "e1"}, all: true, want: 2},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			router, h := newTestRouter(t), &pipelined{}
+			o := router.owners
+			o.rdb.AddHook(h)
+			var conns []*conn
+			for range tc.had + tc.come {
+				conns = append(conns, router.hub.newConn(goneConn{}, &claims{}, lock{release: func() {}}, "req"))
+			}
+			had := conns[:tc.had]
+			if tc.left {
+				conns = conns[1:]
+			}
+			o.routes[r] = &localRoute{route: r, conns: conns}
+			if tc.all {
+				o.cfg.Load().PodOwnerCacheSize = 0
+			}
+			wantFrom := func(when string) {
+				t.Helper()
+				if got := o.resumeFrom(90, r); got != 6 {
+					t.Errorf("%s, a client that has had 90 resumes from %d, want 6: it may come from another pod", when, got)
+				}
+			}
+			o.announce(map[route][]*conn{r: had}, mark{since: 6, reason: "shed"}, 10, func() {})
+			wantFrom("announced")
+			if tc.merged {
+				o.markLocked(r, mark{since: 8, reason: "owner"})
+			}
+			o.flushMarks(t.Context())
+			wantFrom("written")
+			o.pod, o.epochNow = tc.readAs.pod, tc.readAs.epoch
+			clear(o.missed)
+			o.apply(h.entries())
+			wantFrom("read")
+			gaps := 0
+			for _, c := range conns {
+				if c.ring.gapNoted {
+					gaps++
+				}
+			}
+			if gaps != tc.want {
+				t.Errorf("%d gaps, want %d", gaps, tc.want)
+			}
+		})
+	}
+}
+
 // TestLogEntriesAreSmall: the last entry of the log is read again with every batch of events, so thousands of marks do not
 // go into one; none is left out.
 func TestLogEntriesAreSmall(t *testing.T) {
@@ -366,7 +492,7 @@ func TestLogEntriesAreSmall(t *testing.T) {
 	const marks = 1000
 	told := 0
 	for i := range marks {
-		o.announce([]route{{routeGeneral, "c", strconv.Itoa(i), ""}}, 7, "shed", 10, func() { told++ })
+		o.announce(map[route][]*conn{{routeGeneral, "c", strconv.Itoa(i), ""}: nil}, mark{since: 7, reason: "shed"}, 10, func() { told++ })
 	}
 	h.err = errUnavailable
 	o.flushMarks(t.Context())

@@ -29,7 +29,26 @@ const (
 type mark struct {
 	since  uint64
 	reason string
+	// except is the member whose own sockets have had them all, "" = none. When a pod is killed, its clients come to others long
+	// before its lease ends: until then what is written to them is given up too, for want of the dead pod's answer. It names
+	// the epoch: a successor of the same id has other sockets.
+	except string
 }
+
+// and is one mark for two.
+func (m mark) and(n mark) mark {
+	if n.since < m.since {
+		m, n = n, m
+	}
+	if n.except != m.except {
+		m.except = ""
+	}
+	return m
+}
+
+// exceptField precedes the key of a mark in the name of the field that holds its exception. Pods of before these know nothing
+// of it and send the gap; a fourth word in the mark itself would have been no mark to them.
+const exceptField = "except "
 
 // appendLog writes fields, pairs of a route's key and what is said of it, in entries of logFields at the most: the last
 // entry is read again with every batch of events, and one of 5,000 marks cost each of them 1.5 ms.
@@ -109,7 +128,7 @@ func (o *owners) losePlace(ctx context.Context) error {
 	since := o.seqRead
 	conns := o.allConnsLocked()
 	if o.awaySeq != 0 {
-		o.markAllLocked(mark{o.awaySeq - 1, "owner"})
+		o.markAllLocked(mark{since: o.awaySeq - 1, reason: "owner"})
 		o.awaySeq = 0
 	}
 	o.mu.Unlock()
@@ -130,21 +149,23 @@ func (o *owners) apply(entries []redis.XMessage) {
 	now := time.Now()
 	o.mu.Lock()
 	for _, e := range entries {
-		for key, v := range e.Values {
-			r, m, isMark, ok := parseField(key, v)
+		for key := range e.Values {
+			r, m, isMark, ok := parseField(e.Values, key)
 			switch {
 			case !ok:
 			case isMark:
 				o.missedLocked(r, m, now)
-				if r == (route{}) {
+				switch lr := o.routes[r]; {
+				case m.except == o.selfLocked(): // and who has come since then began to resume where resumeFrom said
+				case r == route{}:
 					notices = append(notices, notice{o.allConnsLocked(), m})
-				} else if lr := o.routes[r]; lr != nil {
+				case lr != nil:
 					notices = append(notices, notice{lr.conns, m})
 				}
 			default:
 				delete(o.cache, r)
 				if o.awaySeq != 0 { // events were acked without knowing of this change
-					o.markLocked(r, mark{o.awaySeq - 1, "owner"})
+					o.markLocked(r, mark{since: o.awaySeq - 1, reason: "owner"})
 				}
 			}
 		}
@@ -206,16 +227,16 @@ func (o *owners) noteMarks(entries []redis.XMessage) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for _, e := range entries {
-		for key, v := range e.Values {
-			if r, m, isMark, ok := parseField(key, v); ok && isMark {
+		for key := range e.Values {
+			if r, m, isMark, ok := parseField(e.Values, key); ok && isMark {
 				o.missedLocked(r, m, now)
 			}
 		}
 	}
 }
 
-// missed is a mark that was read, kept for clients who were between two sockets then: what it names may be older than
-// what their resume begins with.
+// missed is a mark that was read, or written by this pod, kept for clients who were between two sockets then: what it names
+// may be older than what their resume begins with.
 type missed struct {
 	since uint64
 	read  time.Time
@@ -233,8 +254,9 @@ func (o *owners) missedLocked(r route, m mark, now time.Time) {
 	o.missed[r] = missed{since: m.since, read: now}
 }
 
-// forgetMissed is called with each renewal. A lease after this pod has read a mark all have: who has a later sequence than
-// the stream had then was told, or had it by such a resume. Who has an older one than RESUME_MAX_AGE reloads.
+// forgetMissed is called with each renewal, behind its read of the log. A lease after this pod has read a mark all have: who
+// has a later sequence than the stream had then was told, or had it by such a resume. Who has an older one than
+// RESUME_MAX_AGE reloads.
 func (o *owners) forgetMissed(seq uint64) {
 	cfg := o.cfg.Load()
 	o.mu.Lock()
@@ -251,6 +273,8 @@ func (o *owners) forgetMissed(seq uint64) {
 }
 
 // resumeFrom is since, or an earlier sequence where a client that asks for what came after since may have missed a gap on r.
+// Called when its socket is attached, it leaves none out: a mark that excepts this pod is among marks from the moment on in
+// which the sockets here were compared, then, until flushMarks has written it and after it, among missed.
 func (o *owners) resumeFrom(since uint64, r route) uint64 {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -259,6 +283,12 @@ func (o *owners) resumeFrom(since uint64, r route) uint64 {
 		if m, ok := o.missed[r]; ok && (m.last == 0 || since <= m.last) {
 			from = min(from, m.since)
 		}
+	}
+	if m, ok := o.marks[r]; ok {
+		from = min(from, m.since)
+	}
+	if o.markAll != nil {
+		from = min(from, o.markAll.since)
 	}
 	return from
 }
@@ -271,26 +301,31 @@ func parseMark(s string) (mark, bool) {
 		return mark{}, false
 	}
 	since, err := strconv.ParseUint(f[1], 10, 64)
-	return mark{since, f[2]}, err == nil
+	return mark{since: since, reason: f[2]}, err == nil
 }
 
 // parseField tells what a field of a log entry says: that the claims on r have changed, or the mark m of r, the zero route for
 // all. Other fields give ok false.
-func parseField(key string, v any) (r route, m mark, isMark, ok bool) {
-	value, _ := v.(string)
+func parseField(entry map[string]any, key string) (r route, m mark, isMark, ok bool) {
+	value, _ := entry[key].(string)
 	m, isMark = parseMark(value)
+	m.except, _ = entry[exceptField+key].(string)
 	r, ok = parseRoute(key)
 	return r, m, isMark, ok || isMark && key == "*"
 }
 
-// announce marks routes and calls then, which keeps size bytes in memory, when the marks are in the log; at once if Redis
-// can't be told now: they are kept.
-func (o *owners) announce(routes []route, since uint64, reason string, size int, then func()) {
+// announce marks the routes that had names, with the sockets here that have had what is given up on each, and calls then, which
+// keeps size bytes in memory, when the marks are in the log; at once if Redis can't be told now: they are kept.
+func (o *owners) announce(had map[route][]*conn, m mark, size int, then func()) {
 	o.mu.Lock()
-	for _, r := range routes {
-		o.markLocked(r, mark{since, reason})
+	for r, conns := range had {
+		m.except = ""
+		if lr := o.routes[r]; lr == nil || among(lr.conns, conns) {
+			m.except = o.selfLocked()
+		}
+		o.markLocked(r, m)
 	}
-	wait := len(routes) > 0 && !o.away.Load()
+	wait := len(had) > 0 && !o.away.Load()
 	if wait {
 		o.told, o.toldSize = append(o.told, then), o.toldSize+size
 		if len(o.told) >= toldAtOnce || o.toldSize >= toldBytes {
@@ -303,11 +338,24 @@ func (o *owners) announce(routes []route, since uint64, reason string, size int,
 	}
 }
 
+// among says whether all of conns are in earlier, a list of the same route: those that come are appended, so their order stays.
+func among(conns, earlier []*conn) bool {
+	for _, c := range earlier {
+		if len(conns) > 0 && conns[0] == c {
+			conns = conns[1:]
+		}
+	}
+	return len(conns) == 0
+}
+
+func (o *owners) selfLocked() string { return member{o.pod, o.epochNow}.name(0) }
+
 func (o *owners) markLocked(r route, m mark) {
 	old, ok := o.marks[r]
 	switch {
-	case ok && old.since <= m.since:
-	case !ok && len(o.marks) >= o.cfg.Load().PodOwnerCacheSize:
+	case ok:
+		o.marks[r] = old.and(m)
+	case len(o.marks) >= o.cfg.Load().PodOwnerCacheSize:
 		o.markAllLocked(m)
 	default:
 		o.marks[r] = m
@@ -315,9 +363,10 @@ func (o *owners) markLocked(r route, m mark) {
 }
 
 func (o *owners) markAllLocked(m mark) {
-	if o.markAll == nil || m.since < o.markAll.since {
-		o.markAll = &m
+	if o.markAll != nil {
+		m = o.markAll.and(m)
 	}
+	o.markAll = &m
 }
 
 // flushMarks writes the marks noted since the last call; what cannot be written is kept.
@@ -327,6 +376,13 @@ func (o *owners) flushMarks(ctx context.Context) {
 	var all *mark
 	if !o.away.Load() {
 		marks, all, o.marks, o.markAll = o.marks, o.markAll, map[route]mark{}, nil
+		now := time.Now()
+		for r, m := range marks {
+			o.missedLocked(r, m, now)
+		}
+		if all != nil {
+			o.missedLocked(route{}, *all, now)
+		}
 	}
 	told := o.told
 	o.told, o.toldSize = nil, 0
@@ -349,12 +405,15 @@ func (o *owners) flushMarks(ctx context.Context) {
 }
 
 func (o *owners) writeMarks(ctx context.Context, marks map[route]mark, all *mark) error {
-	fields := make([]any, 0, 2*len(marks)+2)
+	fields := make([]any, 0, 4*len(marks)+4)
+	add := func(key string, m mark) { // always two fields, so that no entry ends between them
+		fields = append(fields, exceptField+key, m.except, key, m.String())
+	}
 	for r, m := range marks {
-		fields = append(fields, r.key(), m.String())
+		add(r.key(), m)
 	}
 	if all != nil {
-		fields = append(fields, "*", all.String())
+		add("*", *all)
 	}
 	if len(fields) == 0 {
 		return nil

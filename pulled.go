@@ -98,14 +98,17 @@ func (p *pulled) fail() {
 // giveUp terminates an event once the gap is in the owner log, so that its owners hear of it whatever becomes of this pod.
 // Meanwhile it counts in no share: to give up is to make room.
 func (p *pulled) giveUp(reason string) {
-	var routes []route
+	had := map[route][]*conn{}
 	for i, owned := range p.owned {
-		if owned {
-			routes = append(routes, p.routes[i])
+		switch {
+		case owned && p.missedHere.Load():
+			had[p.routes[i]] = nil
+		case owned:
+			had[p.routes[i]] = p.here[i]
 		}
 	}
 	p.letGo()
-	p.r.owners.announce(routes, p.seq-1, reason, len(p.payload), func() { p.answer(term, reason) })
+	p.r.owners.announce(had, mark{since: p.seq - 1, reason: reason}, len(p.payload), func() { p.answer(term, reason) })
 }
 
 // horizonPassed says whether a failure ends the event. Its age is counted in the stream's own time, so that no clocks

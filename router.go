@@ -337,6 +337,7 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 		targets += len(p.here[i])
 		if !slices.Equal(l.conns, p.here[i]) {
 			targets += p.serveLate(l.conns, p.here[i])
+			p.here[i] = l.conns
 		}
 		targets += r.forward(p, p.routes[i], l.peers, &sent)
 		nobodySince = l.since

@@ -111,6 +111,9 @@ func TestServedBeforeTheLookup(t *testing.T) {
 	if early.ring.n != 1 || late.ring.n != 1 || p.open.Load() != 2 {
 		t.Errorf("after it: %d and %d events queued, %d targets open, want 1, 1 and 2", early.ring.n, late.ring.n, p.open.Load())
 	}
+	if !among([]*conn{early, late}, p.here[0]) {
+		t.Error("the one that came meanwhile does not count as one that was given the event")
+	}
 
 	own(early)
 	p = r.decode(arrival{msg: &returned{seq: 8}, at: time.Now()})
@@ -120,5 +123,48 @@ func TestServedBeforeTheLookup(t *testing.T) {
 	r.dispatch(p, time.Now())
 	if early.ring.n != 2 || p.open.Load() != 1 || !p.owned[0] {
 		t.Errorf("a socket that left during the look-up: %d events queued, %d targets open, owned %v; want 2, 1, true", early.ring.n, p.open.Load(), p.owned[0])
+	}
+}
+
+// TestWhoMissedAnEventHere: what is given up for want of a peer's answer is excepted for the sockets of this pod if each of
+// them has had it, or has been told; not if one has not, for whatever reason.
+func TestWhoMissedAnEventHere(t *testing.T) {
+	way := route{routeGeneral, "acme", "ann", ""}
+	for _, tc := range []struct {
+		name   string
+		end    func(r *router, c *conn, p *pulled)
+		missed bool
+	}{
+		{"written", func(r *router, c *conn, p *pulled) { r.hub.settle([]settlement{{&p.delivery, written}}, "") }, false},
+		{"dropped", func(r *router, c *conn, p *pulled) { r.hub.settle([]settlement{{&p.delivery, dropped}}, "buffer") }, false},
+		{"shed", func(r *router, c *conn, p *pulled) { r.hub.settle([]settlement{{&p.delivery, shed}}, "shed") }, true},
+		{"the socket died", func(r *router, c *conn, p *pulled) {
+			c.push(&p.delivery)
+			ends, _, _ := c.ring.close(nil, time.Now(), nil)
+			r.hub.settle(ends, "")
+		}, true},
+		{"left to a replay", func(r *router, c *conn, p *pulled) {
+			c.ring.replaying(leaveAll, p.seq-1, time.Now())
+			c.push(&p.delivery)
+		}, false},
+		{"left to a replay that may begin behind it", func(r *router, c *conn, p *pulled) {
+			c.ring.replaying(leaveAll, p.seq, time.Now())
+			c.push(&p.delivery)
+		}, true},
+	} {
+		r := newTestRouter(t)
+		r.parked.cfg.NATSMaxAckPending = 0 // what fails is shed
+		p := r.decode(arrival{msg: &returned{seq: 7}, at: time.Now()})
+		c := r.hub.newConn(goneConn{}, &claims{company: "acme", agent: "ann"}, lock{release: func() {}}, "req")
+		p.wanted()
+		p.open.Store(2) // this socket, and a peer
+		p.owned[0], p.here[0] = true, []*conn{c}
+		r.owners.routes[way] = &localRoute{route: way, conns: p.here[0]}
+		tc.end(r, c, p)
+		p.settle(failed) // the peer
+		m, ok := r.owners.marks[way]
+		if !ok || (m.except == "") != tc.missed {
+			t.Errorf("%s: marked %v (%v), missed here: want %v", tc.name, m, ok, tc.missed)
+		}
 	}
 }
