@@ -124,6 +124,70 @@ func TestKilledAfterGivingUp(t *testing.T) {
 	wantResumed(bob, bob.WantGap("expired"), lost)
 }
 
+// fewInHand are settings with which a pod gives up what more than a few events fail to reach.
+var fewInHand = harness.Settings("NATS_MAX_ACK_PENDING=40", "NATS_PREFETCH=10", "NATS_PARKED_BUDGET=10", "NATS_NAK_DELAY=200ms", "POD_LEASE=9s")
+
+// publishBeyondShare publishes events for desk1, fewer than a socket remembers, until pod has given some of them up.
+func publishBeyondShare(pod *harness.Pod) (seqs []uint64) {
+	pod.W.T.Helper()
+	for range 60 {
+		seqs = append(seqs, pod.W.Chat("acme", "desk1"))
+	}
+	pod.WaitMetric(func(v float64) bool { return v > 0 }, "dws_events_total", `outcome="shed"`)
+	return append(seqs, pod.W.Chat("acme", "desk1")) // with it the marks of those are read
+}
+
+// wantNoGap waits for the events seqs, of which none may be missing, come twice, or be followed or preceded by a gap.
+func wantNoGap(c *harness.Client, seqs []uint64) {
+	t := c.Pod.W.T
+	t.Helper()
+	c.Pod.W.Settled()
+	c.WaitEvent(c.Pod.W.Chat("acme", "desk1"))
+	for _, m := range c.Others() {
+		t.Errorf("%s has had every event, and is told: %s", c.Dial.User, m.Raw)
+	}
+	wantExactly(c, seqs)
+}
+
+// TestNoGapForADeadPodsSake: until the lease of a killed pod ends, events for its clients are given up though they have come to
+// another pod and get every one of them. They hear nothing of it.
+func TestNoGapForADeadPodsSake(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, fewInHand)
+	dead, alive := idlePod(w), w.Start()
+	ann := dead.Connect(harness.User("acme", "desk1", "ann"))
+	first := w.Chat("acme", "desk1")
+	ann.WantEvent(first)
+	dead.Kill()
+	ann = alive.Dial(harness.User("acme", "desk1", "ann").With("since", since(first)))
+	wantReplay(t, ann, "ready", first)
+	wantNoGap(ann, publishBeyondShare(alive))
+	if n := alive.Metric("dws_gaps_total"); n != 0 {
+		t.Errorf("%v gaps", n)
+	}
+	alive.WantLedgers()
+}
+
+// TestGapForThoseWhoMissed: of two clients of one agent, on two pods, one can't be reached by the pod that pulls. What is given
+// up for that is announced to her alone, though both pods read so in the log.
+func TestGapForThoseWhoMissed(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, fewInHand, harness.Settings("NATS_RETRY_HORIZON=2s"))
+	there, proxy := behindProxy(w, "NATS_CONSUMER_NAME=idle")
+	if _, err := w.JS.PauseConsumer(harness.Within(t, harness.Patience), w.Stream, "idle", time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	here := w.Start()
+	ann, eve := here.Connect(harness.User("acme", "desk1", "ann")), there.Connect(harness.User("acme", "desk1", "eve"))
+	first := w.Chat("acme", "desk1")
+	ann.WantEvent(first)
+	eve.WantEvent(first)
+	proxy.Cut()
+	due := publishBeyondShare(here)
+	wantResumed(eve, eve.WantGap("shed"), due[len(due)-1])
+	wantNoGap(ann, due)
+}
+
 // TestAbsentAgents: a client that arrives while its event waits for it gets it live. Where far more events come for agents
 // without a socket than may wait, who is there notices nothing, and who arrives then has his by the resume.
 func TestAbsentAgents(t *testing.T) {
