@@ -45,6 +45,7 @@ func TestGivenUpWithoutKnowingTheOwner(t *testing.T) {
 	root := there.Connect(harness.Admin("root", "acme", ""))
 	bob.SelectChat("c1")
 	ann.WantEvent(w.Chat("acme", "desk1"))
+	w.Settled() // she has it before her owners elsewhere are looked up
 	redis.Cut()
 	ann.WantEvent(w.Chat("acme", "desk1")) // an owner that is known; the pod notices
 	notReady(here, "redis")
