@@ -5,7 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -24,19 +27,25 @@ type past struct {
 
 	asking chan struct{} // room for 1: taken while the stream is asked for
 
+	replays  atomic.Int64          // under way
+	index    atomic.Pointer[index] // nil while few are
+	indexing chan struct{}         // room for 1: taken while the index is brought up to date
+
 	mu   sync.Mutex // guards next
 	next *finding   // has not been sent yet; nil = nobody waits
 }
 
 func newPast(cfg *settings, nc *nats.Conn, js jetstream.JetStream) *past {
-	return &past{cfg: cfg, nc: nc, js: js, slots: make(chan struct{}, cfg.Load().ResumeConcurrency), asking: make(chan struct{}, 1)}
+	return &past{
+		cfg: cfg, nc: nc, js: js, slots: make(chan struct{}, cfg.Load().ResumeConcurrency),
+		asking: make(chan struct{}, 1), indexing: make(chan struct{}, 1),
+	}
 }
 
 // track is one subject on its way through a replay.
 type track struct {
-	subject string    // may have wildcards
-	from    uint64    // next sequence to ask for; 0 = by start
-	start   time.Time // the zero time: from the stream's first message
+	subject string // may have wildcards
+	from    uint64 // next sequence to ask for
 	head    *jetstream.RawStreamMsg
 	atEnd   bool // the leader had nothing more, as of from
 }
@@ -104,12 +113,14 @@ func (p *past) answer(f *finding) {
 
 // replay reads several subjects in the order of the stream, pass by pass: each pass goes on where the one before ended.
 type replay struct {
-	past   *past
-	stream jetstream.Stream // whose library call asks the nearest replica where the stream allows it
-	tracks []track
-	since  uint64
-	before int // events of the overlap so far
-	after  int // events after since so far
+	past    *past
+	stream  jetstream.Stream // whose library call asks the nearest replica where the stream allows it
+	tracks  []track
+	since   uint64
+	direct  bool      // the stream allows direct gets
+	created time.Time // of the stream
+	before  int       // events of the overlap so far
+	after   int       // events after since so far
 }
 
 // overlapRoom is how many events of the overlap may be replayed for each that may be of those missed: the client has had
@@ -135,23 +146,36 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 	case since+1 < state.FirstSeq:
 		return nil, fmt.Errorf("%w: %d has expired, the stream begins at %d", errTooFar, since, state.FirstSeq)
 	}
-	r := &replay{past: p, stream: s, since: since}
-	at, err := p.notAfter(ctx, since, max(state.FirstSeq, 1))
+	r := &replay{past: p, stream: s, since: since, direct: info.Config.AllowDirect, created: info.Created}
+	from := max(state.FirstSeq, 1)
+	at, err := p.notAfter(ctx, since, from)
 	if err != nil {
 		return nil, err
 	}
-	var start time.Time
 	oldest := state.FirstTime
 	if at != nil {
-		start, oldest = at.Time.Add(-cfg.ResumeOverlap), at.Time
+		oldest = at.Time
+		begin, err := p.ask(ctx, map[string]any{"next_by_subj": ">", "start_time": at.Time.Add(-cfg.ResumeOverlap)})
+		if err != nil {
+			return nil, err
+		}
+		from = begin.Sequence
 	}
 	if state.Msgs > 0 && oldest.Before(state.LastTime.Add(-cfg.ResumeMaxAge)) {
 		return nil, fmt.Errorf("%w: %d is older than %s", errTooFar, since, cfg.ResumeMaxAge)
 	}
 	for _, subject := range subjects {
-		r.tracks = append(r.tracks, track{subject: subject, start: start})
+		r.tracks = append(r.tracks, track{subject: subject, from: from})
 	}
+	p.replays.Add(1)
 	return r, nil
+}
+
+// close ends the replay; with the last one the index goes.
+func (r *replay) close() {
+	if r.past.replays.Add(-1) == 0 {
+		r.past.index.Store(nil)
+	}
 }
 
 // notAfter finds the message seq or, where it was removed from within the stream, one before it: the overlap is counted from
@@ -179,6 +203,9 @@ func (r *replay) last(ctx context.Context) (uint64, error) {
 // pass hands f every event up to the sequence to, in order, and returns how many there were. It stops with errTooFar
 // when there are too many, and with f's error.
 func (r *replay) pass(ctx context.Context, to uint64, f func(*event) error) (n int, err error) {
+	if err := r.cover(ctx, to); err != nil {
+		slog.Debug("index of the stream not brought up to date", "err", err)
+	}
 	for {
 		var next *track
 		for i := range r.tracks {
@@ -241,32 +268,66 @@ func (p *past) decode(msg *jetstream.RawStreamMsg) (*event, error) {
 
 // fill finds the next message of t, if t may have one up to the sequence to. "Nothing more" is believed of the leader
 // alone; who was told so a moment ago asks it again at once.
-func (r *replay) fill(ctx context.Context, t *track, to uint64) error {
+func (r *replay) fill(ctx context.Context, t *track, to uint64) (err error) {
 	if t.head != nil || t.from > to {
 		return nil
 	}
-	var err error
-	if t.from > 0 && !t.atEnd {
-		t.head, err = limited(ctx, r.past, func(ctx context.Context) (*jetstream.RawStreamMsg, error) {
-			return r.stream.GetMsg(ctx, t.from, jetstream.WithGetMsgSubject(t.subject))
-		})
-		if err == nil {
-			return nil
-		}
+	if found, err := r.fillByIndex(ctx, t); found || err != nil {
+		return err
+	}
+	if t.from > to {
+		return nil
+	}
+	if !t.atEnd {
+		t.head, err = r.get(ctx, t.from, jetstream.WithGetMsgSubject(t.subject))
 		if !errors.Is(err, jetstream.ErrMsgNotFound) {
-			return fmt.Errorf("read %s from %d: %w", t.subject, t.from, err)
+			return err
 		}
 	}
-	ask := map[string]any{"next_by_subj": t.subject, "seq": max(t.from, 1)}
-	if t.from == 0 && !t.start.IsZero() {
-		ask = map[string]any{"next_by_subj": t.subject, "start_time": t.start}
-	}
-	t.head, err = r.past.ask(ctx, ask)
+	t.head, err = r.past.ask(ctx, map[string]any{"next_by_subj": t.subject, "seq": t.from})
 	if t.atEnd = errors.Is(err, jetstream.ErrMsgNotFound); t.atEnd {
 		t.from = to + 1 // asked after the stream's end was known: there is none up to it
 		return nil
 	}
 	return err
+}
+
+// fillByIndex goes on as far as the index reaches, if it knows t's place.
+func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err error) {
+	x := r.past.index.Load()
+	if x == nil || !x.created.Equal(r.created) || strings.Contains(t.subject, "*") {
+		return false, nil
+	}
+	for t.head == nil {
+		seq, next, ok := x.after(t.subject, t.from)
+		switch {
+		case !ok:
+			return false, nil
+		case seq == 0:
+			t.from = next
+			return false, nil
+		}
+		t.from, t.atEnd = seq, false
+		t.head, err = r.get(ctx, seq)
+		if errors.Is(err, jetstream.ErrMsgNotFound) { // removed meanwhile, or a replica is behind
+			t.head, err = r.past.ask(ctx, map[string]any{"seq": seq})
+		}
+		switch {
+		case errors.Is(err, jetstream.ErrMsgNotFound):
+			t.from++
+		case err != nil:
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+func (r *replay) get(ctx context.Context, seq uint64, opts ...jetstream.GetMsgOpt) (*jetstream.RawStreamMsg, error) {
+	m, err := limited(ctx, r.past, func(ctx context.Context) (*jetstream.RawStreamMsg, error) { return r.stream.GetMsg(ctx, seq, opts...) })
+	if err != nil {
+		return nil, fmt.Errorf("read stream from %d: %w", seq, err)
+	}
+	return m, nil
 }
 
 // ask has the stream's leader find a message (the request is that of JSApiMsgGetRequest; start_time needs a server of

@@ -138,3 +138,31 @@ func TestQuestionsAreShared(t *testing.T) {
 		}
 	})
 }
+
+// TestIndex: it tells of the part of the stream that it has read, and of nothing else.
+func TestIndex(t *testing.T) {
+	x := newIndex(time.Now(), 10)
+	for _, m := range []struct {
+		subject string
+		seq     uint64
+	}{{"a", 12}, {"b", 13}, {"a", 17}} { // the others were removed, or are of other subjects
+		x.note(m.subject, m.seq)
+	}
+	for _, tc := range []struct {
+		subject   string
+		from, seq uint64
+		known     bool
+	}{
+		{"a", 9, 0, false}, // before it begins
+		{"a", 10, 12, true}, {"a", 12, 12, true}, {"a", 13, 17, true}, {"a", 17, 17, true},
+		{"b", 10, 13, true}, {"b", 14, 0, true}, {"c", 10, 0, true},
+		{"a", 18, 0, false}, {"c", 18, 0, false}, // not read yet
+	} {
+		if seq, end, known := x.after(tc.subject, tc.from); seq != tc.seq || known != tc.known || known && end != 18 {
+			t.Errorf("after %d for %s: %d, up to %d, known %v; want %d, 18, %v", tc.from, tc.subject, seq, end, known, tc.seq, tc.known)
+		}
+	}
+	if x.end() != 18 || x.length() != 8 {
+		t.Errorf("it ends at %d and is %d long, want 18 and 8", x.end(), x.length())
+	}
+}

@@ -89,6 +89,7 @@ func (c *conn) passes(ctx context.Context, since uint64, subjects []string) (n i
 	if err != nil {
 		return 0, 0, err
 	}
+	defer r.close()
 	write := func(ev *event) error {
 		c.ring.waitRoom()
 		if c.closing() {

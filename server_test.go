@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -509,4 +510,34 @@ func TestDebugHandler(t *testing.T) {
 	if w.Code != 200 || !strings.Contains(w.Body.String(), "goroutine profile") {
 		t.Errorf("%d %s", w.Code, w.Body)
 	}
+}
+
+// crowd is a listener at which connections wait.
+type crowd struct{ net.Listener }
+
+func (crowd) Accept() (net.Conn, error) { return nil, nil }
+
+// TestCrowdIsPaced: a few connections are accepted at once, and those of a crowd one after the other; after a while a few
+// are again.
+func TestCrowdIsPaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &pacedListener{Listener: crowd{}}
+		accept := func(n int) time.Duration {
+			start := time.Now()
+			for range n {
+				l.Accept()
+			}
+			return time.Since(start)
+		}
+		if took := accept(acceptBurst); took != 0 {
+			t.Errorf("a few connections took %v, want no time", took)
+		}
+		if took := accept(1000); took != 1000*acceptEvery {
+			t.Errorf("1000 more took %v, want %v", took, 1000*acceptEvery)
+		}
+		time.Sleep(acceptBurst * acceptEvery)
+		if took := accept(acceptBurst); took != 0 {
+			t.Errorf("a few connections after a pause took %v, want no time", took)
+		}
+	})
 }

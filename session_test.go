@@ -50,7 +50,7 @@ func TestSessionReadyFollowsRelease(t *testing.T) {
 		start := time.Now()
 		time.AfterFunc(300*time.Millisecond, first.release)
 		second := b.open(t, "c:a:u")
-		wantTook(t, start, 300*time.Millisecond, 350*time.Millisecond)
+		wantTook(t, start, 300*time.Millisecond, 300*time.Millisecond+sessionLongestPause)
 		wantState(t, first, "4402 session-replaced")
 		v.wantHolder(t, "c:a:u", second.id)
 	})

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"daisi-ws-service/dev/feed"
@@ -232,6 +234,76 @@ func TestResumeJoinsTheFlow(t *testing.T) {
 	lost := slices.DeleteFunc(slices.Clone(published), func(seq uint64) bool { return seen[seq] })
 	if len(lost) > 0 || len(published) < 60 {
 		t.Errorf("%d published, of which %v did not arrive", len(published), lost)
+	}
+}
+
+// TestResumeOfMany: when many resume at once, what each of them missed is found by an index of the stream, where that allows
+// direct gets, and by asking subject by subject where it does not: the same events, in order, without those that were removed,
+// and joined to the flow.
+func TestResumeOfMany(t *testing.T) {
+	t.Parallel()
+	const clients, rounds = 150, 4
+	for _, direct := range []bool{true, false} {
+		t.Run(fmt.Sprintf("direct gets %t", direct), func(t *testing.T) {
+			t.Parallel()
+			w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) { c.AllowDirect = direct }))
+			pod := w.Start("RESUME_CONCURRENCY=1", "NATS_NAK_DELAY=100ms", "NATS_ACK_WAIT=4s", "NATS_RETRY_HORIZON=2s", "WEBSOCKET_WRITE_TIMEOUT=1s", "WEBSOCKET_BLOCK_TIMEOUT=500ms", "PEER_TIMEOUT=500ms")
+			agent := func(i int) string { return fmt.Sprint("desk", i) }
+			due := make([][]uint64, clients)
+			for round := range rounds {
+				for i := range clients {
+					due[i] = append(due[i], w.Chat("acme", agent(i)), w.Contact("acme", agent(i)))
+					w.Message("acme", agent(i), "unselected")
+				}
+				stream, err := w.JS.Stream(t.Context(), w.Stream)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := stream.DeleteMsg(t.Context(), due[round][2*round]); err != nil {
+					t.Fatal(err)
+				}
+				due[round] = slices.Delete(due[round], 2*round, 2*round+1)
+			}
+			requests := make(chan *nats.Msg, 100_000)
+			if _, err := w.NC.ChanSubscribe("$JS.API.DIRECT.GET."+w.Stream, requests); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.NC.Flush(); err != nil {
+				t.Fatal(err)
+			}
+
+			var wg sync.WaitGroup
+			for i := range clients {
+				wg.Go(func() {
+					d := harness.User("acme", agent(i), "ann").With("since", since(due[i][0]))
+					d.Gorilla = true
+					c := pod.Dial(d)
+					c.TakeType("ready")
+					var got []uint64
+					for _, m := range c.Events() {
+						if m.Replay {
+							got = append(got, m.Seq)
+						}
+					}
+					live := w.Chat("acme", agent(i)) // beside the replays of the others
+					c.WaitEvent(live)
+					if !slices.Equal(got, due[i]) {
+						t.Errorf("%s was replayed %v, want %v", d.Agent, got, due[i])
+					}
+				})
+			}
+			wg.Wait()
+			batches := 0
+			for range len(requests) {
+				if bytes.Contains((<-requests).Data, []byte(`"batch":`)) {
+					batches++
+				}
+			}
+			if direct != (batches > 0) {
+				t.Errorf("%d requests of batches for the index", batches)
+			}
+			pod.WantLedgers()
+		})
 	}
 }
 

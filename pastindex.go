@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// To find the next event of a subject, a server looks at every message between it and the last one, 40 ns each, for each of
+// the subjects of each client that resumes: 5,000 clients of a dead pod kept it busy for 16 s. To hand all messages out once,
+// and have this pod note their places, costs it 6 µs for each message: less from some sixty replays on, however far they go.
+const (
+	indexReplays = 64      // under way at the same time, from which on an index is kept
+	indexLength  = 500_000 // messages that a replay may go back to be worth it; the index drops what is twice as long
+	indexMargin  = 10_000  // messages that the index begins earlier than the first replay, for those that follow
+	indexBatch   = 64      // messages of one request: meanwhile the server stores nothing
+	indexBytes   = 128 << 10
+)
+
+// index tells the sequences of each subject's messages in a part of the stream, while many replays are under way.
+type index struct {
+	created time.Time // of the stream
+
+	mu    sync.Mutex // guards all below
+	first uint64     // it knows all messages from this one on
+	next  uint64     // and none from this one on
+	seqs  map[string][]uint64
+}
+
+func newIndex(created time.Time, first uint64) *index {
+	return &index{created: created, first: first, next: first, seqs: map[string][]uint64{}}
+}
+
+// after finds the first message of subject from the sequence from on; 0 when there is none before next. It says false when
+// the index does not know.
+func (x *index) after(subject string, from uint64) (seq, next uint64, ok bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if from < x.first || from >= x.next {
+		return 0, 0, false
+	}
+	all := x.seqs[subject]
+	if i, _ := slices.BinarySearch(all, from); i < len(all) {
+		return all[i], x.next, true
+	}
+	return 0, x.next, true
+}
+
+func (x *index) note(subject string, seq uint64) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.seqs[subject] = append(x.seqs[subject], seq)
+	x.next = seq + 1
+}
+
+func (x *index) length() uint64 {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.next - x.first
+}
+
+func (x *index) end() (next uint64) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.next
+}
+
+// cover brings the index up to the sequence to, if an index is worth it; one caller at a time, so that the others find it
+// done. Where it does not reach, messages are asked for by subject.
+func (r *replay) cover(ctx context.Context, to uint64) error {
+	p, from := r.past, to
+	for _, t := range r.tracks {
+		from = min(from, t.from)
+	}
+	if !r.direct || p.replays.Load() < indexReplays || to-from > indexLength {
+		return nil
+	}
+	select {
+	case p.indexing <- struct{}{}:
+		defer func() { <-p.indexing }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	x := p.index.Load()
+	if x == nil || !x.created.Equal(r.created) || x.length() > 2*indexLength {
+		x = newIndex(r.created, from-min(from-1, indexMargin))
+		p.index.Store(x)
+	}
+	return p.extend(ctx, x, to)
+}
+
+// extend reads on up to the sequence to.
+func (p *past) extend(ctx context.Context, x *index, to uint64) error {
+	if x.end() > to {
+		return nil
+	}
+	inbox := p.nc.NewRespInbox()
+	sub, err := p.nc.SubscribeSync(inbox)
+	if err != nil {
+		return fmt.Errorf("subscribe to answers of the stream: %w", err)
+	}
+	defer sub.Unsubscribe()
+	for next, more := x.end(), true; more && next <= to; next = x.end() {
+		more, err = limited(ctx, p, func(ctx context.Context) (bool, error) { return p.readBatch(ctx, x, sub, next) })
+		if err != nil {
+			return fmt.Errorf("read stream %s from %d for the index: %w", p.cfg.Load().NATSStreamName, next, err)
+		}
+	}
+	return nil
+}
+
+// readBatch notes the messages from the sequence from on, as many as one request yields (a direct get with a batch, NATS
+// 2.11). It says false when a replica has no more; another may.
+func (p *past) readBatch(ctx context.Context, x *index, sub *nats.Subscription, from uint64) (more bool, err error) {
+	request, err := json.Marshal(map[string]any{"seq": from, "batch": indexBatch, "max_bytes": indexBytes})
+	if err != nil {
+		return false, err
+	}
+	if err := p.nc.PublishRequest("$JS.API.DIRECT.GET."+p.cfg.Load().NATSStreamName, sub.Subject, request); err != nil {
+		return false, err
+	}
+	for last := "0"; ; {
+		m, err := sub.NextMsgWithContext(ctx)
+		if err != nil {
+			return false, err
+		}
+		switch status := m.Header.Get("Status"); status {
+		case "":
+		case "204": // the batch's end
+			if got := m.Header.Get("Nats-Last-Sequence"); got != last {
+				return false, fmt.Errorf("the batch ended behind %q, not %s", got, last)
+			}
+			return last != "0", nil
+		case "404":
+			return false, nil
+		default:
+			return false, fmt.Errorf("status %s %s", status, m.Header.Get("Description"))
+		}
+		number := m.Header.Get("Nats-Sequence")
+		seq, err := strconv.ParseUint(number, 10, 64)
+		if err != nil || m.Header.Get("Nats-Last-Sequence") != last {
+			return false, fmt.Errorf("got sequence %q behind %q, not %s", number, m.Header.Get("Nats-Last-Sequence"), last)
+		}
+		x.note(m.Header.Get("Nats-Subject"), seq)
+		last = number
+	}
+}
