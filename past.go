@@ -317,6 +317,9 @@ func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err err
 			t.from++
 		case err != nil:
 			return false, err
+		case t.head.Subject != t.subject: // the same hash
+			t.head = nil
+			t.from++
 		}
 	}
 	return true, nil

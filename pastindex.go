@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"hash/maphash"
 	"slices"
 	"strconv"
 	"sync"
@@ -26,26 +27,27 @@ const (
 // index tells the sequences of each subject's messages in a part of the stream, while many replays are under way.
 type index struct {
 	created time.Time // of the stream
+	seed    maphash.Seed
 
-	mu    sync.Mutex // guards all below
-	first uint64     // it knows all messages from this one on
-	next  uint64     // and none from this one on
-	seqs  map[string][]uint64
+	mu    sync.Mutex          // guards all below
+	first uint64              // it knows all messages from this one on
+	next  uint64              // and none from this one on
+	seqs  map[uint64][]uint64 // by the hash of the subject: two subjects may share one
 }
 
 func newIndex(created time.Time, first uint64) *index {
-	return &index{created: created, first: first, next: first, seqs: map[string][]uint64{}}
+	return &index{created: created, seed: maphash.MakeSeed(), first: first, next: first, seqs: map[uint64][]uint64{}}
 }
 
-// after finds the first message of subject from the sequence from on; 0 when there is none before next. It says false when
-// the index does not know.
+// after finds the first message, probably of subject, from the sequence from on; 0 when there is none before next. It says
+// false when the index does not know.
 func (x *index) after(subject string, from uint64) (seq, next uint64, ok bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if from < x.first || from >= x.next {
 		return 0, 0, false
 	}
-	all := x.seqs[subject]
+	all := x.seqs[maphash.String(x.seed, subject)]
 	if i, _ := slices.BinarySearch(all, from); i < len(all) {
 		return all[i], x.next, true
 	}
@@ -55,7 +57,8 @@ func (x *index) after(subject string, from uint64) (seq, next uint64, ok bool) {
 func (x *index) note(subject string, seq uint64) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.seqs[subject] = append(x.seqs[subject], seq)
+	hash := maphash.String(x.seed, subject)
+	x.seqs[hash] = append(x.seqs[hash], seq)
 	x.next = seq + 1
 }
 
