@@ -298,6 +298,7 @@ func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err err
 	if x == nil || !x.created.Equal(r.created) || strings.Contains(t.subject, "*") {
 		return false, nil
 	}
+	start := t.from
 	for t.head == nil {
 		seq, next, ok := x.after(t.subject, t.from)
 		switch {
@@ -309,10 +310,14 @@ func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err err
 		}
 		t.from, t.atEnd = seq, false
 		t.head, err = r.get(ctx, seq)
-		if errors.Is(err, jetstream.ErrMsgNotFound) { // removed meanwhile, or a replica is behind
+		if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && !t.isHead(seq) { // removed meanwhile, or a replica is behind
 			t.head, err = r.past.ask(ctx, map[string]any{"seq": seq})
 		}
 		switch {
+		case err == nil && !t.isHead(seq): // the stream was made anew, or lost its end, and this is somebody else's
+			t.head, t.from = nil, start
+			r.past.index.CompareAndSwap(x, nil)
+			return false, nil
 		case errors.Is(err, jetstream.ErrMsgNotFound):
 			t.from++
 		case err != nil:
@@ -324,6 +329,8 @@ func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err err
 	}
 	return true, nil
 }
+
+func (t *track) isHead(seq uint64) bool { return t.head.Sequence == seq && t.head.Subject == t.subject }
 
 func (r *replay) get(ctx context.Context, seq uint64, opts ...jetstream.GetMsgOpt) (*jetstream.RawStreamMsg, error) {
 	m, err := limited(ctx, r.past, func(ctx context.Context) (*jetstream.RawStreamMsg, error) { return r.stream.GetMsg(ctx, seq, opts...) })

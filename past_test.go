@@ -3,11 +3,13 @@ package main
 import (
 	"context"
 	"errors"
+	"net"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -162,7 +164,71 @@ func TestIndex(t *testing.T) {
 			t.Errorf("after %d for %s: %d, up to %d, known %v; want %d, 18, %v", tc.from, tc.subject, seq, end, known, tc.seq, tc.known)
 		}
 	}
-	if x.end() != 18 || x.length() != 8 {
-		t.Errorf("it ends at %d and is %d long, want 18 and 8", x.end(), x.length())
+	if x.end() != 18 {
+		t.Errorf("it ends at %d, want 18", x.end())
+	}
+}
+
+// fakeStream answers by sequence.
+type fakeStream struct {
+	jetstream.Stream
+	msgs map[uint64]*jetstream.RawStreamMsg
+}
+
+func (s fakeStream) GetMsg(_ context.Context, seq uint64, _ ...jetstream.GetMsgOpt) (*jetstream.RawStreamMsg, error) {
+	if m := s.msgs[seq]; m != nil {
+		return m, nil
+	}
+	return nil, jetstream.ErrMsgNotFound
+}
+
+// TestIndexOfAnotherStream: where a sequence that the index names is by now that of somebody else's event, as when the stream
+// was made anew, nobody is shown it, and the index goes.
+func TestIndexOfAnotherStream(t *testing.T) {
+	nobody, err := net.Listen("tcp", "127.0.0.1:0") // no NATS: the leader can't be asked
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody.Close()
+	nc, err := nats.Connect("nats://"+nobody.Addr().String(), nats.RetryOnFailedConnect(true))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	cfg := &settings{}
+	cfg.Store(&Config{ResumeConcurrency: 1, ResumeMaxEvents: 10, NATSSubjectPrefix: "wa"})
+	p := newPast(cfg, nc, nil)
+	x := newIndex(time.Now(), 1)
+	x.note("wa.acme.ann.chats", 5)
+	p.index.Store(x)
+	r := &replay{past: p, created: x.created, direct: true, tracks: []track{{subject: "wa.acme.ann.chats", from: 1}},
+		stream: fakeStream{msgs: map[uint64]*jetstream.RawStreamMsg{5: {Subject: "wa.other.bob.chats", Sequence: 5, Data: []byte("{}")}}}}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := r.pass(ctx, 5, func(ev *event) error { t.Errorf("acme is shown an event of %s", ev.company); return nil }); err == nil {
+		t.Error("the replay counts as whole")
+	}
+}
+
+// TestHeadersOfTheServer: what a publisher has put there is not taken for the server's.
+func TestHeadersOfTheServer(t *testing.T) {
+	m := &nats.Msg{Header: nats.Header{"Nats-Sequence": {"999999", "6"}}}
+	if got := ofServer(m, "Nats-Sequence"); got != "6" {
+		t.Errorf("sequence %s, want 6", got)
+	}
+	if got := ofServer(m, "Nats-Subject"); got != "" {
+		t.Errorf("subject %q, want none", got)
+	}
+}
+
+// TestIndexOfAnEmptyStream: there is nothing to read, and no index that would never be of use.
+func TestIndexOfAnEmptyStream(t *testing.T) {
+	cfg := &settings{}
+	cfg.Store(&Config{ResumeConcurrency: 1})
+	p := newPast(cfg, nil, nil)
+	p.replays.Store(indexReplays)
+	r := &replay{past: p, direct: true, tracks: []track{{subject: "wa.acme.ann.chats", from: 1}}}
+	if err := r.cover(t.Context(), 0); err != nil || p.index.Load() != nil {
+		t.Errorf("%v, index %v", err, p.index.Load())
 	}
 }

@@ -28,11 +28,11 @@ const (
 type index struct {
 	created time.Time // of the stream
 	seed    maphash.Seed
+	first   uint64 // it knows all messages from this one on
 
-	mu    sync.Mutex          // guards all below
-	first uint64              // it knows all messages from this one on
-	next  uint64              // and none from this one on
-	seqs  map[uint64][]uint64 // by the hash of the subject: two subjects may share one
+	mu   sync.Mutex          // guards all below
+	next uint64              // it knows none from this one on
+	seqs map[uint64][]uint64 // by the hash of the subject: two subjects may share one
 }
 
 func newIndex(created time.Time, first uint64) *index {
@@ -62,12 +62,6 @@ func (x *index) note(subject string, seq uint64) {
 	x.next = seq + 1
 }
 
-func (x *index) length() uint64 {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return x.next - x.first
-}
-
 func (x *index) end() (next uint64) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -81,7 +75,7 @@ func (r *replay) cover(ctx context.Context, to uint64) error {
 	for _, t := range r.tracks {
 		from = min(from, t.from)
 	}
-	if !r.direct || p.replays.Load() < indexReplays || to-from > indexLength {
+	if !r.direct || p.replays.Load() < indexReplays || from == 0 || to-from > indexLength { // 0: the stream is empty
 		return nil
 	}
 	select {
@@ -91,7 +85,7 @@ func (r *replay) cover(ctx context.Context, to uint64) error {
 		return ctx.Err()
 	}
 	x := p.index.Load()
-	if x == nil || !x.created.Equal(r.created) || x.length() > 2*indexLength {
+	if x == nil || !x.created.Equal(r.created) || to > x.first+2*indexLength { // one left behind by fewer replays may have far to go
 		x = newIndex(r.created, from-min(from-1, indexMargin))
 		p.index.Store(x)
 	}
@@ -103,8 +97,7 @@ func (p *past) extend(ctx context.Context, x *index, to uint64) error {
 	if x.end() > to {
 		return nil
 	}
-	inbox := p.nc.NewRespInbox()
-	sub, err := p.nc.SubscribeSync(inbox)
+	sub, err := p.nc.SubscribeSync(p.nc.NewInbox()) // a response inbox is subscribed to already: each answer would come twice
 	if err != nil {
 		return fmt.Errorf("subscribe to answers of the stream: %w", err)
 	}
@@ -133,24 +126,36 @@ func (p *past) readBatch(ctx context.Context, x *index, sub *nats.Subscription, 
 		if err != nil {
 			return false, err
 		}
-		switch status := m.Header.Get("Status"); status {
-		case "":
-		case "204": // the batch's end
-			if got := m.Header.Get("Nats-Last-Sequence"); got != last {
-				return false, fmt.Errorf("the batch ended behind %q, not %s", got, last)
+		number, behind := ofServer(m, "Nats-Sequence"), ofServer(m, "Nats-Last-Sequence")
+		switch status := m.Header.Get("Status"); {
+		case number != "" && ofServer(m, "Nats-Stream") != p.cfg.Load().NATSStreamName: // it may have a filter
+			return false, fmt.Errorf("a mirror answered: %s", ofServer(m, "Nats-Stream"))
+		case number != "": // a message of the stream, whatever its publisher's headers say
+		case status == "204": // the batch's end
+			if behind != last {
+				return false, fmt.Errorf("the batch ended behind %q, not %s", behind, last)
 			}
 			return last != "0", nil
-		case "404":
+		case status == "404":
 			return false, nil
 		default:
 			return false, fmt.Errorf("status %s %s", status, m.Header.Get("Description"))
 		}
-		number := m.Header.Get("Nats-Sequence")
 		seq, err := strconv.ParseUint(number, 10, 64)
-		if err != nil || m.Header.Get("Nats-Last-Sequence") != last {
-			return false, fmt.Errorf("got sequence %q behind %q, not %s", number, m.Header.Get("Nats-Last-Sequence"), last)
+		if err != nil || behind != last {
+			return false, fmt.Errorf("got sequence %q behind %q, not %s", number, behind, last)
 		}
-		x.note(m.Header.Get("Nats-Subject"), seq)
+		x.note(ofServer(m, "Nats-Subject"), seq)
 		last = number
 	}
+}
+
+// ofServer is a header that the server has added, behind those of the publisher: a message may have come with the same ones,
+// such as one that was read from a stream and is published again.
+func ofServer(m *nats.Msg, key string) string {
+	values := m.Header.Values(key)
+	if len(values) == 0 {
+		return ""
+	}
+	return values[len(values)-1]
 }
