@@ -84,9 +84,9 @@ func (r *replay) cover(ctx context.Context, to uint64) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	x := p.index.Load()
-	if x == nil || !x.created.Equal(r.created) || to > x.first+2*indexLength { // one left behind by fewer replays may have far to go
-		x = newIndex(r.created, from-min(from-1, indexMargin))
+	x, first := p.index.Load(), from-min(from-1, indexMargin)
+	if x == nil || !x.created.Equal(r.created) || x.end() < first || to > x.first+2*indexLength { // left behind by fewer replays
+		x = newIndex(r.created, first)
 		p.index.Store(x)
 	}
 	return p.extend(ctx, x, to)

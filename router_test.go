@@ -23,6 +23,8 @@ func (m *returned) Metadata() (*jetstream.MsgMetadata, error) {
 	return &jetstream.MsgMetadata{Sequence: jetstream.SequencePair{Stream: m.seq}, NumDelivered: 1, Timestamp: time.Now()}, nil
 }
 
+func (m *returned) Ack() error { return nil }
+
 func (m *returned) Nak() error {
 	m.naks++
 	return nil
@@ -101,6 +103,7 @@ func TestServedBeforeTheLookup(t *testing.T) {
 	own(early)
 	p := r.decode(arrival{msg: &returned{seq: 7}, at: time.Now()})
 	p.wanted()
+	r.owners.findHere([]*pulled{p})
 	r.serveHere(p)
 	if early.ring.n != 1 || p.open.Load() != 2 {
 		t.Fatalf("before the look-up: %d events queued, %d targets open, want 1 and 2", early.ring.n, p.open.Load())
@@ -118,6 +121,7 @@ func TestServedBeforeTheLookup(t *testing.T) {
 	own(early)
 	p = r.decode(arrival{msg: &returned{seq: 8}, at: time.Now()})
 	p.wanted()
+	r.owners.findHere([]*pulled{p})
 	r.serveHere(p)
 	own() // it left
 	r.dispatch(p, time.Now())
@@ -166,5 +170,58 @@ func TestWhoMissedAnEventHere(t *testing.T) {
 		if !ok || (m.except == "") != tc.missed {
 			t.Errorf("%s: marked %v (%v), missed here: want %v", tc.name, m, ok, tc.missed)
 		}
+	}
+}
+
+// TestWhoComesInTheMidstOfABatch gets what he gets of it in its order.
+func TestWhoComesInTheMidstOfABatch(t *testing.T) {
+	r := newTestRouter(t)
+	way := route{routeGeneral, "acme", "ann", ""}
+	c := r.hub.newConn(goneConn{}, &claims{company: "acme", agent: "ann"}, lock{release: func() {}}, "req")
+	c.ring.ready = true
+	var batch []*pulled
+	for seq := range uint64(3) {
+		p := r.decode(arrival{msg: &returned{seq: seq + 1}, at: time.Now()})
+		p.wanted()
+		batch = append(batch, p)
+	}
+	r.owners.findHere(batch)
+	r.owners.cache[way] = &answer{}
+	for i, p := range batch {
+		r.serveHere(p)
+		if i == 0 {
+			r.owners.routes[way] = &localRoute{route: way, conns: []*conn{c}}
+		}
+	}
+	for _, p := range batch {
+		r.dispatch(p, time.Now())
+	}
+	for i := range c.ring.n {
+		if got := c.ring.at(i).d.seq; got != uint64(i+1) {
+			t.Errorf("event %d is that of sequence %d", i, got)
+		}
+	}
+}
+
+// TestShareWithinABatch: a stuck socket gives up no more than what brings the pod back to its share, though all of it came in
+// one batch.
+func TestShareWithinABatch(t *testing.T) {
+	r := newTestRouter(t)
+	r.hub.policy.size = 128
+	way := route{routeGeneral, "acme", "ann", ""}
+	c := r.hub.newConn(goneConn{}, &claims{company: "acme", agent: "ann"}, lock{release: func() {}}, "req")
+	c.ring.ready, c.ring.state, c.ring.stuck = true, alone, true
+	r.hub.slow[c] = 1
+	r.owners.routes[way] = &localRoute{route: way, conns: []*conn{c}}
+	r.owners.cache[way] = &answer{}
+	r.owners.away.Store(true) // what is known serves
+	var batch []arrival
+	for seq := range uint64(r.parked.share()) + 1 {
+		r.inHand.Add(1)
+		batch = append(batch, arrival{msg: &returned{seq: seq + 1}, at: time.Now()})
+	}
+	r.route(t.Context(), batch)
+	if int64(c.ring.n) != r.parked.share() || r.inHand.Load() != r.parked.share() {
+		t.Errorf("%d events wait, %d in hand; want %d, one having been given up", c.ring.n, r.inHand.Load(), r.parked.share())
 	}
 }
