@@ -280,7 +280,7 @@ func (r *replay) fill(ctx context.Context, t *track, to uint64) (err error) {
 	}
 	if !t.atEnd {
 		t.head, err = r.get(ctx, t.from, jetstream.WithGetMsgSubject(t.subject))
-		if !errors.Is(err, jetstream.ErrMsgNotFound) {
+		if !errors.Is(err, jetstream.ErrMsgNotFound) && (err != nil || !disguised(t.head)) {
 			return err
 		}
 	}
@@ -310,7 +310,7 @@ func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err err
 		}
 		t.from, t.atEnd = seq, false
 		t.head, err = r.get(ctx, seq)
-		if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && !t.isHead(seq) { // removed meanwhile, or a replica is behind
+		if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && !t.isHead(seq) { // removed meanwhile, disguised, or a replica is behind
 			t.head, err = r.past.ask(ctx, map[string]any{"seq": seq})
 		}
 		switch {
@@ -322,15 +322,18 @@ func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err err
 			t.from++
 		case err != nil:
 			return false, err
-		case t.head.Subject != t.subject: // the same hash
-			t.head = nil
-			t.from++
 		}
 	}
 	return true, nil
 }
 
 func (t *track) isHead(seq uint64) bool { return t.head.Sequence == seq && t.head.Subject == t.subject }
+
+// disguised says whether m came with a publisher's own headers of those names, which the library takes for the server's: such as
+// a message that was read from a stream and is published again.
+func disguised(m *jetstream.RawStreamMsg) bool {
+	return len(m.Header.Values(jetstream.SequenceHeader)) > 1 || len(m.Header.Values(jetstream.SubjectHeader)) > 1
+}
 
 func (r *replay) get(ctx context.Context, seq uint64, opts ...jetstream.GetMsgOpt) (*jetstream.RawStreamMsg, error) {
 	m, err := limited(ctx, r.past, func(ctx context.Context) (*jetstream.RawStreamMsg, error) { return r.stream.GetMsg(ctx, seq, opts...) })

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"math"
 	"runtime"
-	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -315,15 +314,23 @@ func (r *router) refuse(p *pulled, err error) {
 func (r *router) serveHere(p *pulled) {
 	p.open.Store(1)
 	for i := range p.ways() {
-		p.open.Add(int32(len(p.here[i])))
 		for _, c := range p.here[i] {
 			r.pace(c)
-			c.push(&p.delivery)
 		}
+		p.push(p.here[i])
 	}
 }
 
-// dispatch hands an event to its other owners: peers, and sockets that came after serveHere.
+func (p *pulled) push(conns []*conn) {
+	p.open.Add(int32(len(conns)))
+	for _, c := range conns {
+		c.push(&p.delivery)
+	}
+}
+
+// dispatch hands an event to its owners elsewhere. A socket here that has come since serveHere was confirmed after the event
+// had been published: it is owed nothing but by its replay, which reads the stream's end after it has come. An event that
+// nobody here would have had is given to it, rather than wait for a second delivery.
 func (r *router) dispatch(p *pulled, now time.Time) {
 	targets, known, believed := 0, true, true
 	var sent []member
@@ -333,11 +340,11 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 		known = known && l.known
 		believed = believed && (l.nobody || len(l.conns)+len(l.peers) > 0)
 		p.owned[i] = !l.nobody || len(p.here[i]) > 0 // what Redis was not asked about may have an owner that only it knows
-		targets += len(p.here[i])
-		if !slices.Equal(l.conns, p.here[i]) {
-			targets += p.serveLate(l.conns, p.here[i])
+		if len(p.here[i]) == 0 && p.kind != kindMessage {
 			p.here[i] = l.conns
+			p.push(l.conns)
 		}
+		targets += len(p.here[i])
 		targets += r.forward(p, p.routes[i], l.peers, &sent)
 		nobodySince = l.since
 	}
@@ -366,22 +373,6 @@ func (r *router) keepShare() {
 			return
 		}
 	}
-}
-
-// serveLate hands an event to those sockets of now that were not there in time.
-func (p *pulled) serveLate(now, inTime []*conn) (targets int) {
-	served := make(map[*conn]bool, len(inTime))
-	for _, c := range inTime {
-		served[c] = true
-	}
-	for _, c := range now {
-		if !served[c] {
-			p.open.Add(1)
-			c.push(&p.delivery)
-			targets++
-		}
-	}
-	return targets
 }
 
 // pace waits while a ring is full only because this pod's own writers are behind, as in the burst after an outage: of 5,000

@@ -87,8 +87,8 @@ func TestArrivedAt(t *testing.T) {
 	}
 }
 
-// TestServedBeforeTheLookup: a socket of this pod has an event queued before Redis has answered; one that comes meanwhile
-// gets it too, nobody gets it twice, and it is not settled before its owners elsewhere are known.
+// TestServedBeforeTheLookup: a socket of this pod has an event queued before Redis has answered, and the event is not settled
+// before its owners elsewhere are known. One that comes meanwhile gets it only where nobody here has had it.
 func TestServedBeforeTheLookup(t *testing.T) {
 	r := newTestRouter(t)
 	way := route{routeGeneral, "acme", "ann", ""}
@@ -99,35 +99,41 @@ func TestServedBeforeTheLookup(t *testing.T) {
 	}
 	early, late := socket(), socket()
 	own := func(conns ...*conn) { r.owners.routes[way] = &localRoute{route: way, conns: conns} }
-
-	own(early)
-	p := r.decode(arrival{msg: &returned{seq: 7}, at: time.Now()})
-	p.wanted()
-	r.owners.findHere([]*pulled{p})
-	r.serveHere(p)
-	if early.ring.n != 1 || p.open.Load() != 2 {
-		t.Fatalf("before the look-up: %d events queued, %d targets open, want 1 and 2", early.ring.n, p.open.Load())
+	serve := func(seq uint64) *pulled {
+		p := r.decode(arrival{msg: &returned{seq: seq}, at: time.Now()})
+		p.wanted()
+		r.owners.findHere([]*pulled{p})
+		r.serveHere(p)
+		return p
 	}
-	own(early, late)
+	want := func(what string, p *pulled, inEarly, inLate, open int) {
+		t.Helper()
+		if early.ring.n != inEarly || late.ring.n != inLate || int(p.open.Load()) != open {
+			t.Errorf("%s: %d and %d events queued, %d targets open, want %d, %d and %d", what, early.ring.n, late.ring.n, p.open.Load(), inEarly, inLate, open)
+		}
+	}
 	r.owners.cache[way] = &answer{}
-	r.dispatch(p, time.Now())
-	if early.ring.n != 1 || late.ring.n != 1 || p.open.Load() != 2 {
-		t.Errorf("after it: %d and %d events queued, %d targets open, want 1, 1 and 2", early.ring.n, late.ring.n, p.open.Load())
-	}
-	if !among([]*conn{early, late}, p.here[0]) {
-		t.Error("the one that came meanwhile does not count as one that was given the event")
-	}
 
 	own(early)
-	p = r.decode(arrival{msg: &returned{seq: 8}, at: time.Now()})
-	p.wanted()
-	r.owners.findHere([]*pulled{p})
-	r.serveHere(p)
-	own() // it left
+	p := serve(7)
+	want("before the look-up", p, 1, 0, 2)
+	own(early, late)
 	r.dispatch(p, time.Now())
-	if early.ring.n != 2 || p.open.Load() != 1 || !p.owned[0] {
-		t.Errorf("a socket that left during the look-up: %d events queued, %d targets open, owned %v; want 2, 1, true", early.ring.n, p.open.Load(), p.owned[0])
+	want("one came meanwhile", p, 1, 0, 1)
+
+	own(early)
+	p = serve(8)
+	own()
+	r.dispatch(p, time.Now())
+	want("one left meanwhile", p, 2, 0, 1)
+	if !p.owned[0] {
+		t.Error("the route of a socket that left meanwhile counts as nobody's")
 	}
+
+	p = serve(9)
+	own(late)
+	r.dispatch(p, time.Now())
+	want("the first came meanwhile", p, 2, 1, 1)
 }
 
 // TestWhoMissedAnEventHere: what is given up for want of a peer's answer is excepted for the sockets of this pod if each of

@@ -318,6 +318,7 @@ func (r *resident) throughTokens() {
 	r.set(func() { r.ttl = 6 * time.Second })
 	r.cut()
 	r.back()
+	r.want("the selection", func(n news) bool { return n.Got == "selected" }) // its messages may come sooner
 	r.mu.Lock()
 	before := len(r.news)
 	r.mu.Unlock()

@@ -233,6 +233,7 @@ func TestOwnerCacheSize(t *testing.T) {
 		for range 5 {
 			for i, a := range agents {
 				clients[i].WantEvent(w.Chat("acme", a))
+				w.Settled() // the socket here has its event before its owners elsewhere are looked up
 			}
 		}
 		if got := p.Metric("dws_owner_cache_misses_total") - before; got != want {

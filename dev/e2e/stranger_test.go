@@ -288,6 +288,7 @@ func TestImpostorLearnsNothing(t *testing.T) {
 			t.Fatal("nobody dials the impostor")
 		}
 		due = append(due, w.Chat("acme", "desk1"))
+		time.Sleep(10 * time.Millisecond) // dials take their time
 	}
 	for _, m := range told() {
 		if m.GetHello() == nil {
