@@ -30,6 +30,7 @@ type past struct {
 	replays  atomic.Int64          // under way
 	index    atomic.Pointer[index] // nil while few are
 	indexing chan struct{}         // room for 1: taken while the index is brought up to date
+	noIndex  time.Time             // no new attempt before; guarded by indexing
 
 	mu   sync.Mutex // guards next
 	next *finding   // has not been sent yet; nil = nobody waits
@@ -119,6 +120,7 @@ type replay struct {
 	since   uint64
 	direct  bool      // the stream allows direct gets
 	created time.Time // of the stream
+	late    bool      // the first pass is over
 	before  int       // events of the overlap so far
 	after   int       // events after since so far
 }
@@ -206,6 +208,7 @@ func (r *replay) pass(ctx context.Context, to uint64, f func(*event) error) (n i
 	if err := r.cover(ctx, to); err != nil {
 		slog.Debug("index of the stream not brought up to date", "err", err)
 	}
+	r.late = true
 	for {
 		var next *track
 		for i := range r.tracks {

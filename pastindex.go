@@ -85,11 +85,19 @@ func (r *replay) cover(ctx context.Context, to uint64) error {
 		return ctx.Err()
 	}
 	x, first := p.index.Load(), from-min(from-1, indexMargin)
-	if x == nil || !x.created.Equal(r.created) || x.end() < first || to > x.first+2*indexLength { // left behind by fewer replays
+	old := x == nil || !x.created.Equal(r.created) || x.end() < first || to > x.first+2*indexLength // left behind by fewer replays
+	if old && r.late || time.Now().Before(p.noIndex) {
+		return nil // a late pass begins where the first ones of others do not
+	}
+	if old {
 		x = newIndex(r.created, first)
 		p.index.Store(x)
 	}
-	return p.extend(ctx, x, to)
+	err := p.extend(ctx, x, to)
+	if err != nil && ctx.Err() == nil {
+		p.noIndex = time.Now().Add(time.Second) // thousands wait behind this
+	}
+	return err
 }
 
 // extend reads on up to the sequence to.

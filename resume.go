@@ -18,11 +18,12 @@ func (c *conn) resume(req *request) {
 		return
 	}
 	c.ring.replaying(leaveAll, *req.Payload.Since, time.Now())
-	subjects := c.subjects()
+	subjects, from := c.subjects(), c.h.resumeFrom(*req.Payload.Since, c.firstRoute())
 	if chat := c.ring.selection(); chat != "" {
 		subjects = append(subjects, c.chatSubject(chat))
+		from = c.h.resumeFrom(from, c.chatRoute(chat))
 	}
-	info := c.replay(*req.Payload.Since, subjects)
+	info := c.replay(from, subjects)
 	var err error
 	if info.Seq, err = c.streamSeq(); err != nil {
 		// What is known may be older than what the client has: it would take this for the answer of a stream made anew.

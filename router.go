@@ -44,7 +44,7 @@ type router struct {
 
 	patience time.Time // owned by run: until when its batch may wait for the writers
 
-	// Owned by accept.
+	waitMu   sync.Mutex // guards accepted and waits: for a moment a new flow may call accept beside the old one
 	accepted int
 	waits    []wait // those that messages to come may have arrived during
 
@@ -78,13 +78,12 @@ func newRouter(cfg *settings, m *Metrics, o *owners, h *hub, p *peers) *router {
 // ever holds the flow up; it waits when half of this pod's share is in hand without being stuck in a slow socket's
 // ring or at a sick peer, which is when router and writers are behind.
 func (r *router) accept(msg jetstream.Msg) {
-	r.accepted++
 	at := time.Now()
-	if r.full() {
-		r.noteWait(at)
+	waits := r.full()
+	at = r.arrivedAt(at, waits)
+	if waits {
 		r.waitRoom()
 	}
-	at = r.arrivedAt(at)
 	r.inHand.Add(1)
 	r.bytes.Add(int64(len(msg.Data())))
 	r.unrouted.Add(int64(len(msg.Data())))
@@ -93,12 +92,15 @@ func (r *router) accept(msg jetstream.Msg) {
 	}
 }
 
-func (r *router) noteWait(began time.Time) {
-	r.waits = append(r.waits, wait{began, r.accepted + r.cfg.Load().NATSPrefetch})
-}
-
-// arrivedAt is when the message at hand came off the network at the earliest; the library does not tell.
-func (r *router) arrivedAt(now time.Time) time.Time {
+// arrivedAt is when the next message came off the network at the earliest; the library does not tell. waits says that accept
+// is about to wait.
+func (r *router) arrivedAt(now time.Time, waits bool) time.Time {
+	r.waitMu.Lock()
+	defer r.waitMu.Unlock()
+	r.accepted++
+	if waits {
+		r.waits = append(r.waits, wait{now, r.accepted + r.cfg.Load().NATSPrefetch})
+	}
 	for len(r.waits) > 0 && r.waits[0].last < r.accepted {
 		r.waits = r.waits[1:]
 	}
@@ -364,13 +366,13 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 	}
 }
 
-// keepShare has stuck sockets give up their oldest events while this pod holds more than its share, as long as that helps:
-// an event that waits elsewhere too, or is not dispatched yet, stays in hand though all sockets here give it up.
+// keepShare has stuck sockets give up their oldest events while this pod holds more than its share, as long as that helps: an
+// event that is not dispatched yet stays in hand though all sockets here give it up, one that waits for several of them until
+// the last has.
 func (r *router) keepShare() {
-	for n := r.inHand.Load(); !r.leaving() && n+r.parked.held.Load() > r.parked.share() && r.hub.shedOldest(); {
-		before := n
-		if n = r.inHand.Load(); n >= before {
-			return
+	for n, vain := r.inHand.Load(), 0; n+r.parked.held.Load() > r.parked.share() && !r.leaving() && vain < 8 && r.hub.shedOldest(); vain++ {
+		if now := r.inHand.Load(); now < n {
+			n, vain = now, 0
 		}
 	}
 }
