@@ -395,6 +395,13 @@ func (r *ring) control(op byte, p []byte, now time.Time) (kick bool) {
 	return r.kickLocked(now)
 }
 
+// hasRoom says that waitRoom would return at once.
+func (r *ring) hasRoom() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.closed || r.roomLocked()
+}
+
 // waitRoom returns once few enough replies and pongs wait, or the ring is closed. This is what bounds the memory that a
 // client costs which sends and does not read.
 func (r *ring) waitRoom() {

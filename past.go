@@ -27,6 +27,7 @@ type past struct {
 
 	asking chan struct{} // room for 1: taken while the stream is asked for
 
+	turns    chan struct{}         // one taken for each replay under way, unless it waits for its client
 	replays  atomic.Int64          // under way
 	index    atomic.Pointer[index] // nil while few are
 	indexing chan struct{}         // room for 1: taken while the index is brought up to date
@@ -39,7 +40,33 @@ type past struct {
 func newPast(cfg *settings, nc *nats.Conn, js jetstream.JetStream) *past {
 	return &past{
 		cfg: cfg, nc: nc, js: js, slots: make(chan struct{}, cfg.Load().ResumeConcurrency),
-		asking: make(chan struct{}, 1), indexing: make(chan struct{}, 1),
+		turns: make(chan struct{}, replaysAtOnce), asking: make(chan struct{}, 1), indexing: make(chan struct{}, 1),
+	}
+}
+
+// replaysAtOnce is how many replays are read side by side: of 5,000 that all were, all came to their end in the same half second,
+// and what that takes of the processor made live events wait for as long.
+const replaysAtOnce = 128
+
+// turn waits until the replay may be read on, if it has no turn.
+func (r *replay) turn(ctx context.Context) error {
+	if r.held {
+		return nil
+	}
+	select {
+	case r.past.turns <- struct{}{}:
+		r.held = true
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for a turn to replay: %w", ctx.Err())
+	}
+}
+
+// rest gives the turn back: a client that reads slowly keeps no one's.
+func (r *replay) rest() {
+	if r.held {
+		r.held = false
+		<-r.past.turns
 	}
 }
 
@@ -121,6 +148,7 @@ type replay struct {
 	direct  bool      // the stream allows direct gets
 	created time.Time // of the stream
 	late    bool      // the first pass is over
+	held    bool      // it has a turn
 	before  int       // events of the overlap so far
 	after   int       // events after since so far
 }
@@ -175,6 +203,7 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 
 // close ends the replay; with the last one the index goes.
 func (r *replay) close() {
+	r.rest()
 	if r.past.replays.Add(-1) == 0 {
 		r.past.index.Store(nil)
 	}

@@ -232,3 +232,34 @@ func TestIndexOfAnEmptyStream(t *testing.T) {
 		t.Errorf("%v, index %v", err, p.index.Load())
 	}
 }
+
+// TestReplaysAtOnce: so many replays are read side by side; the next one waits until one has ended or waits for its client.
+func TestReplaysAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := &settings{}
+		cfg.Store(&Config{ResumeConcurrency: 1})
+		p := newPast(cfg, nil, nil)
+		replays := make([]*replay, replaysAtOnce)
+		for i := range replays {
+			replays[i] = &replay{past: p}
+			for range 2 { // the second time it has one
+				if err := replays[i].turn(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		next, got := &replay{past: p}, make(chan error, 1)
+		short, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := next.turn(short); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("one too many: %v", err)
+		}
+		go func() { got <- next.turn(t.Context()) }()
+		synctest.Wait()
+		replays[0].rest()
+		replays[0].rest() // it has none any more
+		if err := <-got; err != nil || len(p.turns) != replaysAtOnce {
+			t.Errorf("after one rests: %v, %d turns taken", err, len(p.turns))
+		}
+	})
+}

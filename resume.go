@@ -92,9 +92,15 @@ func (c *conn) passes(ctx context.Context, since uint64, subjects []string) (n i
 	}
 	defer r.close()
 	write := func(ev *event) error {
-		c.ring.waitRoom()
+		if !c.ring.hasRoom() {
+			r.rest()
+			c.ring.waitRoom()
+		}
 		if c.closing() {
 			return errClosed
+		}
+		if err := r.turn(ctx); err != nil {
+			return err
 		}
 		c.missed.Store(0) // it takes what is written, though its pongs wait to be read
 		c.kick(c.ring.replay(ev, time.Now()))
@@ -102,6 +108,9 @@ func (c *conn) passes(ctx context.Context, since uint64, subjects []string) (n i
 		return nil
 	}
 	for live := false; ; {
+		if err := r.turn(ctx); err != nil {
+			return n, 0, err
+		}
 		end, err := r.last(ctx)
 		if err != nil {
 			return n, 0, err
