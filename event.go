@@ -161,6 +161,14 @@ type delivery struct {
 	missedHere atomic.Bool // some socket of this pod may not have had it, and has not been told
 }
 
+// push queues d for sockets of this pod, each of which is a target more.
+func (d *delivery) push(conns []*conn) {
+	d.open.Add(int32(len(conns)))
+	for _, c := range conns {
+		c.push(d)
+	}
+}
+
 // settle records one target's outcome. The call that settles the last open target reports to the source.
 func (d *delivery) settle(o outcome) {
 	for {

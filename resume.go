@@ -107,10 +107,10 @@ func (c *conn) passes(ctx context.Context, since uint64, subjects []string) (n i
 		c.h.m.resumeEventsTotal.with().Inc()
 		return nil
 	}
+	if err := r.turn(ctx); err != nil {
+		return 0, 0, err
+	}
 	for live := false; ; {
-		if err := r.turn(ctx); err != nil {
-			return n, 0, err
-		}
 		end, err := r.last(ctx)
 		if err != nil {
 			return n, 0, err

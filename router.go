@@ -323,13 +323,6 @@ func (r *router) serveHere(p *pulled) {
 	}
 }
 
-func (p *pulled) push(conns []*conn) {
-	p.open.Add(int32(len(conns)))
-	for _, c := range conns {
-		c.push(&p.delivery)
-	}
-}
-
 // dispatch hands an event to its owners elsewhere. A socket here that has come since serveHere was confirmed after the event
 // had been published: it is owed nothing but by its replay, which reads the stream's end after it has come. An event that
 // nobody here would have had is given to it, rather than wait for a second delivery.
@@ -462,10 +455,7 @@ func (r *router) fromPeer(d *delivery) {
 		if len(conns) > 0 {
 			found = true
 		}
-		d.open.Add(int32(len(conns)))
-		for _, c := range conns {
-			c.push(d)
-		}
+		d.push(conns)
 	}
 	if !found {
 		for i := range p.ways() {
