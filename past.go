@@ -332,7 +332,7 @@ func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err err
 	}
 	start := t.from
 	for t.head == nil {
-		seq, next, ok := x.after(t.subject, t.from)
+		seq, kept, next, ok := x.after(t.subject, t.from)
 		switch {
 		case !ok:
 			return false, nil
@@ -341,6 +341,10 @@ func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err err
 			return false, nil
 		}
 		t.from, t.atEnd = seq, false
+		if kept != nil && kept.Subject == t.subject {
+			t.head = kept
+			return true, nil
+		}
 		t.head, err = r.get(ctx, seq)
 		if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && !t.isHead(seq) { // removed meanwhile, disguised, or a replica is behind
 			t.head, err = r.past.ask(ctx, map[string]any{"seq": seq})

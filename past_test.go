@@ -148,7 +148,7 @@ func TestIndex(t *testing.T) {
 		subject string
 		seq     uint64
 	}{{"a", 12}, {"b", 13}, {"a", 17}} { // the others were removed, or are of other subjects
-		x.note(m.subject, m.seq)
+		x.note(&jetstream.RawStreamMsg{Subject: m.subject, Sequence: m.seq})
 	}
 	for _, tc := range []struct {
 		subject   string
@@ -160,12 +160,30 @@ func TestIndex(t *testing.T) {
 		{"b", 10, 13, true}, {"b", 14, 0, true}, {"c", 10, 0, true},
 		{"a", 18, 0, false}, {"c", 18, 0, false}, // not read yet
 	} {
-		if seq, end, known := x.after(tc.subject, tc.from); seq != tc.seq || known != tc.known || known && end != 18 {
+		if seq, _, end, known := x.after(tc.subject, tc.from); seq != tc.seq || known != tc.known || known && end != 18 {
 			t.Errorf("after %d for %s: %d, up to %d, known %v; want %d, 18, %v", tc.from, tc.subject, seq, end, known, tc.seq, tc.known)
 		}
 	}
 	if x.end() != 18 {
 		t.Errorf("it ends at %d, want 18", x.end())
+	}
+}
+
+// TestIndexKeepsTheNewest: it keeps so many bytes of messages as it may, and knows the places of the rest.
+func TestIndexKeepsTheNewest(t *testing.T) {
+	x := newIndex(time.Now(), 1)
+	data := make([]byte, indexKeep/4)
+	for seq := range uint64(10) {
+		x.note(&jetstream.RawStreamMsg{Subject: "a", Sequence: 2*seq + 1, Data: data})
+	}
+	for seq := uint64(1); seq < 20; seq += 2 {
+		got, kept, _, _ := x.after("a", seq)
+		if got != seq || (kept != nil) != (seq > 13) || kept != nil && kept.Sequence != seq {
+			t.Errorf("after %d: %d, kept %v; want it kept where it is one of the last three", seq, got, kept != nil)
+		}
+	}
+	if len(x.kept) != 3 || x.size > indexKeep {
+		t.Errorf("%d messages of %d bytes are kept, want 3", len(x.kept), x.size)
 	}
 }
 
@@ -199,7 +217,8 @@ func TestIndexOfAnotherStream(t *testing.T) {
 	cfg.Store(&Config{ResumeConcurrency: 1, ResumeMaxEvents: 10, NATSSubjectPrefix: "wa"})
 	p := newPast(cfg, nc, nil)
 	x := newIndex(time.Now(), 1)
-	x.note("wa.acme.ann.chats", 5)
+	x.note(&jetstream.RawStreamMsg{Subject: "wa.acme.ann.chats", Sequence: 5})
+	delete(x.kept, 5) // too old to be kept itself
 	p.index.Store(x)
 	r := &replay{past: p, created: x.created, direct: true, tracks: []track{{subject: "wa.acme.ann.chats", from: 1}},
 		stream: fakeStream{msgs: map[uint64]*jetstream.RawStreamMsg{5: {Subject: "wa.other.bob.chats", Sequence: 5, Data: []byte("{}")}}}}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // To find the next event of a subject, a server looks at every message between it and the last one, 40 ns each, for each of
@@ -22,6 +23,8 @@ const (
 	indexMargin  = 10_000  // messages that the index begins earlier than the first replay, for those that follow
 	indexBatch   = 64      // messages of one request: meanwhile the server stores nothing
 	indexBytes   = 128 << 10
+	indexKeep    = 64 << 20 // bytes of messages that it keeps, the newest, so that they need not be read a second time
+	indexRecord  = 400      // what one of them takes besides its payload, about
 )
 
 // index tells the sequences of each subject's messages in a part of the stream, while many replays are under way.
@@ -30,36 +33,49 @@ type index struct {
 	seed    maphash.Seed
 	first   uint64 // it knows all messages from this one on
 
-	mu   sync.Mutex          // guards all below
-	next uint64              // it knows none from this one on
-	seqs map[uint64][]uint64 // by the hash of the subject: two subjects may share one
+	mu   sync.Mutex                         // guards all below
+	next uint64                             // it knows none from this one on
+	seqs map[uint64][]uint64                // by the hash of the subject: two subjects may share one
+	kept map[uint64]*jetstream.RawStreamMsg // by sequence: the newest
+	size int                                // of these, bytes
+	tail uint64                             // none before this one is kept
 }
 
 func newIndex(created time.Time, first uint64) *index {
-	return &index{created: created, seed: maphash.MakeSeed(), first: first, next: first, seqs: map[uint64][]uint64{}}
+	return &index{
+		created: created, seed: maphash.MakeSeed(), first: first, next: first,
+		seqs: map[uint64][]uint64{}, kept: map[uint64]*jetstream.RawStreamMsg{}, tail: first,
+	}
 }
 
-// after finds the first message, probably of subject, from the sequence from on; 0 when there is none before next. It says
-// false when the index does not know.
-func (x *index) after(subject string, from uint64) (seq, next uint64, ok bool) {
+// after finds the first message, probably of subject, from the sequence from on, and the message itself if it is kept; 0 when
+// there is none before next. It says false when the index does not know.
+func (x *index) after(subject string, from uint64) (seq uint64, kept *jetstream.RawStreamMsg, next uint64, ok bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if from < x.first || from >= x.next {
-		return 0, 0, false
+		return 0, nil, 0, false
 	}
 	all := x.seqs[maphash.String(x.seed, subject)]
 	if i, _ := slices.BinarySearch(all, from); i < len(all) {
-		return all[i], x.next, true
+		return all[i], x.kept[all[i]], x.next, true
 	}
-	return 0, x.next, true
+	return 0, nil, x.next, true
 }
 
-func (x *index) note(subject string, seq uint64) {
+func (x *index) note(m *jetstream.RawStreamMsg) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	hash := maphash.String(x.seed, subject)
-	x.seqs[hash] = append(x.seqs[hash], seq)
-	x.next = seq + 1
+	hash := maphash.String(x.seed, m.Subject)
+	x.seqs[hash] = append(x.seqs[hash], m.Sequence)
+	x.next = m.Sequence + 1
+	x.kept[m.Sequence] = m
+	for x.size += len(m.Data) + indexRecord; x.size > indexKeep; x.tail++ {
+		if old, ok := x.kept[x.tail]; ok {
+			x.size -= len(old.Data) + indexRecord
+			delete(x.kept, x.tail)
+		}
+	}
 }
 
 func (x *index) end() (next uint64) {
@@ -153,7 +169,11 @@ func (p *past) readBatch(ctx context.Context, x *index, sub *nats.Subscription, 
 		if err != nil || behind != last {
 			return false, fmt.Errorf("got sequence %q behind %q, not %s", number, behind, last)
 		}
-		x.note(ofServer(m, "Nats-Subject"), seq)
+		at, err := time.Parse(time.RFC3339Nano, ofServer(m, "Nats-Time-Stamp"))
+		if err != nil {
+			return false, fmt.Errorf("time of message %s: %w", number, err)
+		}
+		x.note(&jetstream.RawStreamMsg{Subject: ofServer(m, "Nats-Subject"), Sequence: seq, Data: m.Data, Time: at})
 		last = number
 	}
 }
