@@ -201,21 +201,6 @@ func (o *owners) local(r route) []*conn {
 	return nil
 }
 
-// findHere notes the sockets of this pod for each event of a batch, all as of one moment: who comes after it gets those events
-// that it gets at all in their order, when their owners are looked up.
-func (o *owners) findHere(events []*pulled) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for _, p := range events {
-		for i := range p.ways() {
-			p.here[i] = nil
-			if lr := o.routes[p.routes[i]]; lr != nil {
-				p.here[i] = lr.conns
-			}
-		}
-	}
-}
-
 // lookup is who owns a route.
 type lookup struct {
 	conns  []*conn   // here

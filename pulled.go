@@ -18,6 +18,7 @@ type pulled struct {
 	routes     [4]route   // that lead to owners of the event
 	here       [4][]*conn // sockets of this pod on that route that have been given the event
 	owned      [4]bool    // that route has a live owner, or may have one
+	served     bool       // the sockets of this pod have been given it
 	second     bool       // its owners are looked up a second time, since a peer had no socket for it
 }
 
@@ -75,10 +76,11 @@ func (p *pulled) lookAgain() {
 	for _, r := range p.routes {
 		p.r.owners.forget(r)
 	}
-	p.second = true
+	p.second, p.served = true, false
 	p.count++
 	p.worst.Store(uint32(written))
-	if !p.r.enqueue(arrival{p: p}) {
+	p.open.Store(1)
+	if !p.r.enqueue(p) {
 		p.fail() // a drain: the other pods look again
 	}
 }

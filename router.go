@@ -36,21 +36,20 @@ type router struct {
 	inHand   atomic.Int64  // deliveries accepted and not yet ended
 	bytes    atomic.Int64  // their payloads
 	unrouted atomic.Int64  // of these, what run has not dispatched yet
+	unserved atomic.Int64  // events in the queue that the sockets here have not been given
 	waiting  atomic.Bool   // accept waits for room
-	logged   time.Time     // when a malformed event was last logged; owned by run
 	more     chan struct{} // room for 1: the queue is not empty; never closed
 	room     chan struct{} // room for 1: less may be in hand; never closed
 	stopping chan struct{} // closed by stop
 
-	patience time.Time // owned by run: until when its batch may wait for the writers
-
-	waitMu   sync.Mutex // guards accepted and waits: for a moment a new flow may call accept beside the old one
+	acceptMu sync.Mutex // guards accepted, waits and logged: for a moment a new flow may call accept beside the old one
 	accepted int
-	waits    []wait // those that messages to come may have arrived during
+	waits    []wait    // those that messages to come may have arrived during
+	logged   time.Time // when a malformed event was last logged
 
 	mu    sync.Mutex // guards all below
-	queue []arrival
-	ended bool // nobody looks into the queue any more
+	queue []*pulled  // to be dispatched
+	ended bool       // nobody looks into the queue any more
 }
 
 // wait is when accept had to wait. Meanwhile messages may have come off the network behind its back, as many as PREFETCH at
@@ -60,13 +59,6 @@ type wait struct {
 	last  int
 }
 
-// arrival is a message as it came off the network, or a delivery whose owners are looked up a second time.
-type arrival struct {
-	msg jetstream.Msg
-	at  time.Time
-	p   *pulled
-}
-
 func newRouter(cfg *settings, m *Metrics, o *owners, h *hub, p *peers) *router {
 	r := &router{cfg: cfg, m: m, owners: o, hub: h, peers: p}
 	r.parked = newParked(cfg.Load(), m)
@@ -74,9 +66,10 @@ func newRouter(cfg *settings, m *Metrics, o *owners, h *hub, p *peers) *router {
 	return r
 }
 
-// accept is the consumer's callback: the library calls it for one message at a time. It only appends, so that no socket
-// ever holds the flow up; it waits when half of this pod's share is in hand without being stuck in a slow socket's
-// ring or at a sick peer, which is when router and writers are behind.
+// accept is the consumer's callback: the library calls it for one message at a time. While little is in hand it gives an
+// event to the sockets of this pod itself, which only queue it, and never waits for Redis; else it leaves that to run, which
+// does it for many at once. It waits when half of this pod's share is in hand without being stuck in a slow socket's ring or
+// at a sick peer, which is when router and writers are behind.
 func (r *router) accept(msg jetstream.Msg) {
 	at := time.Now()
 	waits := r.full()
@@ -86,17 +79,33 @@ func (r *router) accept(msg jetstream.Msg) {
 	}
 	r.inHand.Add(1)
 	r.bytes.Add(int64(len(msg.Data())))
-	r.unrouted.Add(int64(len(msg.Data())))
-	if !r.enqueue(arrival{msg: msg, at: at}) {
-		r.handBack(msg, at)
+	p := &pulled{r: r, msg: msg}
+	p.src, p.arrived = p, at
+	if r.unserved.Load() == 0 && r.pending() < int64(r.hub.policy.size) {
+		if !r.decode(p) {
+			return
+		}
+		r.serveHere(p, time.Time{})
 	}
+	r.unrouted.Add(int64(len(msg.Data())))
+	if !r.enqueue(p) { // the drain was faster than this callback, which waited for room
+		r.unrouted.Add(-int64(len(msg.Data())))
+		if p.event != nil || r.decode(p) {
+			p.settle(failed)
+		}
+	}
+}
+
+// pending is what is in hand without being stuck in a slow socket's ring or at a sick peer.
+func (r *router) pending() int64 {
+	return r.inHand.Load() - int64(r.hub.stuck()+r.peers.stuck())
 }
 
 // arrivedAt is when the next message came off the network at the earliest; the library does not tell. waits says that accept
 // is about to wait.
 func (r *router) arrivedAt(now time.Time, waits bool) time.Time {
-	r.waitMu.Lock()
-	defer r.waitMu.Unlock()
+	r.acceptMu.Lock()
+	defer r.acceptMu.Unlock()
 	r.accepted++
 	if waits {
 		r.waits = append(r.waits, wait{now, r.accepted + r.cfg.Load().NATSPrefetch})
@@ -110,27 +119,17 @@ func (r *router) arrivedAt(now time.Time, waits bool) time.Time {
 	return r.waits[0].began
 }
 
-// handBack is for what comes when run has ended: the drain was faster than this callback, which waited for room. It counts
-// in no ledger, since nobody has looked at it.
-func (r *router) handBack(msg jetstream.Msg, at time.Time) {
-	r.inHand.Add(-1)
-	r.bytes.Add(-int64(len(msg.Data())))
-	r.unrouted.Add(-int64(len(msg.Data())))
-	if time.Since(at) <= r.cfg.Load().NATSAckWait-lateSlack {
-		if err := msg.Nak(); err != nil {
-			slog.Debug("event not handed back: it comes again after ACK_WAIT", "err", err)
-		}
-	}
-}
-
-// enqueue says false when run has ended: a would never have its turn.
-func (r *router) enqueue(a arrival) bool {
+// enqueue says false when run has ended: p would never have its turn.
+func (r *router) enqueue(p *pulled) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.ended {
 		return false
 	}
-	r.queue = append(r.queue, a)
+	if !p.served {
+		r.unserved.Add(1)
+	}
+	r.queue = append(r.queue, p)
 	if len(r.queue) == 1 {
 		poke(r.more)
 	}
@@ -154,7 +153,7 @@ func (r *router) waitRoom() {
 // oldest events, but only if it is the rings that hold so much. A burst of redeliveries that is not even dispatched passes
 // by itself, and cost one stuck socket all that waited for it.
 func (r *router) full() bool {
-	if r.inHand.Load()-int64(r.hub.stuck()+r.peers.stuck()) >= r.parked.share()/2 {
+	if r.pending() >= r.parked.share()/2 {
 		return true
 	}
 	for limit := 4 * int64(r.cfg.Load().NATSPrefetchBytes); r.bytes.Load() > limit; {
@@ -168,7 +167,7 @@ func (r *router) full() bool {
 // run routes batches until stop was called and the last one is done. A batch is what had arrived when the previous one
 // was done, so the owner log is read once for many events when many come, and at once when one comes.
 func (r *router) run(ctx context.Context) {
-	var batch []arrival
+	var batch []*pulled
 	for stopped := false; ; {
 		r.mu.Lock()
 		batch, r.queue = r.queue, batch[:0]
@@ -177,7 +176,6 @@ func (r *router) run(ctx context.Context) {
 		switch {
 		case len(batch) > 0:
 			r.route(ctx, batch)
-			r.routed(batch)
 			clear(batch)
 		case stopped:
 			return
@@ -189,17 +187,6 @@ func (r *router) run(ctx context.Context) {
 			}
 		}
 	}
-}
-
-func (r *router) routed(batch []arrival) {
-	n := 0
-	for _, a := range batch {
-		if a.p == nil {
-			n += len(a.msg.Data())
-		}
-	}
-	r.unrouted.Add(-int64(n))
-	r.wake()
 }
 
 // tick sends the NAKs that are held, lets NAKed events leave the share, and wakes an accept that waits for rings to be
@@ -225,16 +212,25 @@ func (r *router) wake() {
 	}
 }
 
-// route checks a batch and dispatches its events in their order: to the sockets here at once, and then, the knowledge of
-// owners brought up to date for it, to all others.
-func (r *router) route(ctx context.Context, batch []arrival) {
-	events := make([]*pulled, 0, len(batch))
+// route dispatches a batch in its order: to the sockets here at once, where accept has not, and then, the knowledge of owners
+// brought up to date for it, to all others.
+func (r *router) route(ctx context.Context, batch []*pulled) {
 	routes := make([]route, 0, 2*len(batch))
 	lowest := uint64(math.MaxUint64)
-	for _, a := range batch {
-		p := a.p
-		if p == nil {
-			if p = r.decode(a); p == nil {
+	patience := time.Now().Add(batchPatience)
+	bytes := 0
+	events := batch[:0]
+	for _, p := range batch {
+		if !p.second {
+			bytes += len(p.msg.Data())
+		}
+		if !p.served {
+			known := p.event != nil || r.decode(p)
+			if known {
+				r.serveHere(p, patience)
+			}
+			r.unserved.Add(-1) // not before it has been: what accept serves comes behind it
+			if !known {
 				continue
 			}
 		}
@@ -242,37 +238,31 @@ func (r *router) route(ctx context.Context, batch []arrival) {
 		routes = append(routes, p.wanted()...)
 		lowest = min(lowest, p.seq)
 	}
-	if len(events) == 0 {
-		return
+	if len(events) > 0 {
+		r.owners.begin(ctx, routes, lowest)
 	}
-	r.patience = time.Now().Add(batchPatience)
-	r.owners.findHere(events)
-	for _, p := range events {
-		r.serveHere(p)
-	}
-	r.owners.begin(ctx, routes, lowest)
 	now := time.Now()
 	for _, p := range events {
 		r.dispatch(p, now)
 		r.keepShare()
 	}
+	r.unrouted.Add(-int64(bytes))
+	r.wake()
 }
 
-// decode builds the delivery of a message; a malformed one is terminated and nil returned.
-func (r *router) decode(a arrival) *pulled {
-	p := &pulled{r: r, msg: a.msg}
-	p.src, p.arrived = p, a.at
-	ev, err := parseSubject(r.cfg.Load().NATSSubjectPrefix, a.msg.Subject())
-	md, mdErr := a.msg.Metadata()
-	if err = errors.Join(err, mdErr, checkPayload(a.msg.Data())); err != nil {
+// decode finds out what a message is about; a malformed one is terminated and false returned.
+func (r *router) decode(p *pulled) bool {
+	msg := p.msg
+	p.open.Store(1) // for dispatch
+	ev, err := parseSubject(r.cfg.Load().NATSSubjectPrefix, msg.Subject())
+	md, mdErr := msg.Metadata()
+	if err = errors.Join(err, mdErr, checkPayload(msg.Data())); err != nil {
 		ev.kind = kindUnknown
 	}
 	again := false // a consumer that was made again begins to count again, at its ack floor
 	if mdErr == nil {
 		ev.seq, ev.stored, p.deliveries = md.Sequence.Stream, md.Timestamp, md.NumDelivered
-		again = ev.seq <= r.lastSeen.Load()
-		r.lastSeen.Store(max(r.lastSeen.Load(), ev.seq))
-		r.newest.Store(max(r.newest.Load(), md.Timestamp.UnixNano()))
+		again = r.seen(md)
 	}
 	p.count = p.deliveries
 	if again {
@@ -283,14 +273,24 @@ func (r *router) decode(a arrival) *pulled {
 	}
 	r.m.natsMessagesReceivedTotal.with(ev.kind.String()).Inc()
 	r.m.eventsInHand.with().Inc()
-	ev.payload, ev.requestID = a.msg.Data(), requestIDOf(a.msg, ev.seq)
+	ev.payload, ev.requestID = msg.Data(), requestIDOf(msg, ev.seq)
 	p.event = &ev
 	if err != nil {
 		r.refuse(p, err)
-		return nil
+		return false
 	}
 	ev.frame = newEventFrame(&ev, false)
-	return p
+	return true
+}
+
+// seen notes how far the stream has come, and says whether that was known.
+func (r *router) seen(md *jetstream.MsgMetadata) bool {
+	r.acceptMu.Lock()
+	defer r.acceptMu.Unlock()
+	last := r.lastSeen.Load()
+	r.lastSeen.Store(max(last, md.Sequence.Stream))
+	r.newest.Store(max(r.newest.Load(), md.Timestamp.UnixNano()))
+	return md.Sequence.Stream <= last
 }
 
 // requestIDOf is the publisher's X-Request-ID, or one made of the sequence, which any pod makes alike.
@@ -303,21 +303,32 @@ func requestIDOf(msg jetstream.Msg, seq uint64) string {
 
 // refuse terminates a malformed event, which no redelivery would mend.
 func (r *router) refuse(p *pulled, err error) {
-	if now := time.Now(); now.Sub(r.logged) >= time.Second {
-		r.logged = now
+	if r.mayLog(time.Now()) {
 		slog.Warn("malformed event terminated", "subject", fmt.Sprintf("%.200q", p.msg.Subject()), "seq", p.seq, "err", err)
 	}
 	p.end(term, "malformed")
 }
 
+func (r *router) mayLog(now time.Time) bool {
+	r.acceptMu.Lock()
+	defer r.acceptMu.Unlock()
+	if now.Sub(r.logged) < time.Second {
+		return false
+	}
+	r.logged = now
+	return true
+}
+
 // serveHere hands an event to the sockets of this pod, before Redis is asked for other owners: the index of these is exact at
 // any time, and what is known of the others decides only whether the event may be acked. (Median latency 0.25 ms instead of
 // 0.34.) The delivery holds one target for itself until dispatch has added the others, so that the last settle cannot come early.
-func (r *router) serveHere(p *pulled) {
-	p.open.Store(1)
+func (r *router) serveHere(p *pulled, patience time.Time) {
+	p.served = true
+	p.wanted()
 	for i := range p.ways() {
+		p.here[i] = r.owners.local(p.routes[i])
 		for _, c := range p.here[i] {
-			r.pace(c)
+			r.pace(c, patience)
 		}
 		p.push(p.here[i])
 	}
@@ -325,7 +336,7 @@ func (r *router) serveHere(p *pulled) {
 
 // dispatch hands an event to its owners elsewhere. A socket here that has come since serveHere was confirmed after the event
 // had been published: it is owed nothing but by its replay, which reads the stream's end after it has come. An event that
-// nobody here would have had is given to it, rather than wait for a second delivery.
+// nobody here would have had comes again, but for a message: its chat had been selected by nobody.
 func (r *router) dispatch(p *pulled, now time.Time) {
 	targets, known, believed := 0, true, true
 	var sent []member
@@ -333,12 +344,8 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 	for i := range p.ways() {
 		l := r.owners.find(p.routes[i], now)
 		known = known && l.known
-		believed = believed && (l.nobody || len(l.conns)+len(l.peers) > 0)
+		believed = believed && (l.nobody || len(p.here[i])+len(l.peers) > 0 || p.kind == kindMessage && len(l.conns) > 0)
 		p.owned[i] = !l.nobody || len(p.here[i]) > 0 // what Redis was not asked about may have an owner that only it knows
-		if len(p.here[i]) == 0 && p.kind != kindMessage {
-			p.here[i] = l.conns
-			p.push(l.conns)
-		}
 		targets += len(p.here[i])
 		targets += r.forward(p, p.routes[i], l.peers, &sent)
 		nobodySince = l.since
@@ -348,7 +355,7 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 		p.settle(failed) // there may be owners elsewhere; those here join or skip the redelivery
 	case targets > 0:
 		p.settle(written)
-	case !believed || p.second: // a socket that was there a moment ago is on its way to somewhere
+	case !believed || p.second: // a socket has come meanwhile, or one that was there a moment ago is on its way to somewhere
 		p.settle(failed)
 	case p.kind == kindAgent:
 		p.end(ack, "unselected")
@@ -373,11 +380,11 @@ func (r *router) keepShare() {
 // pace waits while a ring is full only because this pod's own writers are behind, as in the burst after an outage: of 5,000
 // events for one agent half were dropped though the client read as fast as it could. No client can hold the flow up by
 // this: a socket that does not take its events is written to by a goroutine of its own.
-func (r *router) pace(c *conn) {
+func (r *router) pace(c *conn, patience time.Time) {
 	if r.inHand.Load() < int64(r.hub.policy.size) {
 		return // no ring can be full
 	}
-	for spin := 0; c.ring.behind() && time.Now().Before(r.patience); spin++ {
+	for spin := 0; c.ring.behind() && time.Now().Before(patience); spin++ {
 		if spin < 10 {
 			runtime.Gosched()
 		} else {

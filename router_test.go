@@ -1,6 +1,7 @@
 package main
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -25,14 +26,14 @@ func (m *returned) Metadata() (*jetstream.MsgMetadata, error) {
 
 func (m *returned) Ack() error { return nil }
 
-func (m *returned) Nak() error {
+func (m *returned) NakWithDelay(time.Duration) error {
 	m.naks++
 	return nil
 }
 
 func newTestRouter(t *testing.T) *router {
 	cfg := &settings{}
-	cfg.Store(&Config{NATSAckWait: 30 * time.Second, NATSMaxAckPending: 100, NATSPrefetch: 10, NATSPrefetchBytes: 1 << 20,
+	cfg.Store(&Config{NATSAckWait: 30 * time.Second, NATSRetryHorizon: time.Minute, NATSNakDelay: time.Second, NATSMaxAckPending: 100, NATSPrefetch: 10, NATSPrefetchBytes: 1 << 20,
 		NATSSubjectPrefix: "wa", WebsocketBufferSize: 16, WebsocketDropPolicy: "drop_oldest", PodLease: time.Second})
 	m := newMetrics()
 	o := newTestOwners(t)
@@ -41,8 +42,15 @@ func newTestRouter(t *testing.T) *router {
 	return r
 }
 
+func decoded(r *router, seq uint64) *pulled {
+	p := &pulled{r: r, msg: &returned{seq: seq}}
+	p.src, p.arrived = p, time.Now()
+	r.decode(p)
+	return p
+}
+
 // TestWhatComesBehindTheDrain: the library's callback may have waited for room until the router ended. What it has then is
-// given back at once, so that other pods need not wait for ACK_WAIT.
+// given back, so that other pods need not wait for ACK_WAIT.
 func TestWhatComesBehindTheDrain(t *testing.T) {
 	r := newTestRouter(t)
 	r.stop()
@@ -96,10 +104,8 @@ func TestServedBeforeTheLookup(t *testing.T) {
 	early, late := socket(), socket()
 	own := func(conns ...*conn) { r.owners.routes[way] = &localRoute{route: way, conns: conns} }
 	serve := func(seq uint64) *pulled {
-		p := r.decode(arrival{msg: &returned{seq: seq}, at: time.Now()})
-		p.wanted()
-		r.owners.findHere([]*pulled{p})
-		r.serveHere(p)
+		p := decoded(r, seq)
+		r.serveHere(p, time.Time{})
 		return p
 	}
 	want := func(what string, p *pulled, inEarly, inLate, open int) {
@@ -129,7 +135,10 @@ func TestServedBeforeTheLookup(t *testing.T) {
 	p = serve(9)
 	own(late)
 	r.dispatch(p, time.Now())
-	want("the first came meanwhile", p, 2, 1, 1)
+	want("the first came meanwhile", p, 2, 0, 0)
+	if r.parked.naks == nil {
+		t.Error("an event that nobody here has had does not come again to him who came meanwhile")
+	}
 }
 
 // TestWhoMissedAnEventHere: what is given up for want of a peer's answer is excepted for the sockets of this pod if each of
@@ -159,8 +168,8 @@ func TestWhoMissedAnEventHere(t *testing.T) {
 		}, true},
 	} {
 		r := newTestRouter(t)
-		r.parked.cfg.NATSMaxAckPending = 0 // what fails is shed
-		p := r.decode(arrival{msg: &returned{seq: 7}, at: time.Now()})
+		p := decoded(r, 7)
+		p.deliveries = 50 // what fails now is given up
 		c := r.hub.newConn(goneConn{}, &claims{company: "acme", agent: "ann"}, lock{release: func() {}}, "req")
 		p.wanted()
 		p.open.Store(2) // this socket, and a peer
@@ -175,33 +184,39 @@ func TestWhoMissedAnEventHere(t *testing.T) {
 	}
 }
 
-// TestWhoComesInTheMidstOfABatch gets what he gets of it in its order.
-func TestWhoComesInTheMidstOfABatch(t *testing.T) {
+// TestOrderBetweenAcceptAndRun: what accept serves itself never overtakes what it has left to run.
+func TestOrderBetweenAcceptAndRun(t *testing.T) {
 	r := newTestRouter(t)
 	way := route{routeGeneral, "acme", "ann", ""}
 	c := r.hub.newConn(goneConn{}, &claims{company: "acme", agent: "ann"}, lock{release: func() {}}, "req")
 	c.ring.ready = true
-	var batch []*pulled
-	for seq := range uint64(3) {
-		p := r.decode(arrival{msg: &returned{seq: seq + 1}, at: time.Now()})
-		p.wanted()
-		batch = append(batch, p)
-	}
-	r.owners.findHere(batch)
+	r.owners.routes[way] = &localRoute{route: way, conns: []*conn{c}}
+	r.owners.away.Store(true) // what is known serves
 	r.owners.cache[way] = &answer{}
-	for i, p := range batch {
-		r.serveHere(p)
-		if i == 0 {
-			r.owners.routes[way] = &localRoute{route: way, conns: []*conn{c}}
+	queued := func() (seqs []uint64) {
+		for i := range c.ring.n {
+			seqs = append(seqs, c.ring.at(i).d.seq)
+		}
+		return seqs
+	}
+	busy := int64(r.hub.policy.size) // so much in hand that accept leaves events to run
+	for seq := uint64(1); seq <= 5; seq++ {
+		if seq == 2 {
+			r.inHand.Add(busy)
+		}
+		r.accept(&returned{seq: seq})
+		if seq == 3 {
+			r.inHand.Add(-busy)
 		}
 	}
-	for _, p := range batch {
-		r.dispatch(p, time.Now())
+	if got := queued(); !slices.Equal(got, []uint64{1}) {
+		t.Errorf("queued before run: %v, want 1 alone", got)
 	}
-	for i := range c.ring.n {
-		if got := c.ring.at(i).d.seq; got != uint64(i+1) {
-			t.Errorf("event %d is that of sequence %d", i, got)
-		}
+	r.route(t.Context(), r.queue)
+	r.queue = nil
+	r.accept(&returned{seq: 6})
+	if got := queued(); !slices.Equal(got, []uint64{1, 2, 3, 4, 5, 6}) {
+		t.Errorf("queued: %v, want 1 to 6", got)
 	}
 }
 
@@ -217,10 +232,10 @@ func TestShareWithinABatch(t *testing.T) {
 	r.owners.routes[way] = &localRoute{route: way, conns: []*conn{c}}
 	r.owners.cache[way] = &answer{}
 	r.owners.away.Store(true) // what is known serves
-	var batch []arrival
+	var batch []*pulled
 	for seq := range uint64(r.parked.share()) + 1 {
 		r.inHand.Add(1)
-		batch = append(batch, arrival{msg: &returned{seq: seq + 1}, at: time.Now()})
+		batch = append(batch, decoded(r, seq+1))
 	}
 	r.route(t.Context(), batch)
 	if int64(c.ring.n) != r.parked.share() || r.inHand.Load() != r.parked.share() {

@@ -10,7 +10,7 @@ import (
 
 const (
 	scratchBytes = 32 << 10 // what one write joins at most
-	manyDirty    = 192       // a round with more sockets than this is followed by a rest
+	manyDirty    = 192      // a round with more sockets than this is followed by a rest
 	writerRest   = 5 * time.Millisecond
 	slowTick     = 100 * time.Millisecond // how often sockets that write alone are looked after
 	slowPause    = 500 * time.Millisecond // a socket that takes no byte for longer is stuck
