@@ -14,6 +14,7 @@ type parked struct {
 	m    *Metrics
 	pods atomic.Int64 // live pods, as of the last expire
 	held atomic.Int64 // entries in queues
+	kept atomic.Int64 // of naks
 
 	mu      sync.Mutex // guards all below
 	naks    []heldNak
@@ -87,6 +88,7 @@ func (p *parked) hold(n heldNak) []heldNak {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.naks, p.nakSize = append(p.naks, n), p.nakSize+len(n.p.payload)
+	p.kept.Add(1)
 	if len(p.naks) < naksAtOnce && p.nakSize < nakBytes {
 		return nil
 	}
@@ -101,6 +103,7 @@ func (p *parked) takeNaks() []heldNak {
 
 func (p *parked) takeNaksLocked() (due []heldNak) {
 	due, p.naks, p.nakSize = p.naks, nil, 0
+	p.kept.Store(0)
 	return due
 }
 

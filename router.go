@@ -96,9 +96,9 @@ func (r *router) accept(msg jetstream.Msg) {
 	}
 }
 
-// pending is what is in hand without being stuck in a slow socket's ring or at a sick peer.
+// pending is what is in hand without being stuck in a slow socket's ring or at a sick peer, or about to be NAKed.
 func (r *router) pending() int64 {
-	return r.inHand.Load() - int64(r.hub.stuck()+r.peers.stuck())
+	return r.inHand.Load() - int64(r.hub.stuck()+r.peers.stuck()) - r.parked.kept.Load()
 }
 
 // arrivedAt is when the next message came off the network at the earliest; the library does not tell. waits says that accept
