@@ -191,14 +191,16 @@ func poke(c chan struct{}) {
 	}
 }
 
-// local returns the sockets of this pod on r; the slice must not be changed.
-func (o *owners) local(r route) []*conn {
+// local returns the sockets of this pod on r (the slice must not be changed), and whether other pods own it too or may, as of
+// the last batch.
+func (o *owners) local(r route) (conns []*conn, others bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	a := o.cache[r]
 	if lr := o.routes[r]; lr != nil {
-		return lr.conns
+		conns = lr.conns
 	}
-	return nil
+	return conns, a == nil || len(a.peers) > 0
 }
 
 // lookup is who owns a route.

@@ -19,6 +19,7 @@ type pulled struct {
 	here       [4][]*conn // sockets of this pod on that route that have been given the event
 	owned      [4]bool    // that route has a live owner, or may have one
 	served     bool       // the sockets of this pod have been given it
+	others     bool       // other pods have owners of it, or may have, as far as was known then
 	second     bool       // its owners are looked up a second time, since a peer had no socket for it
 }
 

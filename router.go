@@ -19,6 +19,10 @@ import (
 // processor, unless the pod was suspended and has to confirm its lease.
 const batchPatience = 500 * time.Millisecond
 
+// gatherFor is how long events that the sockets here have, and no other pod as far as is known, wait for others before Redis is
+// asked: nobody waits for that but JetStream.
+const gatherFor = time.Millisecond
+
 // router takes events from the consumer, finds their owners, hands each event to its sockets here and to the peers
 // that have the others, and tells JetStream what became of it.
 type router struct {
@@ -38,7 +42,8 @@ type router struct {
 	unrouted atomic.Int64  // of these, what run has not dispatched yet
 	unserved atomic.Int64  // events in the queue that the sockets here have not been given
 	waiting  atomic.Bool   // accept waits for room
-	more     chan struct{} // room for 1: the queue is not empty; never closed
+	more     chan struct{} // room for 1: the queue is to be looked into at once; never closed
+	some     chan struct{} // room for 1: the queue is to be looked into soon; never closed
 	room     chan struct{} // room for 1: less may be in hand; never closed
 	stopping chan struct{} // closed by stop
 
@@ -62,7 +67,7 @@ type wait struct {
 func newRouter(cfg *settings, m *Metrics, o *owners, h *hub, p *peers) *router {
 	r := &router{cfg: cfg, m: m, owners: o, hub: h, peers: p}
 	r.parked = newParked(cfg.Load(), m)
-	r.more, r.room, r.stopping = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{})
+	r.more, r.some, r.room, r.stopping = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{})
 	return r
 }
 
@@ -130,8 +135,11 @@ func (r *router) enqueue(p *pulled) bool {
 		r.unserved.Add(1)
 	}
 	r.queue = append(r.queue, p)
-	if len(r.queue) == 1 {
+	switch {
+	case !p.served || p.others:
 		poke(r.more)
+	case len(r.queue) == 1:
+		poke(r.some)
 	}
 	return true
 }
@@ -168,7 +176,10 @@ func (r *router) full() bool {
 // was done, so the owner log is read once for many events when many come, and at once when one comes.
 func (r *router) run(ctx context.Context) {
 	var batch []*pulled
+	gather := time.NewTimer(gatherFor)
+	defer gather.Stop()
 	for stopped := false; ; {
+		stopped = stopped || r.await(gather)
 		r.mu.Lock()
 		batch, r.queue = r.queue, batch[:0]
 		r.ended = stopped && len(batch) == 0
@@ -179,14 +190,27 @@ func (r *router) run(ctx context.Context) {
 			clear(batch)
 		case stopped:
 			return
-		default:
-			select {
-			case <-r.more:
-			case <-r.stopping:
-				stopped = true
-			}
 		}
 	}
+}
+
+// await waits until the queue is to be looked into; it says whether stop was called.
+func (r *router) await(gather *time.Timer) (stopped bool) {
+	select {
+	case <-r.more:
+		return false
+	case <-r.stopping:
+		return true
+	case <-r.some:
+	}
+	gather.Reset(gatherFor)
+	select {
+	case <-r.more:
+	case <-gather.C:
+	case <-r.stopping:
+		return true
+	}
+	return false
 }
 
 // tick sends the NAKs that are held, lets NAKed events leave the share, and wakes an accept that waits for rings to be
@@ -326,7 +350,9 @@ func (r *router) serveHere(p *pulled, patience time.Time) {
 	p.served = true
 	p.wanted()
 	for i := range p.ways() {
-		p.here[i] = r.owners.local(p.routes[i])
+		var others bool
+		p.here[i], others = r.owners.local(p.routes[i])
+		p.others = p.others || others
 		for _, c := range p.here[i] {
 			r.pace(c, patience)
 		}
@@ -458,7 +484,7 @@ func (r *router) fromPeer(d *delivery) {
 	p.wanted()
 	found := false
 	for i := range p.ways() {
-		conns := r.owners.local(p.routes[i])
+		conns, _ := r.owners.local(p.routes[i])
 		if len(conns) > 0 {
 			found = true
 		}
