@@ -23,6 +23,7 @@ type lockServer struct {
 
 	mu      sync.Mutex
 	down    bool
+	mute    bool                  // PUBLISH fails
 	locks   map[string]storedLock // by the key of the session
 	scripts map[string]bool       // what EVALSHA knows
 	pods    []*testPod
@@ -95,8 +96,11 @@ func (v *lockServer) applyLocked(cmd redis.Cmder) {
 		v.setLocked(key, value, life)
 		cmd.(*redis.StringCmd).SetVal(value)
 	case "publish":
+		if v.mute {
+			cmd.SetErr(errors.New("no permission"))
+		}
 		for _, p := range v.pods {
-			if !p.deaf {
+			if !p.deaf && !v.mute {
 				go p.heard(strings.TrimPrefix(args[1], "session_kill:"), string(cmd.Args()[2].([]byte)))
 			}
 		}
@@ -194,6 +198,18 @@ func (v *lockServer) setDown(down bool) {
 	v.down = down
 }
 
+func (v *lockServer) setMute(mute bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.mute = mute
+}
+
+func (v *lockServer) setDeaf(p *testPod, deaf bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	p.deaf = deaf
+}
+
 // restart forgets everything, as a server without persistence does.
 func (v *lockServer) restart() {
 	v.mu.Lock()
@@ -228,7 +244,7 @@ func (v *lockServer) pod(t *testing.T, id string) *testPod {
 	rdb := redis.NewClient(&redis.Options{Addr: "127.0.0.1:1", MaxRetries: -1})
 	rdb.AddHook(v)
 	cfg := &settings{}
-	cfg.Store(&Config{SessionTTL: 30 * time.Second, SessionRefreshInterval: 10 * time.Second})
+	cfg.Store(&Config{SessionTTL: 30 * time.Second, SessionRefreshInterval: 10 * time.Second, PodLease: 6 * time.Second})
 	v.setLease(id, "e1")
 	p := &testPod{sessions: makeSessions(cfg, rdb, newMetrics(), podLease{
 		podID:     func() string { return id },

@@ -52,6 +52,7 @@ type podLease struct {
 type sessions struct {
 	lockStore
 	lease    podLease
+	silence  silence
 	seed     maphash.Seed
 	wake     chan struct{}   // capacity 1; tells work of drops or sweep; never closed
 	confirms chan chan error // to work; never closed
@@ -104,6 +105,7 @@ func makeSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, lease po
 	s := &sessions{
 		lockStore: lockStore{rdb, cfg, m, make(chan struct{}, claimsAtOnce)},
 		lease:     lease,
+		silence:   silence{pods: map[string]podSilence{}},
 		seed:      maphash.MakeSeed(),
 		wake:      make(chan struct{}, 1),
 		confirms:  make(chan chan error),
@@ -190,34 +192,46 @@ func (s *sessions) slotLocked(id string) map[string]*session {
 func (s *sessions) take(ctx context.Context, sess *session, userType string) error {
 	var (
 		start = time.Now()
-		rival string    // the holder that was sent a kill last
+		rival lockClaim // the holder that was sent a kill last
+		sent  time.Time // the kill; zero where Redis did not take it
 		due   time.Time // when it has been silent for too long
 		oust  string    // the holder to dispossess with the next claim
 		pause time.Duration
 	)
 	for {
+		asked := time.Now()
 		value, err := s.claim(ctx, sess, oust)
-		if err != nil || value == "" {
+		if err != nil {
 			return err
 		}
 		holder, heir := parseLock(value)
+		if s.letGo(rival, holder, oust) {
+			s.silence.answered(rival)
+		}
 		switch {
+		case value == "":
+			return nil
 		case sess.replacedBy(holder, heir):
 			return errReplaced
 		case time.Since(start) >= sessionFight:
 			return errConflict
-		case holder.text != rival:
-			if rival == "" {
+		case holder.text != rival.text:
+			if rival.text == "" {
 				s.m.sessionConflictsTotal.with(userType).Inc()
 			}
-			rival, oust, pause = holder.text, "", sessionFirstPause
-			s.sendKill(ctx, sess.key, killMessage{holder.pod, holder.socket, 4402, "session-replaced"})
+			rival, sent, oust, pause = holder, time.Now(), "", sessionFirstPause
+			if !s.sendKill(ctx, sess.key, killMessage{holder.pod, holder.socket, 4402, "session-replaced"}) {
+				sent = time.Time{}
+			}
 			due = time.Now().Add(sessionSilence)
-			if s.orphaned(ctx, holder) {
-				oust = rival
+			if s.silence.proven(holder) || s.orphaned(ctx, holder) {
+				oust = rival.text
 			}
 		case !time.Now().Before(due):
-			oust = rival
+			oust = rival.text
+			if !asked.Before(due) { // else Redis may have stood still, and the release with it
+				s.suspect(rival, sent)
+			}
 		}
 		if oust != "" {
 			slog.Info("session taken over", "session", sess.key, "peer", holder.pod)
@@ -252,20 +266,9 @@ func (s *sessions) claimOf(sess *session) lockClaim {
 	return lockClaim{pod: s.lease.podID(), epoch: s.lease.epoch(), socket: sess.id, turn: sess.turn}
 }
 
-// orphaned says whether holder's pod has lost its lease, or has another epoch by now. In doubt it has not:
-// the silence of 1 s tells as well.
-func (s *sessions) orphaned(ctx context.Context, holder lockClaim) bool {
-	if holder.pod == "" || holder.pod == s.lease.podID() && holder.epoch == s.lease.epoch() {
-		return false
-	}
-	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
-	defer cancel()
-	alive, err := s.lease.holds(ctx, holder.pod, holder.epoch)
-	return err == nil && !alive
-}
-
-// sendKill asks whatever pod has the socket to close it. A lost message is no loss: silence is dealt with by the sender.
-func (s *sessions) sendKill(ctx context.Context, key string, msg killMessage) {
+// sendKill asks whatever pod has the socket to close it, and says whether Redis took the message. A lost one is no loss:
+// silence is dealt with by the sender.
+func (s *sessions) sendKill(ctx context.Context, key string, msg killMessage) bool {
 	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
 	text, err := json.Marshal(msg)
@@ -275,6 +278,7 @@ func (s *sessions) sendKill(ctx context.Context, key string, msg killMessage) {
 	if err != nil {
 		s.m.redisErrorsTotal.with("session_kill").Inc()
 	}
+	return err == nil
 }
 
 // revoke has the live session of key closed with 4403, wherever it lives, and returns when its lock is free or another's.

@@ -184,6 +184,101 @@ func TestTakeOverFromAKilledPod(t *testing.T) {
 	}
 }
 
+// TestManyFromASilentPod: the sessions of a pod that was killed, or suspended, and has its lease still. One newcomer waits for it
+// for 1 s; those who come later to the same pod do not. A pod that goes on closes the sockets that were taken over: within
+// an interval if its lease holds, before it writes anything to them if that has ended.
+func TestManyFromASilentPod(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	const (
+		lease    = 10 * time.Second
+		interval = 2 * time.Second
+		later    = 20
+	)
+	for _, tc := range []struct {
+		name     string
+		suspends bool
+		expired  bool // before it goes on
+	}{
+		{"killed", false, false}, {"suspended for less than its lease", true, false}, {"suspended for longer", true, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			w := harness.New(t, harness.Settings("POD_LEASE="+lease.String(), "SESSION_REFRESH_INTERVAL="+interval.String()))
+			pods := startPods(w, 2)
+			silent, well := pods[0], pods[1]
+			rdb := w.RedisClient()
+			who := func(i int) harness.Dial { return harness.User("acme", fmt.Sprint("desk", i), "ann") }
+			var old, taken []*harness.Client
+			for i := range later + 1 {
+				old = append(old, silent.Connect(who(i)))
+			}
+			stays := silent.Connect(harness.User("acme", "desk0", "bob"))
+			if tc.suspends {
+				silent.Signal(syscall.SIGSTOP)
+				waitStopped(t, silent.Process)
+			} else {
+				silent.Kill()
+			}
+			var ready []time.Time
+			began := time.Now()
+			for i := range later + 1 {
+				taken = append(taken, well.Connect(who(i)))
+				ready = append(ready, time.Now())
+			}
+			first, others := ready[0].Sub(began), ready[later].Sub(ready[0])
+			if first < 900*time.Millisecond || first > 4*time.Second || others > later*time.Second/4 {
+				t.Errorf("the first is ready after %v, the other %d after %v more", first, later, others)
+			}
+			t.Logf("the first is ready after %v, the other %d after %v more", first, later, others)
+			if n, err := rdb.Exists(t.Context(), "pod:"+silent.ID).Result(); n != 1 || err != nil {
+				t.Fatalf("the lease has ended (%v): the test misses its case", err)
+			}
+			var due []uint64 // some are pulled by the suspended pod, and come when it goes on
+			for i, c := range taken {
+				wantHolder(rdb, fmt.Sprintf("acme:desk%d:ann", i), c)
+				due = append(due, w.Chat("acme", fmt.Sprint("desk", i)))
+			}
+			wantEvents := func() {
+				t.Helper()
+				for i, c := range taken {
+					c.WaitEvent(due[i])
+					wantHolder(rdb, fmt.Sprintf("acme:desk%d:ann", i), c)
+				}
+			}
+			if !tc.suspends {
+				wantEvents()
+				return
+			}
+			if tc.expired {
+				waitNoKey(w, rdb, "pod:"+silent.ID)
+			}
+			silent.Signal(syscall.SIGCONT)
+			goesOn := time.Now()
+			for i, c := range old {
+				c.WantClose(4402, "session-*")
+				for _, m := range c.Events() {
+					if tc.expired && m.At.After(ready[i]) {
+						t.Errorf("a socket that was taken over was sent event %d, %v after that", m.Seq, m.At.Sub(ready[i]))
+					}
+				}
+			}
+			if took := time.Since(goesOn); took > interval+5*time.Second {
+				t.Errorf("the sockets that were taken over are closed %v after their pod went on", took)
+			} else {
+				t.Logf("the sockets that were taken over are closed %v after their pod went on", took)
+			}
+			wantEvents()
+			stays.WaitEvent(w.Chat("acme", "desk0"))
+			w.Settled()
+			wantHolder(rdb, "acme:desk0:bob", stays)
+			for _, p := range pods {
+				p.WantLedgers()
+			}
+		})
+	}
+}
+
 // TestDeafPod: a pod that does not hear the kill, since its subscription is broken at that moment, loses the session by force
 // after 1 s, and closes the socket when it next renews the lock.
 func TestDeafPod(t *testing.T) {
