@@ -12,28 +12,33 @@ import (
 )
 
 // takeOver measures from the dial of a newcomer to its ready, while the session is on the other pod: which lives; which was
-// killed a moment ago and has its lease still, so the newcomers, who come all at once, wait a second for it; and whose
-// lease has ended.
+// killed a moment ago and has its lease still, so the newcomers, who come all at once, wait a second for it; which those who
+// come later, one by one, need not; and whose lease has ended.
 func takeOver(ctx context.Context, b *bench, p plan) error {
-	const killed = 50 // newcomers after the kill, twice
+	const killed = 50 // newcomers after the kill, three times
 	var err error
 	if b.other, err = b.startPod(ctx, b.bin, "load-2", b.nats.URL()); err != nil {
 		return err
 	}
-	c, err := connect(ctx, p.taken+2*killed, func(int) *rig.Service { return b.other }, func(int, []byte) {})
+	c, err := connect(ctx, p.taken+3*killed, func(int) *rig.Service { return b.other }, func(int, []byte) {})
 	if err != nil {
 		return err
 	}
 	defer c.close()
-	var living []time.Duration
-	for i := range p.taken {
-		took, err := newcomer(ctx, b.pod, agentID(i))
-		if err != nil {
-			return err
+	oneByOne := func(what string, from, n int) error {
+		took := make([]time.Duration, n)
+		for i := range took {
+			var err error
+			if took[i], err = newcomer(ctx, b.pod, agentID(from+i)); err != nil {
+				return err
+			}
 		}
-		living = append(living, took)
+		printTimes(what, took)
+		return nil
 	}
-	printTimes("from a living pod", living)
+	if err := oneByOne("from a living pod", 0, p.taken); err != nil {
+		return err
+	}
 	b.other.Kill()
 	b.other = nil
 	atOnce := make([]time.Duration, killed)
@@ -49,19 +54,15 @@ func takeOver(ctx context.Context, b *bench, p plan) error {
 		}
 	}
 	printTimes("from a killed pod before its lease has ended", atOnce)
+	if err := oneByOne("from a killed pod before its lease has ended, later", p.taken+killed, killed); err != nil {
+		return err
+	}
 	for n := int64(1); n > 0; time.Sleep(10 * time.Millisecond) {
 		if n, err = b.rdb.Exists(ctx, "pod:load-2").Result(); err != nil {
 			return fmt.Errorf("ask for the lease of the killed pod: %w", err)
 		}
 	}
-	ended := make([]time.Duration, killed)
-	for i := range ended {
-		if ended[i], err = newcomer(ctx, b.pod, agentID(p.taken+killed+i)); err != nil {
-			return err
-		}
-	}
-	printTimes("from a killed pod after its lease has ended", ended)
-	return nil
+	return oneByOne("from a killed pod after its lease has ended", p.taken+2*killed, killed)
 }
 
 // newcomer opens a socket, and closes it when it was ready.
