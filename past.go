@@ -28,13 +28,15 @@ type past struct {
 	asking chan struct{} // room for 1: taken while the stream is asked for
 
 	turns    chan struct{}         // one taken for each replay under way, unless it waits for its client
-	replays  atomic.Int64          // under way
-	index    atomic.Pointer[index] // nil while few are
+	index    atomic.Pointer[index] // nil while replays are few
 	indexing chan struct{}         // room for 1: taken while the index is brought up to date
 	noIndex  time.Time             // no new attempt before; guarded by indexing
 
-	mu   sync.Mutex // guards next
-	next *finding   // has not been sent yet; nil = nobody waits
+	mu     sync.Mutex              // guards all below
+	next   *finding                // has not been sent yet; nil = nobody waits
+	starts [indexReplays]time.Time // of the latest replays
+	count  int                     // of all replays: the start of the next one stands at count%indexReplays
+	idle   *time.Timer             // drops the index; nil before the first replay
 }
 
 func newPast(cfg *settings, nc *nats.Conn, js jetstream.JetStream) *past {
@@ -62,7 +64,7 @@ func (r *replay) turn(ctx context.Context) error {
 	}
 }
 
-// rest gives the turn back: a client that reads slowly keeps no one's.
+// rest gives the turn back: a client that reads slowly keeps no one's, nor does a replay that has ended.
 func (r *replay) rest() {
 	if r.held {
 		r.held = false
@@ -197,16 +199,8 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 	for _, subject := range subjects {
 		r.tracks = append(r.tracks, track{subject: subject, from: from})
 	}
-	p.replays.Add(1)
+	p.started()
 	return r, nil
-}
-
-// close ends the replay; with the last one the index goes.
-func (r *replay) close() {
-	r.rest()
-	if r.past.replays.Add(-1) == 0 {
-		r.past.index.Store(nil)
-	}
 }
 
 // notAfter finds the message seq or, where it was removed from within the stream, one before it: the overlap is counted from

@@ -245,7 +245,9 @@ func TestIndexOfAnEmptyStream(t *testing.T) {
 	cfg := &settings{}
 	cfg.Store(&Config{ResumeConcurrency: 1})
 	p := newPast(cfg, nil, nil)
-	p.replays.Store(indexReplays)
+	for range indexReplays {
+		p.started()
+	}
 	r := &replay{past: p, direct: true, tracks: []track{{subject: "wa.acme.ann.chats", from: 1}}}
 	if err := r.cover(t.Context(), 0); err != nil || p.index.Load() != nil {
 		t.Errorf("%v, index %v", err, p.index.Load())

@@ -18,16 +18,17 @@ import (
 // the subjects of each client that resumes: 5,000 clients of a dead pod kept it busy for 16 s. To hand all messages out once,
 // and have this pod note their places, costs it 6 µs for each message: less from some sixty replays on, however far they go.
 const (
-	indexReplays = 64      // under way at the same time, from which on an index is kept
-	indexLength  = 500_000 // messages that a replay may go back to be worth it; the index drops what is twice as long
-	indexMargin  = 10_000  // messages that the index begins earlier than the first replay, for those that follow
-	indexBatch   = 64      // messages of one request: meanwhile the server stores nothing
+	indexReplays = 64               // so many that begin
+	indexWindow  = 10 * time.Second // within this time are worth an index, which is kept for as long behind the last one
+	indexLength  = 500_000          // messages that a replay may go back to be worth it; the index drops what is twice as long
+	indexMargin  = 10_000           // messages that the index begins earlier than the first replay, for those that follow
+	indexBatch   = 64               // messages of one request: meanwhile the server stores nothing
 	indexBytes   = 128 << 10
 	indexKeep    = 64 << 20 // bytes of messages that it keeps, the newest, so that they need not be read a second time
 	indexRecord  = 400      // what one of them takes besides its payload, about
 )
 
-// index tells the sequences of each subject's messages in a part of the stream, while many replays are under way.
+// index tells the sequences of each subject's messages in a part of the stream, while many replays begin.
 type index struct {
 	created time.Time // of the stream
 	seed    maphash.Seed
@@ -46,6 +47,25 @@ func newIndex(created time.Time, first uint64) *index {
 		created: created, seed: maphash.MakeSeed(), first: first, next: first,
 		seqs: map[uint64][]uint64{}, kept: map[uint64]*jetstream.RawStreamMsg{}, tail: first,
 	}
+}
+
+// started notes that a replay begins.
+func (p *past) started() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.starts[p.count%indexReplays] = time.Now()
+	p.count++
+	if p.idle == nil {
+		p.idle = time.AfterFunc(indexWindow, func() { p.index.Store(nil) })
+	}
+	p.idle.Reset(indexWindow)
+}
+
+// many says whether replays begin so close together that an index is worth it.
+func (p *past) many() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return time.Since(p.starts[p.count%indexReplays]) < indexWindow
 }
 
 // after finds the first message, probably of subject, from the sequence from on, and the message itself if it is kept; 0 when
@@ -91,7 +111,7 @@ func (r *replay) cover(ctx context.Context, to uint64) error {
 	for _, t := range r.tracks {
 		from = min(from, t.from)
 	}
-	if !r.direct || p.replays.Load() < indexReplays || from == 0 || to-from > indexLength { // 0: the stream is empty
+	if !r.direct || !p.many() || from == 0 || to-from > indexLength { // 0: the stream is empty
 		return nil
 	}
 	select {

@@ -90,7 +90,7 @@ func (c *conn) passes(ctx context.Context, since uint64, subjects []string) (n i
 	if err != nil {
 		return 0, 0, err
 	}
-	defer r.close()
+	defer r.rest()
 	write := func(ev *event) error {
 		if !c.ring.hasRoom() {
 			r.rest()
