@@ -141,13 +141,16 @@ func (p *past) extend(ctx context.Context, x *index, to uint64) error {
 	if x.end() > to {
 		return nil
 	}
-	sub, err := p.nc.SubscribeSync(p.nc.NewInbox()) // a response inbox is subscribed to already: each answer would come twice
+	// A response inbox is subscribed to already: each answer would come twice. And SubscribeSync makes room for 65,536 messages,
+	// half a megabyte of garbage each time.
+	answers := make(chan *nats.Msg, indexBatch+1)
+	sub, err := p.nc.ChanSubscribe(p.nc.NewInbox(), answers)
 	if err != nil {
 		return fmt.Errorf("subscribe to answers of the stream: %w", err)
 	}
 	defer sub.Unsubscribe()
 	for next, more := x.end(), true; more && next <= to; next = x.end() {
-		more, err = limited(ctx, p, func(ctx context.Context) (bool, error) { return p.readBatch(ctx, x, sub, next) })
+		more, err = limited(ctx, p, func(ctx context.Context) (bool, error) { return p.readBatch(ctx, x, sub.Subject, answers, next) })
 		if err != nil {
 			return fmt.Errorf("read stream %s from %d for the index: %w", p.cfg.Load().NATSStreamName, next, err)
 		}
@@ -157,18 +160,20 @@ func (p *past) extend(ctx context.Context, x *index, to uint64) error {
 
 // readBatch notes the messages from the sequence from on, as many as one request yields (a direct get with a batch, NATS
 // 2.11). It says false when a replica has no more; another may.
-func (p *past) readBatch(ctx context.Context, x *index, sub *nats.Subscription, from uint64) (more bool, err error) {
+func (p *past) readBatch(ctx context.Context, x *index, inbox string, answers <-chan *nats.Msg, from uint64) (more bool, err error) {
 	request, err := json.Marshal(map[string]any{"seq": from, "batch": indexBatch, "max_bytes": indexBytes})
 	if err != nil {
 		return false, err
 	}
-	if err := p.nc.PublishRequest("$JS.API.DIRECT.GET."+p.cfg.Load().NATSStreamName, sub.Subject, request); err != nil {
+	if err := p.nc.PublishRequest("$JS.API.DIRECT.GET."+p.cfg.Load().NATSStreamName, inbox, request); err != nil {
 		return false, err
 	}
 	for last := "0"; ; {
-		m, err := sub.NextMsgWithContext(ctx)
-		if err != nil {
-			return false, err
+		var m *nats.Msg
+		select {
+		case m = <-answers:
+		case <-ctx.Done():
+			return false, ctx.Err()
 		}
 		number, behind := ofServer(m, "Nats-Sequence"), ofServer(m, "Nats-Last-Sequence")
 		switch status := m.Header.Get("Status"); {
