@@ -34,7 +34,7 @@ type event struct {
 	stored         time.Time // when JetStream stored it, by the server's clock
 	requestID      string
 	payload        []byte // as published; a JSON object
-	frame          *frame // the outbound frame, encoded once
+	frame          *frame // the outbound frame, encoded once; nil where no socket of this pod has been given it
 }
 
 var (

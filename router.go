@@ -303,7 +303,6 @@ func (r *router) decode(p *pulled) bool {
 		r.refuse(p, err)
 		return false
 	}
-	ev.frame = newEventFrame(&ev, false)
 	return true
 }
 
@@ -353,6 +352,9 @@ func (r *router) serveHere(p *pulled, patience time.Time) {
 		var others bool
 		p.here[i], others = r.owners.local(p.routes[i])
 		p.others = p.others || others
+		if len(p.here[i]) > 0 && p.frame == nil {
+			p.frame = newEventFrame(p.event, false)
+		}
 		for _, c := range p.here[i] {
 			r.pace(c, patience)
 		}
