@@ -335,7 +335,7 @@ func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err err
 			return false, nil
 		}
 		t.from, t.atEnd = seq, false
-		if kept != nil && kept.Subject == t.subject {
+		if kept != nil {
 			t.head = kept
 			return true, nil
 		}

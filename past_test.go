@@ -148,7 +148,7 @@ func TestIndex(t *testing.T) {
 		subject string
 		seq     uint64
 	}{{"a", 12}, {"b", 13}, {"a", 17}} { // the others were removed, or are of other subjects
-		x.note(&jetstream.RawStreamMsg{Subject: m.subject, Sequence: m.seq})
+		x.note(m.subject, m.seq, time.Now(), nil)
 	}
 	for _, tc := range []struct {
 		subject   string
@@ -174,12 +174,15 @@ func TestIndexKeepsTheNewest(t *testing.T) {
 	x := newIndex(time.Now(), 1)
 	data := make([]byte, indexKeep/4)
 	for seq := range uint64(10) {
-		x.note(&jetstream.RawStreamMsg{Subject: "a", Sequence: 2*seq + 1, Data: data})
+		x.note("a", 2*seq+1, time.Unix(int64(seq), 5), data)
 	}
 	for seq := uint64(1); seq < 20; seq += 2 {
 		got, kept, _, _ := x.after("a", seq)
-		if got != seq || (kept != nil) != (seq > 13) || kept != nil && kept.Sequence != seq {
+		if got != seq || (kept != nil) != (seq > 13) {
 			t.Errorf("after %d: %d, kept %v; want it kept where it is one of the last three", seq, got, kept != nil)
+		}
+		if kept != nil && (kept.Sequence != seq || kept.Subject != "a" || len(kept.Data) != len(data) || kept.Time != time.Unix(int64(seq/2), 5)) {
+			t.Errorf("message %d is kept as %d of %s at %v with %d bytes", seq, kept.Sequence, kept.Subject, kept.Time, len(kept.Data))
 		}
 	}
 	if len(x.kept) != 3 || x.size > indexKeep {
@@ -217,7 +220,7 @@ func TestIndexOfAnotherStream(t *testing.T) {
 	cfg.Store(&Config{ResumeConcurrency: 1, ResumeMaxEvents: 10, NATSSubjectPrefix: "wa"})
 	p := newPast(cfg, nc, nil)
 	x := newIndex(time.Now(), 1)
-	x.note(&jetstream.RawStreamMsg{Subject: "wa.acme.ann.chats", Sequence: 5})
+	x.note("wa.acme.ann.chats", 5, time.Now(), nil)
 	delete(x.kept, 5) // too old to be kept itself
 	p.index.Store(x)
 	r := &replay{past: p, created: x.created, direct: true, tracks: []track{{subject: "wa.acme.ann.chats", from: 1}},

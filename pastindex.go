@@ -25,7 +25,8 @@ const (
 	indexBatch   = 64               // messages of one request: meanwhile the server stores nothing
 	indexBytes   = 128 << 10
 	indexKeep    = 64 << 20 // bytes of messages that it keeps, the newest, so that they need not be read a second time
-	indexRecord  = 400      // what one of them takes besides its payload, about
+	indexRecord  = 100      // what one of them takes besides subject and payload, about
+	indexChunk   = 1 << 20  // they are joined in chunks of so many bytes: little for the garbage collector to look at
 )
 
 // index tells the sequences of each subject's messages in a part of the stream, while many replays begin.
@@ -34,18 +35,26 @@ type index struct {
 	seed    maphash.Seed
 	first   uint64 // it knows all messages from this one on
 
-	mu   sync.Mutex                         // guards all below
-	next uint64                             // it knows none from this one on
-	seqs map[uint64][]uint64                // by the hash of the subject: two subjects may share one
-	kept map[uint64]*jetstream.RawStreamMsg // by sequence: the newest
-	size int                                // of these, bytes
-	tail uint64                             // none before this one is kept
+	mu    sync.Mutex          // guards all below
+	next  uint64              // it knows none from this one on
+	seqs  map[uint64][]uint64 // by the hash of the subject: two subjects may share one
+	kept  map[uint64]keptMsg  // by sequence: the newest
+	size  int                 // of these, bytes
+	tail  uint64              // none before this one is kept
+	chunk []byte              // room for more of them
+}
+
+// keptMsg is a message that the index keeps.
+type keptMsg struct {
+	text    []byte // subject and payload
+	subject int    // length
+	stored  int64  // ns since 1970
 }
 
 func newIndex(created time.Time, first uint64) *index {
 	return &index{
 		created: created, seed: maphash.MakeSeed(), first: first, next: first,
-		seqs: map[uint64][]uint64{}, kept: map[uint64]*jetstream.RawStreamMsg{}, tail: first,
+		seqs: map[uint64][]uint64{}, kept: map[uint64]keptMsg{}, tail: first,
 	}
 }
 
@@ -68,7 +77,7 @@ func (p *past) many() bool {
 	return time.Since(p.starts[p.count%indexReplays]) < indexWindow
 }
 
-// after finds the first message, probably of subject, from the sequence from on, and the message itself if it is kept; 0 when
+// after finds the first message, probably of subject, from the sequence from on, and the message itself if it is kept and of subject; 0 when
 // there is none before next. It says false when the index does not know.
 func (x *index) after(subject string, from uint64) (seq uint64, kept *jetstream.RawStreamMsg, next uint64, ok bool) {
 	x.mu.Lock()
@@ -78,21 +87,30 @@ func (x *index) after(subject string, from uint64) (seq uint64, kept *jetstream.
 	}
 	all := x.seqs[maphash.String(x.seed, subject)]
 	if i, _ := slices.BinarySearch(all, from); i < len(all) {
-		return all[i], x.kept[all[i]], x.next, true
+		if m, ok := x.kept[all[i]]; ok && string(m.text[:m.subject]) == subject {
+			kept = &jetstream.RawStreamMsg{Subject: subject, Sequence: all[i], Data: m.text[m.subject:], Time: time.Unix(0, m.stored)}
+		}
+		return all[i], kept, x.next, true
 	}
 	return 0, nil, x.next, true
 }
 
-func (x *index) note(m *jetstream.RawStreamMsg) {
+// note adds the next message.
+func (x *index) note(subject string, seq uint64, stored time.Time, data []byte) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	hash := maphash.String(x.seed, m.Subject)
-	x.seqs[hash] = append(x.seqs[hash], m.Sequence)
-	x.next = m.Sequence + 1
-	x.kept[m.Sequence] = m
-	for x.size += len(m.Data) + indexRecord; x.size > indexKeep; x.tail++ {
+	hash := maphash.String(x.seed, subject)
+	x.seqs[hash] = append(x.seqs[hash], seq)
+	x.next = seq + 1
+	begin, size := len(x.chunk), len(subject)+len(data)
+	if begin+size > cap(x.chunk) {
+		begin, x.chunk = 0, make([]byte, 0, max(indexChunk, size))
+	}
+	x.chunk = append(append(x.chunk, subject...), data...)
+	x.kept[seq] = keptMsg{x.chunk[begin:len(x.chunk):len(x.chunk)], len(subject), stored.UnixNano()}
+	for x.size += size + indexRecord; x.size > indexKeep; x.tail++ {
 		if old, ok := x.kept[x.tail]; ok {
-			x.size -= len(old.Data) + indexRecord
+			x.size -= len(old.text) + indexRecord
 			delete(x.kept, x.tail)
 		}
 	}
@@ -198,7 +216,7 @@ func (p *past) readBatch(ctx context.Context, x *index, inbox string, answers <-
 		if err != nil {
 			return false, fmt.Errorf("time of message %s: %w", number, err)
 		}
-		x.note(&jetstream.RawStreamMsg{Subject: ofServer(m, "Nats-Subject"), Sequence: seq, Data: m.Data, Time: at})
+		x.note(ofServer(m, "Nats-Subject"), seq, at, m.Data)
 		last = number
 	}
 }
