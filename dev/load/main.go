@@ -88,6 +88,12 @@ func run() error {
 			return err
 		}
 		return come(ctx, n)
+	case "gone":
+		size, err := strconv.Atoi(flag.Arg(2))
+		if err != nil {
+			return err
+		}
+		return publishGone(flag.Arg(1), size)
 	}
 	measure, ok := map[string]func(context.Context, *bench, plan) error{
 		"throughput": throughput, "latency": latency, "memory": memory, "absent": absent, "resume": resume, "redis": redisIdle, "takeover": takeOver,

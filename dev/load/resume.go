@@ -127,11 +127,11 @@ func (b *bench) alternate(p plan, sent *int) func(end func() bool) error {
 }
 
 func (b *bench) publishTo(agent string, n, size int) error {
-	return b.publish("wa.acme."+agent+".chats", payload(agent, n, size))
+	return publish(b.js, "wa.acme."+agent+".chats", payload(agent, n, size))
 }
 
-func (b *bench) publish(subject string, body []byte) error {
-	if _, err := b.js.PublishAsync(subject, body, jetstream.WithStallWait(time.Minute)); err != nil {
+func publish(js jetstream.JetStream, subject string, body []byte) error {
+	if _, err := js.PublishAsync(subject, body, jetstream.WithStallWait(time.Minute)); err != nil {
 		return fmt.Errorf("publish to %s: %w", subject, err)
 	}
 	return nil
