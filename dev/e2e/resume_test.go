@@ -256,8 +256,12 @@ func disguised(w *harness.World, agent string) uint64 {
 func TestResumeOfMany(t *testing.T) {
 	t.Parallel()
 	const clients, rounds = 150, 4
-	for _, direct := range []bool{true, false} {
-		t.Run(fmt.Sprintf("direct gets %t", direct), func(t *testing.T) {
+	for _, tc := range []struct {
+		name         string
+		direct, kept bool
+	}{{"direct gets", true, true}, {"more than the index keeps", true, false}, {"no direct gets", false, false}} {
+		direct := tc.direct
+		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) { c.AllowDirect = direct }))
 			pod := w.Start("RESUME_CONCURRENCY=1", "NATS_NAK_DELAY=100ms", "NATS_ACK_WAIT=4s", "NATS_RETRY_HORIZON=2s", "WEBSOCKET_WRITE_TIMEOUT=1s", "WEBSOCKET_BLOCK_TIMEOUT=500ms", "PEER_TIMEOUT=500ms")
@@ -278,6 +282,14 @@ func TestResumeOfMany(t *testing.T) {
 				}
 				due[round] = due[round][:last]
 				due[round] = append(due[round], disguised(w, agent(round)))
+			}
+			if direct && !tc.kept {
+				big := bytes.Repeat([]byte("x"), 1_000_000)
+				for range 70 {
+					if _, err := w.JS.Publish(t.Context(), w.Prefix+".acme.malformed", big); err != nil {
+						t.Fatal(err)
+					}
+				}
 			}
 			requests := make(chan *nats.Msg, 100_000)
 			if _, err := w.NC.ChanSubscribe("$JS.API.DIRECT.GET."+w.Stream, requests); err != nil {
@@ -308,14 +320,17 @@ func TestResumeOfMany(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			batches := 0
+			batches, singly := 0, 0
 			for range len(requests) {
-				if bytes.Contains((<-requests).Data, []byte(`"batch":`)) {
+				switch body := (<-requests).Data; {
+				case bytes.Contains(body, []byte(`"batch":`)):
 					batches++
+				case bytes.HasPrefix(body, []byte(`{"seq":`)) && !bytes.Contains(body, []byte("subj")):
+					singly++
 				}
 			}
-			if direct != (batches > 0) {
-				t.Errorf("%d requests of batches for the index", batches)
+			if direct != (batches > 0) || direct != tc.kept && singly < clients*rounds {
+				t.Errorf("%d requests of batches for the index, %d for a message by its sequence", batches, singly)
 			}
 			pod.WantLedgers()
 		})
