@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strconv"
 	"time"
 
@@ -36,7 +37,9 @@ func (r *router) accept(msg jetstream.Msg) {
 		if !r.decode(p) {
 			return
 		}
-		r.serveHere(p, time.Time{})
+		if !r.behind(p) {
+			r.serveHere(p, time.Time{})
+		}
 	}
 	r.unrouted.Add(int64(len(msg.Data())))
 	if !r.enqueue(p) { // the drain was faster than this callback, which waited for room
@@ -45,6 +48,22 @@ func (r *router) accept(msg jetstream.Msg) {
 			p.settle(failed)
 		}
 	}
+}
+
+// behind says whether a socket here that p is for has its ring full only because the writers are behind: run waits for them,
+// accept must not. Little may be pending meanwhile: what waits in a stuck socket's ring may wait in this one as well.
+func (r *router) behind(p *pulled) bool {
+	if r.inHand.Load() < int64(r.hub.policy.size) {
+		return false // no ring can be full
+	}
+	p.wanted()
+	for i := range p.ways() {
+		conns, _ := r.owners.local(p.routes[i])
+		if slices.ContainsFunc(conns, func(c *conn) bool { return c.ring.behind() }) {
+			return true
+		}
+	}
+	return false
 }
 
 // pending is what is in hand without being stuck in a slow socket's ring or at a sick peer, or about to be NAKed.

@@ -242,3 +242,25 @@ func TestShareWithinABatch(t *testing.T) {
 		t.Errorf("%d events wait, %d in hand; want %d, one having been given up", c.ring.n, r.inHand.Load(), r.parked.share())
 	}
 }
+
+// TestStuckOnesMakeNoRoomForOthers: what waits in the ring of a stuck socket may wait in that of one that reads as well, whose
+// writer has not come to it: accept leaves the next event to run, which waits for the writer, and drops nothing.
+func TestStuckOnesMakeNoRoomForOthers(t *testing.T) {
+	r := newTestRouter(t)
+	size := r.hub.policy.size
+	socket := func(state writerState, stuck bool) *conn {
+		c := r.hub.newConn(goneConn{}, &claims{company: "acme", agent: "ann"}, lock{release: func() {}}, "req")
+		c.ring.ready, c.ring.state, c.ring.stuck = true, state, stuck
+		return c
+	}
+	reads, stuck := socket(queued, false), socket(alone, true)
+	way := route{routeGeneral, "acme", "ann", ""}
+	r.owners.routes[way] = &localRoute{route: way, conns: []*conn{reads, stuck}}
+	r.owners.cache[way] = &answer{}
+	for seq := range uint64(size) + 5 {
+		r.accept(&returned{seq: seq + 1})
+	}
+	if reads.ring.gapNoted || reads.ring.at(0).d.seq != 1 || r.unserved.Load() != 5 {
+		t.Errorf("gap %v, first %d, %d left to run; want none lost and 5 left", reads.ring.gapNoted, reads.ring.at(0).d.seq, r.unserved.Load())
+	}
+}

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"fmt"
 	"slices"
 	"sync"
 	"testing"
@@ -301,4 +302,33 @@ func TestBurstReachesItsReader(t *testing.T) {
 		t.Errorf("%d of %d events came; dropped: %v", got, events, ended(pod, "dropped"))
 	}
 	pod.WantLedgers()
+}
+
+// TestBurstReachesItsReaderBesideStuckOnes: what sockets that do not read hold makes no room in the ring of one that does.
+func TestBurstReachesItsReaderBesideStuckOnes(t *testing.T) {
+	const events = 5000
+	w := harness.New(t)
+	pod := w.Start("WEBSOCKET_WRITE_TIMEOUT=20s", "SERVER_SHUTDOWN_TIMEOUT=60s")
+	c := pod.Connect(harness.User("acme", "desk1", "ann"))
+	for i := range 3 {
+		d := harness.User("acme", "desk1", fmt.Sprintf("stuck%d", i))
+		d.RcvBuf = 4096
+		pod.Connect(d).Pause()
+	}
+	payload := slices.Concat([]byte(`{"event_id":"x","company_id":"acme","row_data":{"pad":"`), bytes.Repeat([]byte("x"), 32<<10), []byte(`"}}`))
+	big := publishMany(t, w, 500, "acme.desk1.contacts", payload)
+	harness.Eventually(t, harness.Patience, "the last large event", func() bool { return seqsOf(c)[big[len(big)-1]] > 0 })
+	time.Sleep(1500 * time.Millisecond) // those that do not read count as stuck
+	seqs := publishMany(t, w, events, "acme.desk1.chats", []byte(`{"event_id":"x","company_id":"acme","row_data":{}}`))
+	harness.Eventually(t, harness.Patience, "the last event", func() bool { return seqsOf(c)[seqs[events-1]] > 0 })
+	have := seqsOf(c)
+	got := 0
+	for _, seq := range seqs {
+		if have[seq] > 0 {
+			got++
+		}
+	}
+	if got != events {
+		t.Errorf("%d of %d events came", got, events)
+	}
 }
