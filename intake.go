@@ -45,6 +45,10 @@ func (r *router) accept(msg jetstream.Msg) {
 	if !r.enqueue(p) { // the drain was faster than this callback, which waited for room
 		r.unrouted.Add(-int64(len(msg.Data())))
 		if p.event != nil || r.decode(p) {
+			p.wanted()
+			for i := range p.ways() {
+				p.owned[i] = true // nobody has looked: what is given up is announced
+			}
 			p.settle(failed)
 		}
 	}

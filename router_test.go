@@ -264,3 +264,33 @@ func TestStuckOnesMakeNoRoomForOthers(t *testing.T) {
 		t.Errorf("gap %v, first %d, %d left to run; want none lost and 5 left", reads.ring.gapNoted, reads.ring.at(0).d.seq, r.unserved.Load())
 	}
 }
+
+// older is a message that has been delivered many times, or for long.
+type older struct {
+	returned
+	terms int
+}
+
+func (m *older) Metadata() (*jetstream.MsgMetadata, error) {
+	return &jetstream.MsgMetadata{Sequence: jetstream.SequencePair{Stream: m.seq}, NumDelivered: 50, Timestamp: time.Now()}, nil
+}
+
+func (m *older) Term() error {
+	m.terms++
+	return nil
+}
+
+// TestNothingEndsUnannouncedBehindTheDrain: what comes when run has ended and is too old to come again is announced like any other.
+func TestNothingEndsUnannouncedBehindTheDrain(t *testing.T) {
+	r := newTestRouter(t)
+	r.stop()
+	r.run(t.Context())
+	msg := &older{returned: returned{seq: 7}}
+	r.accept(msg)
+	if m, ok := r.owners.marks[route{routeGeneral, "acme", "ann", ""}]; msg.naks == 0 && (!ok || m.since != 6) {
+		t.Errorf("%d NAKs, terminated %d times, announced %v", msg.naks, msg.terms, ok)
+	}
+	if r.inHand.Load() != 0 {
+		t.Error("it is still in hand")
+	}
+}
