@@ -36,7 +36,7 @@ type past struct {
 	next   *finding                // has not been sent yet; nil = nobody waits
 	starts [indexReplays]time.Time // of the latest replays
 	count  int                     // of all replays: the start of the next one stands at count%indexReplays
-	idle   *time.Timer             // drops the index; nil before the first replay
+	idle   *time.Timer             // drops the index; nil before replays were many
 }
 
 func newPast(cfg *settings, nc *nats.Conn, js jetstream.JetStream) *past {
@@ -199,7 +199,6 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 	for _, subject := range subjects {
 		r.tracks = append(r.tracks, track{subject: subject, from: from})
 	}
-	p.started()
 	return r, nil
 }
 
@@ -228,6 +227,9 @@ func (r *replay) last(ctx context.Context) (uint64, error) {
 // pass hands f every event up to the sequence to, in order, and returns how many there were. It stops with errTooFar
 // when there are too many, and with f's error.
 func (r *replay) pass(ctx context.Context, to uint64, f func(*event) error) (n int, err error) {
+	if !r.late {
+		r.past.started() // not before: of thousands that are opened at once the last have their turn much later
+	}
 	if err := r.cover(ctx, to); err != nil {
 		slog.Debug("index of the stream not brought up to date", "err", err)
 	}

@@ -287,3 +287,39 @@ func TestReplaysAtOnce(t *testing.T) {
 		}
 	})
 }
+
+// TestIndexGoesWithTheCrowd: a few replays now and then, as every pod has them, keep no index; those of a crowd that have waited
+// for their turn do.
+func TestIndexGoesWithTheCrowd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := &settings{}
+		cfg.Store(&Config{ResumeConcurrency: 1})
+		p := newPast(cfg, nil, nil)
+		for range indexReplays {
+			p.started()
+		}
+		x := newIndex(time.Now(), 1)
+		p.index.Store(x)
+		time.Sleep(indexWindow / 2)
+		p.started()
+		synctest.Wait()
+		if p.index.Load() == nil {
+			t.Error("it goes while the crowd comes")
+		}
+		for range 10 {
+			time.Sleep(indexWindow * 9 / 10)
+			p.started()
+		}
+		synctest.Wait()
+		if p.index.Load() != nil {
+			t.Error("kept for 95 s with one replay in 9 s")
+		}
+		r := &replay{past: p} // of an empty stream
+		for range 2 {
+			r.pass(t.Context(), 0, nil)
+		}
+		if p.count != indexReplays+12 {
+			t.Errorf("%d replays count as begun, want one more with its first pass", p.count)
+		}
+	})
+}

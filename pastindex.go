@@ -58,12 +58,16 @@ func newIndex(created time.Time, first uint64) *index {
 	}
 }
 
-// started notes that a replay begins.
+// started notes that a replay's first pass begins. The index goes when they have not been many for indexWindow: a few, as every
+// pod has them, would keep it for ever, and it is not read on for them.
 func (p *past) started() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.starts[p.count%indexReplays] = time.Now()
 	p.count++
+	if !p.manyLocked() {
+		return
+	}
 	if p.idle == nil {
 		p.idle = time.AfterFunc(indexWindow, func() { p.index.Store(nil) })
 	}
@@ -74,8 +78,10 @@ func (p *past) started() {
 func (p *past) many() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return time.Since(p.starts[p.count%indexReplays]) < indexWindow
+	return p.manyLocked()
 }
+
+func (p *past) manyLocked() bool { return time.Since(p.starts[p.count%indexReplays]) < indexWindow }
 
 // after finds the first message, probably of subject, from the sequence from on, and the message itself if it is kept and of subject; 0 when
 // there is none before next. It says false when the index does not know.
