@@ -29,7 +29,8 @@ type consumer struct {
 
 	// up is what the library's callbacks said last. To ask the connection itself would make /ready, upgrades and
 	// chat selections wait for an attempt to connect that hangs: up to CONNECT_TIMEOUT, measured.
-	up atomic.Bool
+	up       atomic.Bool
+	connects atomic.Uint64 // so far
 
 	alive    atomic.Int64  // last sign of life of the consumer, Unix ns
 	received atomic.Uint64 // messages since the start
@@ -63,6 +64,7 @@ const (
 func (c *consumer) connectNATS(cfg *Config) (*nats.Conn, error) {
 	connected := func(nc *nats.Conn) {
 		c.noteRefusal(nil)
+		c.connects.Add(1)
 		c.up.Store(true)
 		slog.Info("NATS connected", "server", nc.ConnectedServerName())
 	}

@@ -162,7 +162,9 @@ func newService(cfg *Config) (*service, error) {
 	}
 	auth := newAuth(s.cfg, s.rdb, s.m)
 	s.hub = newHub(s.cfg, s.m, s.owners, s.consumer.streamSeq)
-	s.hub.openPast = newPast(s.cfg, s.consumer.nc, s.consumer.js).open
+	past := newPast(s.cfg, s.consumer.nc, s.consumer.js)
+	past.connects = s.consumer.connects.Load
+	s.hub.openPast = past.open
 	s.hub.openToken = func(ctx context.Context, token string, admin bool) (*claims, *apiError) {
 		if admin {
 			return auth.openAdmin(ctx, token)

@@ -27,6 +27,10 @@ type past struct {
 
 	asking chan struct{} // room for 1: taken while the stream is asked for
 
+	// connects counts the connections to NATS so far; set before the first replay. A server that comes back may have lost the
+	// end of the stream, whose sequences then are those of other messages.
+	connects func() uint64
+
 	turns    chan struct{}         // one taken for each replay under way, unless it waits for its client
 	index    atomic.Pointer[index] // nil while replays are few
 	indexing chan struct{}         // room for 1: taken while the index is brought up to date
@@ -41,7 +45,7 @@ type past struct {
 
 func newPast(cfg *settings, nc *nats.Conn, js jetstream.JetStream) *past {
 	return &past{
-		cfg: cfg, nc: nc, js: js, slots: make(chan struct{}, cfg.Load().ResumeConcurrency),
+		cfg: cfg, nc: nc, js: js, connects: func() uint64 { return 0 }, slots: make(chan struct{}, cfg.Load().ResumeConcurrency),
 		turns: make(chan struct{}, replaysAtOnce), asking: make(chan struct{}, 1), indexing: make(chan struct{}, 1),
 	}
 }
@@ -322,8 +326,8 @@ func (r *replay) fill(ctx context.Context, t *track, to uint64) (err error) {
 
 // fillByIndex goes on as far as the index reaches, if it knows t's place.
 func (r *replay) fillByIndex(ctx context.Context, t *track) (found bool, err error) {
-	x := r.past.index.Load()
-	if x == nil || !x.created.Equal(r.created) || strings.Contains(t.subject, "*") {
+	x := r.past.indexOf(r.created)
+	if x == nil || strings.Contains(t.subject, "*") {
 		return false, nil
 	}
 	start := t.from

@@ -143,7 +143,7 @@ func TestQuestionsAreShared(t *testing.T) {
 
 // TestIndex: it tells of the part of the stream that it has read, and of nothing else.
 func TestIndex(t *testing.T) {
-	x := newIndex(time.Now(), 10)
+	x := newIndex(time.Now(), 0, 10)
 	for _, m := range []struct {
 		subject string
 		seq     uint64
@@ -171,7 +171,7 @@ func TestIndex(t *testing.T) {
 
 // TestIndexKeepsTheNewest: it keeps so many bytes of messages as it may, and knows the places of the rest.
 func TestIndexKeepsTheNewest(t *testing.T) {
-	x := newIndex(time.Now(), 1)
+	x := newIndex(time.Now(), 0, 1)
 	data := make([]byte, indexKeep/4)
 	for seq := range uint64(10) {
 		x.note("a", 2*seq+1, time.Unix(int64(seq), 5), data)
@@ -219,7 +219,7 @@ func TestIndexOfAnotherStream(t *testing.T) {
 	cfg := &settings{}
 	cfg.Store(&Config{ResumeConcurrency: 1, ResumeMaxEvents: 10, NATSSubjectPrefix: "wa"})
 	p := newPast(cfg, nc, nil)
-	x := newIndex(time.Now(), 1)
+	x := newIndex(time.Now(), 0, 1)
 	x.note("wa.acme.ann.chats", 5, time.Now(), nil)
 	delete(x.kept, 5) // too old to be kept itself
 	p.index.Store(x)
@@ -298,7 +298,7 @@ func TestIndexGoesWithTheCrowd(t *testing.T) {
 		for range indexReplays {
 			p.started()
 		}
-		x := newIndex(time.Now(), 1)
+		x := newIndex(time.Now(), 0, 1)
 		p.index.Store(x)
 		time.Sleep(indexWindow / 2)
 		p.started()
@@ -322,4 +322,21 @@ func TestIndexGoesWithTheCrowd(t *testing.T) {
 			t.Errorf("%d replays count as begun, want one more with its first pass", p.count)
 		}
 	})
+}
+
+// TestIndexOfAnotherConnection: a server that comes back may have lost the stream's end. What the index knows of it is of no use.
+func TestIndexOfAnotherConnection(t *testing.T) {
+	cfg := &settings{}
+	cfg.Store(&Config{ResumeConcurrency: 1})
+	p := newPast(cfg, nil, nil)
+	connects := uint64(1)
+	p.connects = func() uint64 { return connects }
+	x := newIndex(time.Now(), 1, 1)
+	p.index.Store(x)
+	if p.indexOf(x.created) != x || p.indexOf(x.created.Add(1)) != nil {
+		t.Error("it is not told by the stream's creation")
+	}
+	if connects++; p.indexOf(x.created) != nil {
+		t.Error("it outlives the connection")
+	}
 }

@@ -32,6 +32,7 @@ const (
 // index tells the sequences of each subject's messages in a part of the stream, while many replays begin.
 type index struct {
 	created time.Time // of the stream
+	connect uint64    // to the server, by number
 	seed    maphash.Seed
 	first   uint64 // it knows all messages from this one on
 
@@ -51,11 +52,20 @@ type keptMsg struct {
 	stored  int64  // ns since 1970
 }
 
-func newIndex(created time.Time, first uint64) *index {
+func newIndex(created time.Time, connect, first uint64) *index {
 	return &index{
-		created: created, seed: maphash.MakeSeed(), first: first, next: first,
+		created: created, connect: connect, seed: maphash.MakeSeed(), first: first, next: first,
 		seqs: map[uint64][]uint64{}, kept: map[uint64]keptMsg{}, tail: first,
 	}
+}
+
+// indexOf is the index, if it is of the stream that was made then and of this connection.
+func (p *past) indexOf(created time.Time) *index {
+	x := p.index.Load()
+	if x == nil || !x.created.Equal(created) || x.connect != p.connects() {
+		return nil
+	}
+	return x
 }
 
 // started notes that a replay's first pass begins. The index goes when they have not been many for indexWindow: a few, as every
@@ -144,13 +154,14 @@ func (r *replay) cover(ctx context.Context, to uint64) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	x, first := p.index.Load(), from-min(from-1, indexMargin)
-	old := x == nil || !x.created.Equal(r.created) || x.end() < first || to > x.first+2*indexLength // left behind by fewer replays
+	connect := p.connects()
+	x, first := p.indexOf(r.created), from-min(from-1, indexMargin)
+	old := x == nil || x.end() < first || to > x.first+2*indexLength // left behind by fewer replays
 	if old && r.late || time.Now().Before(p.noIndex) {
 		return nil // a late pass begins where the first ones of others do not
 	}
 	if old {
-		x = newIndex(r.created, first)
+		x = newIndex(r.created, connect, first)
 		p.index.Store(x)
 	}
 	err := p.extend(ctx, x, to)
