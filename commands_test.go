@@ -229,15 +229,3 @@ func TestHealthcheck(t *testing.T) {
 		t.Errorf("port 0: %d %q", code, stderr)
 	}
 }
-
-// TestGCPercent: there is room for gcRoom bytes of garbage, and for as much as is in use.
-func TestGCPercent(t *testing.T) {
-	for _, tc := range []struct {
-		live uint64
-		want int
-	}{{0, 3200}, {8 << 20, 400}, {32 << 20, 100}, {1 << 30, 100}} {
-		if got := gcPercent(tc.live); got != tc.want {
-			t.Errorf("%d bytes live: %d %%, want %d", tc.live, got, tc.want)
-		}
-	}
-}

@@ -24,8 +24,6 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"runtime/debug"
-	"runtime/metrics"
 	"strconv"
 	"strings"
 	"sync"
@@ -106,33 +104,6 @@ func run(file string, environ []string, logs io.Writer) error {
 		}
 	}
 }
-
-// gcRoom is how much garbage may gather between two collections, be ever so little in use: for milliseconds each of them takes
-// all processors that nothing else wants at that moment. A pod with 1,000 sockets had two a second at 5,000 events/s.
-const gcRoom = 32 << 20
-
-// tuneGC sets the collector's percentage by what is in use, until ctx ends.
-func tuneGC(ctx context.Context) {
-	t := time.NewTicker(time.Second)
-	defer t.Stop()
-	live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
-	set := 100
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
-		metrics.Read(live)
-		if p := gcPercent(live[0].Value.Uint64()); p < set*9/10 || p > set*11/10 {
-			debug.SetGCPercent(p)
-			set = p
-		}
-	}
-}
-
-// gcPercent leaves room for gcRoom bytes, and for as much as is in use.
-func gcPercent(live uint64) int { return int(max(100, 100*gcRoom/max(live, 1<<20))) }
 
 func setLog(cfg *Config, level *slog.LevelVar, w io.Writer) {
 	level.UnmarshalText([]byte(cfg.LogLevel)) // checked by loadConfig
@@ -261,9 +232,6 @@ func (s *service) work() {
 	s.loop(func() { s.owners.claimLoop(s.background) })
 	s.loop(func() { s.owners.leaseLoop(s.background) })
 	s.loop(func() { s.hub.run(s.background) })
-	if os.Getenv("GOGC") == "" {
-		s.loop(func() { tuneGC(s.background) })
-	}
 	s.loop(func() { s.router.tick(s.background) })
 	s.loop(func() { s.consumer.tellAge(s.background) })
 	s.loop(func() {
