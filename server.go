@@ -408,24 +408,22 @@ func (httpLog) Write(b []byte) (int, error) {
 
 // Of 5,000 clients that came within half a second, each with a goroutine of its own, the scheduler made the events of those
 // who were there wait: up to 50 ms. So more than a few connections are accepted one after the other.
-const (
-	acceptEvery = 500 * time.Microsecond
-	acceptBurst = 50
-)
+const acceptBurst = 50
 
-// pacedListener accepts acceptBurst connections at once, and one every acceptEvery while more are waiting.
+// pacedListener accepts acceptBurst connections at once, and one every so often while more are waiting.
 type pacedListener struct {
 	net.Listener
-	due time.Time // owned by the one goroutine that accepts
+	every time.Duration
+	due   time.Time // owned by the one goroutine that accepts
 }
 
 func (l *pacedListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
 	now := time.Now()
-	if oldest := now.Add(-acceptBurst * acceptEvery); l.due.Before(oldest) {
+	if oldest := now.Add(-acceptBurst * l.every); l.due.Before(oldest) {
 		l.due = oldest
 	}
-	l.due = l.due.Add(acceptEvery)
+	l.due = l.due.Add(l.every)
 	time.Sleep(l.due.Sub(now))
 	return c, err
 }
@@ -433,7 +431,7 @@ func (l *pacedListener) Accept() (net.Conn, error) {
 // serve answers on l until shutdown, which makes it return nil.
 func (s *server) serve(l net.Listener) error {
 	var err error
-	l = &pacedListener{Listener: l}
+	l = &pacedListener{Listener: l, every: time.Second / time.Duration(s.cfg.Load().ServerAcceptRate)}
 	if s.tls {
 		if err = s.reloadTLS(); err != nil {
 			return err

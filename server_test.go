@@ -521,7 +521,8 @@ func (crowd) Accept() (net.Conn, error) { return nil, nil }
 // are again.
 func TestCrowdIsPaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := &pacedListener{Listener: crowd{}}
+		acceptEvery := time.Second / 2000
+		l := &pacedListener{Listener: crowd{}, every: acceptEvery}
 		accept := func(n int) time.Duration {
 			start := time.Now()
 			for range n {

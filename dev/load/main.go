@@ -47,6 +47,7 @@ type plan struct {
 	taken   int
 	clients int
 	backlog int
+	accept  int
 	wrong   bool
 	deflate string
 }
@@ -69,6 +70,7 @@ func run() error {
 	flag.IntVar(&p.taken, "taken", 200, "takeover: sessions taken over from a living pod")
 	flag.IntVar(&p.clients, "clients", 5000, "resume: sockets of the pod that dies")
 	flag.IntVar(&p.backlog, "backlog", 10, "resume: events that each of them has had")
+	flag.IntVar(&p.accept, "accept", 2000, "SERVER_ACCEPT_RATE of the pods")
 	flag.IntVar(&p.sockets, "sockets", 10_000, "memory, compare, redis: sockets, each of an agent of its own")
 	flag.DurationVar(&p.settle, "settle", 60*time.Second, "memory, compare: pause between the last connect and the reading")
 	flag.IntVar(&p.procs, "procs", 2, "GOMAXPROCS of the pod")
@@ -119,6 +121,7 @@ func withBench(ctx context.Context, p plan, measure func(context.Context, *bench
 type bench struct {
 	dir     string
 	deflate string
+	accept  int
 	bin     rig.Binaries
 	nats    *rig.NATS
 	redis   *rig.Redis
@@ -143,7 +146,7 @@ func newBench(ctx context.Context, p plan) (*bench, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &bench{dir: dir, deflate: p.deflate}
+	b := &bench{dir: dir, deflate: p.deflate, accept: p.accept}
 	bin, err := rig.Build(ctx, dir, false)
 	if err != nil {
 		return b, err
@@ -186,7 +189,7 @@ func (b *bench) startPod(ctx context.Context, bin rig.Binaries, id, natsURL stri
 	pod, err := rig.StartService(bin.Service, id, filepath.Join(b.dir, id+".log"), []string{
 		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_POD_ID=" + id,
 		"NATS_URL=" + natsURL, "REDIS_ADDRESS=" + b.redis.Address(), "SERVER_DEBUG_ADDRESS=" + os.Getenv("LOAD_DEBUG_ADDRESS"),
-		"WEBSOCKET_COMPRESSION=" + b.deflate, "WEBSOCKET_COMPRESSION_THRESHOLD=0",
+		"SERVER_ACCEPT_RATE=" + fmt.Sprint(b.accept), "WEBSOCKET_COMPRESSION=" + b.deflate, "WEBSOCKET_COMPRESSION_THRESHOLD=0",
 		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=load-admin-key", "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
 	})
 	if err != nil {
