@@ -49,6 +49,14 @@ func (p *pulled) ways() int {
 	return 1
 }
 
+// give queues the event for sockets of this pod.
+func (p *pulled) give(conns []*conn) {
+	if len(conns) > 0 && p.frame == nil {
+		p.frame = newEventFrame(p.event, false)
+	}
+	p.push(conns)
+}
+
 // settled ends a delivery from JetStream by the worst of its targets' outcomes.
 func (p *pulled) settled(_ *delivery, worst outcome) {
 	switch worst {

@@ -171,19 +171,16 @@ func (r *router) serveHere(p *pulled, patience time.Time) {
 		var others bool
 		p.here[i], others = r.owners.local(p.routes[i])
 		p.others = p.others || others
-		if len(p.here[i]) > 0 && p.frame == nil {
-			p.frame = newEventFrame(p.event, false)
-		}
 		for _, c := range p.here[i] {
 			r.pace(c, patience)
 		}
-		p.push(p.here[i])
+		p.give(p.here[i])
 	}
 }
 
 // dispatch hands an event to its owners elsewhere. A socket here that has come since serveHere was confirmed after the event
 // had been published: it is owed nothing but by its replay, which reads the stream's end after it has come. An event that
-// nobody here would have had comes again, but for a message: its chat had been selected by nobody.
+// nobody here would have had is given to it, though perhaps behind a later one, rather than wait for a second delivery.
 func (r *router) dispatch(p *pulled, now time.Time) {
 	targets, known, believed := 0, true, true
 	var sent []member
@@ -191,8 +188,12 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 	for i := range p.ways() {
 		l := r.owners.find(p.routes[i], now)
 		known = known && l.known
-		believed = believed && (l.nobody || len(p.here[i])+len(l.peers) > 0 || p.kind == kindMessage && len(l.conns) > 0)
+		believed = believed && (l.nobody || len(l.conns)+len(l.peers) > 0)
 		p.owned[i] = !l.nobody || len(p.here[i]) > 0 // what Redis was not asked about may have an owner that only it knows
+		if len(p.here[i]) == 0 && p.kind != kindMessage {
+			p.here[i] = l.conns
+			p.give(l.conns)
+		}
 		targets += len(p.here[i])
 		targets += r.forward(p, p.routes[i], l.peers, &sent)
 		nobodySince = l.since
@@ -202,7 +203,7 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 		p.settle(failed) // there may be owners elsewhere; those here join or skip the redelivery
 	case targets > 0:
 		p.settle(written)
-	case !believed || p.second: // a socket has come meanwhile, or one that was there a moment ago is on its way to somewhere
+	case !believed || p.second: // a socket that was there a moment ago is on its way to somewhere
 		p.settle(failed)
 	case p.kind == kindAgent:
 		p.end(ack, "unselected")
