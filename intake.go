@@ -45,7 +45,6 @@ func (r *router) accept(msg jetstream.Msg) {
 	if !r.enqueue(p) { // the drain was faster than this callback, which waited for room
 		r.unrouted.Add(-int64(len(msg.Data())))
 		if p.event != nil || r.decode(p) {
-			p.wanted()
 			for i := range p.ways() {
 				p.owned[i] = true // nobody has looked: what is given up is announced
 			}
@@ -60,7 +59,6 @@ func (r *router) behind(p *pulled) bool {
 	if r.inHand.Load() < int64(r.hub.policy.size) {
 		return false // no ring can be full
 	}
-	p.wanted()
 	for i := range p.ways() {
 		conns, _ := r.owners.local(p.routes[i])
 		if slices.ContainsFunc(conns, func(c *conn) bool { return c.ring.behind() }) {
@@ -170,6 +168,7 @@ func (r *router) decode(p *pulled) bool {
 		r.refuse(p, err)
 		return false
 	}
+	p.wanted()
 	return true
 }
 

@@ -166,7 +166,6 @@ func (r *router) route(ctx context.Context, batch []*pulled) {
 // 0.34.) The delivery holds one target for itself until dispatch has added the others, so that the last settle cannot come early.
 func (r *router) serveHere(p *pulled, patience time.Time) {
 	p.served = true
-	p.wanted()
 	for i := range p.ways() {
 		var others bool
 		p.here[i], others = r.owners.local(p.routes[i])

@@ -129,19 +129,14 @@ type gone struct {
 }
 
 func startGone(url string, size int) (*gone, error) {
-	self, err := os.Executable()
+	cmd, tell, err := aside("gone", url, fmt.Sprint(size))
 	if err != nil {
 		return nil, err
 	}
-	g := &gone{cmd: exec.Command("nice", "-n", "19", self, "gone", url, fmt.Sprint(size))}
-	g.cmd.Stderr = os.Stderr
-	if g.tell, err = g.cmd.StdinPipe(); err != nil {
-		return nil, err
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", cmd, err)
 	}
-	if err := g.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start %s: %w", self, err)
-	}
-	return g, nil
+	return &gone{cmd, tell}, nil
 }
 
 // publishTo has events published to subjects of that prefix from now on; none where it is empty.

@@ -43,25 +43,33 @@ type returners struct {
 // backID names the i-th agent of those who come back.
 func backID(i int) string { return fmt.Sprintf("back%05d", i) }
 
+// aside is this program once more, not started yet, and its input. What it does would have processors of its own; here it gets
+// what those under measurement leave.
+func aside(args ...string) (cmd *exec.Cmd, tell io.WriteCloser, err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, nil, err
+	}
+	cmd = exec.Command("nice", append([]string{"-n", "19", self}, args...)...)
+	cmd.Stderr = os.Stderr
+	tell, err = cmd.StdinPipe()
+	return cmd, tell, err
+}
+
 // gather starts the process of n clients at address.
 func gather(n int, address string) (*returners, error) {
-	self, err := os.Executable()
+	cmd, tell, err := aside("back", fmt.Sprint(n))
 	if err != nil {
 		return nil, err
 	}
-	// They would have processors of their own; here they get what those under measurement leave.
-	r := &returners{cmd: exec.Command("nice", "-n", "19", self, "back", fmt.Sprint(n)), done: make(chan struct{})}
+	r := &returners{cmd: cmd, tell: tell, done: make(chan struct{})}
 	r.tally.Store(&backTally{})
-	r.cmd.Stderr = os.Stderr
 	said, err := r.cmd.StdoutPipe()
 	if err != nil {
 		return nil, err
 	}
-	if r.tell, err = r.cmd.StdinPipe(); err != nil {
-		return nil, err
-	}
 	if err := r.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start %s: %w", self, err)
+		return nil, fmt.Errorf("start %s: %w", r.cmd, err)
 	}
 	go func() {
 		defer close(r.done)
