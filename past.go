@@ -99,6 +99,9 @@ func limited[T any](ctx context.Context, p *past, request func(context.Context) 
 	}
 }
 
+// findEvery is how long the next question about the stream waits for those who share it, while replays are many.
+const findEvery = 5 * time.Millisecond
+
 // finding is a question about the stream, of all who asked before it was sent.
 type finding struct {
 	done   chan struct{} // closed when stream and err are set
@@ -131,7 +134,13 @@ func (p *past) find(ctx context.Context) (jetstream.Stream, error) {
 func (p *past) answer(f *finding) {
 	defer close(f.done)
 	p.asking <- struct{}{}
-	defer func() { <-p.asking }()
+	defer func() {
+		if p.many() {
+			time.AfterFunc(findEvery, func() { <-p.asking })
+		} else {
+			<-p.asking
+		}
+	}()
 	f.stream, f.err = limited(context.Background(), p, func(ctx context.Context) (jetstream.Stream, error) {
 		p.mu.Lock()
 		p.next = nil
@@ -183,19 +192,17 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 		return nil, fmt.Errorf("%w: %d has expired, the stream begins at %d", errTooFar, since, state.FirstSeq)
 	}
 	r := &replay{past: p, stream: s, since: since, direct: info.Config.AllowDirect, created: info.Created}
-	from := max(state.FirstSeq, 1)
-	at, err := p.notAfter(ctx, since, from)
+	from, x := max(state.FirstSeq, 1), p.indexOf(info.Created)
+	at, err := p.storedAt(ctx, x, since, from)
 	if err != nil {
 		return nil, err
 	}
 	oldest := state.FirstTime
-	if at != nil {
-		oldest = at.Time
-		begin, err := p.ask(ctx, map[string]any{"next_by_subj": ">", "start_time": at.Time.Add(-cfg.ResumeOverlap)})
-		if err != nil {
+	if !at.IsZero() {
+		oldest = at
+		if from, err = p.firstSince(ctx, x, at.Add(-cfg.ResumeOverlap)); err != nil {
 			return nil, err
 		}
-		from = begin.Sequence
 	}
 	if state.Msgs > 0 && oldest.Before(state.LastTime.Add(-cfg.ResumeMaxAge)) {
 		return nil, fmt.Errorf("%w: %d is older than %s", errTooFar, since, cfg.ResumeMaxAge)
@@ -206,17 +213,38 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 	return r, nil
 }
 
-// notAfter finds the message seq or, where it was removed from within the stream, one before it: the overlap is counted from
-// its time. Nil means that there is none from first on.
-func (p *past) notAfter(ctx context.Context, seq, first uint64) (*jetstream.RawStreamMsg, error) {
+// storedAt is the time of the message seq or, where it was removed from within the stream, of one before it: the overlap is
+// counted from there. It is zero when there is none from first on.
+func (p *past) storedAt(ctx context.Context, x *index, seq, first uint64) (at time.Time, err error) {
+	if at := x.storedAt(seq); !at.IsZero() {
+		return at, nil
+	}
 	for back := uint64(0); seq >= first+back; back = max(1, 2*back) {
 		m, err := p.ask(ctx, map[string]any{"seq": seq - back, "next_by_subj": ">"})
 		if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && m.Sequence > seq {
 			continue
 		}
-		return m, err
+		if err != nil {
+			return at, err
+		}
+		return m.Time, nil
 	}
-	return nil, nil
+	return at, nil
+}
+
+// firstSince is the first sequence that was stored in the second of at or later. Whole seconds, because the clients of a dead pod
+// ask for much the same.
+func (p *past) firstSince(ctx context.Context, x *index, at time.Time) (uint64, error) {
+	at = at.Truncate(time.Second)
+	if seq := x.firstSince(at); seq > 0 {
+		return seq, nil
+	}
+	m, err := p.ask(ctx, map[string]any{"next_by_subj": ">", "start_time": at})
+	if err != nil {
+		return 0, err
+	}
+	x.noteFirst(at, m.Sequence)
+	return m.Sequence, nil
 }
 
 // last asks for the stream's last sequence.

@@ -138,6 +138,18 @@ func TestQuestionsAreShared(t *testing.T) {
 				t.Fatalf("answered by question %d, which was sent before it was asked, or by one of its own", n)
 			}
 		}
+		for range indexReplays {
+			p.started()
+		}
+		start := time.Now()
+		for n := int32(3); n < 5; n++ { // the one after them waits for more
+			if ask(); <-answers != n {
+				t.Errorf("not answered by question %d", n)
+			}
+		}
+		if took := time.Since(start); took != 2*time.Second+findEvery {
+			t.Errorf("two questions took %v while replays are many, want %v", took, 2*time.Second+findEvery)
+		}
 	})
 }
 

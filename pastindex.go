@@ -43,6 +43,7 @@ type index struct {
 	size  int                 // of these, bytes
 	tail  uint64              // none before this one is kept
 	chunk []byte              // room for more of them
+	begin map[int64]uint64    // by s since 1970: first sequence stored then or later, RESUME_OVERLAP before messages that are kept
 }
 
 // keptMsg is a message that the index keeps.
@@ -55,7 +56,7 @@ type keptMsg struct {
 func newIndex(created time.Time, connect, first uint64) *index {
 	return &index{
 		created: created, connect: connect, seed: maphash.MakeSeed(), first: first, next: first,
-		seqs: map[uint64][]uint64{}, kept: map[uint64]keptMsg{}, tail: first,
+		seqs: map[uint64][]uint64{}, kept: map[uint64]keptMsg{}, tail: first, begin: map[int64]uint64{},
 	}
 }
 
@@ -109,6 +110,39 @@ func (x *index) after(subject string, from uint64) (seq uint64, kept *jetstream.
 		return all[i], kept, x.next, true
 	}
 	return 0, nil, x.next, true
+}
+
+// storedAt is the time of the message seq, zero unless it is kept. x may be nil here and in what follows.
+func (x *index) storedAt(seq uint64) time.Time {
+	if x == nil {
+		return time.Time{}
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if m, ok := x.kept[seq]; ok {
+		return time.Unix(0, m.stored)
+	}
+	return time.Time{}
+}
+
+// firstSince is the sequence noted for at, 0 for none.
+func (x *index) firstSince(at time.Time) uint64 {
+	if x == nil {
+		return 0
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.begin[at.Unix()]
+}
+
+// noteFirst remembers firstSince.
+func (x *index) noteFirst(at time.Time, seq uint64) {
+	if x == nil {
+		return
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.begin[at.Unix()] = seq
 }
 
 // note adds the next message.
@@ -184,11 +218,17 @@ func (p *past) extend(ctx context.Context, x *index, to uint64) error {
 		return fmt.Errorf("subscribe to answers of the stream: %w", err)
 	}
 	defer sub.Unsubscribe()
+	took := time.Duration(0)
 	for next, more := x.end(), true; more && next <= to; next = x.end() {
+		if !pause(ctx, took) { // events of those who are there come in between
+			return ctx.Err()
+		}
+		began := time.Now()
 		more, err = limited(ctx, p, func(ctx context.Context) (bool, error) { return p.readBatch(ctx, x, sub.Subject, answers, next) })
 		if err != nil {
 			return fmt.Errorf("read stream %s from %d for the index: %w", p.cfg.Load().NATSStreamName, next, err)
 		}
+		took = time.Since(began)
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -54,6 +55,33 @@ func TestSessionOfSilentPodIsWaitedForOnce(t *testing.T) {
 		time.Sleep(oneRound)
 		for _, k := range held[:4] {
 			wantState(t, k, "4402 session-lost")
+		}
+	})
+}
+
+// Of many who wait at the same time a few ask as often as ever, for the sake of a pod that lives, the others hardly.
+func TestSessionCrowdAsksRarely(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v, _, b, held := silentPod(t)
+		var asked atomic.Int32
+		v.delay = func() time.Duration {
+			asked.Add(1)
+			return 0
+		}
+		const crowd = 4 * sessionEager
+		var wg sync.WaitGroup
+		for i := range crowd {
+			key := fmt.Sprint("c:x:", i)
+			v.set(key, "a#e1#GONE#7")
+			wg.Go(func() { wantOpen(t, b, key, time.Second, time.Second+sessionCrowdPause) })
+		}
+		time.AfterFunc(500*time.Millisecond, held[0].release)
+		time.Sleep(400 * time.Millisecond)
+		wantOpen(t, b, "c:a:0", 100*time.Millisecond, 100*time.Millisecond+sessionCrowdPause)
+		wg.Wait()
+		// A claim, a kill, a look at the lease and the claim that succeeds, besides what is asked meanwhile.
+		if n, most := int(asked.Load()), 4*crowd+11*sessionEager+4*(crowd-sessionEager)+100; n > most {
+			t.Errorf("Redis was asked %d times, want %d at the most", n, most)
 		}
 	})
 }

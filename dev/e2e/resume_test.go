@@ -292,45 +292,58 @@ func TestResumeOfMany(t *testing.T) {
 				}
 			}
 			requests := make(chan *nats.Msg, 100_000)
-			if _, err := w.NC.ChanSubscribe("$JS.API.DIRECT.GET."+w.Stream, requests); err != nil {
-				t.Fatal(err)
+			for _, subject := range []string{"$JS.API.DIRECT.GET.", "$JS.API.STREAM.MSG.GET."} {
+				if _, err := w.NC.ChanSubscribe(subject+w.Stream, requests); err != nil {
+					t.Fatal(err)
+				}
 			}
 			if err := w.NC.Flush(); err != nil {
 				t.Fatal(err)
 			}
 
-			var wg sync.WaitGroup
-			for i := range clients {
-				wg.Go(func() {
-					d := harness.User("acme", agent(i), "ann").With("since", since(due[i][0]))
-					d.Gorilla = true
-					c := pod.Dial(d)
-					c.TakeType("ready")
-					var got []uint64
-					for _, m := range c.Events() {
-						if m.Replay {
-							got = append(got, m.Seq)
+			// everyone comes, and is given an event beside the replays of the others; it returns how often NATS was asked.
+			everyone := func() (batches, singly, begins int) {
+				var wg sync.WaitGroup
+				for i := range clients {
+					wg.Go(func() {
+						d := harness.User("acme", agent(i), "ann").With("since", since(due[i][0]))
+						d.Gorilla = true
+						c := pod.Dial(d)
+						c.TakeType("ready")
+						var got []uint64
+						for _, m := range c.Events() {
+							if m.Replay {
+								got = append(got, m.Seq)
+							}
 						}
-					}
-					live := w.Chat("acme", agent(i)) // beside the replays of the others
-					c.WaitEvent(live)
-					if !slices.Equal(got, due[i]) {
-						t.Errorf("%s was replayed %v, want %v", d.Agent, got, due[i])
-					}
-				})
-			}
-			wg.Wait()
-			batches, singly := 0, 0
-			for range len(requests) {
-				switch body := (<-requests).Data; {
-				case bytes.Contains(body, []byte(`"batch":`)):
-					batches++
-				case bytes.HasPrefix(body, []byte(`{"seq":`)) && !bytes.Contains(body, []byte("subj")):
-					singly++
+						live := w.Chat("acme", agent(i))
+						c.WaitEvent(live)
+						if !slices.Equal(got, due[i]) {
+							t.Errorf("%s was replayed %v, want %v", d.Agent, got, due[i])
+						}
+						due[i] = append(due[i], live)
+					})
 				}
+				wg.Wait()
+				for range len(requests) {
+					switch body := (<-requests).Data; {
+					case bytes.Contains(body, []byte(`"batch":`)):
+						batches++
+					case bytes.Contains(body, []byte(`"next_by_subj":"\u003e"`)):
+						begins++
+					case bytes.HasPrefix(body, []byte(`{"seq":`)) && !bytes.Contains(body, []byte("subj")):
+						singly++
+					}
+				}
+				return batches, singly, begins
 			}
-			if direct != (batches > 0) || direct != tc.kept && singly < clients*rounds {
-				t.Errorf("%d requests of batches for the index, %d for a message by its sequence", batches, singly)
+			batches, singly, begins := everyone()
+			if direct != (batches > 0) || direct != tc.kept && singly < clients*rounds || begins == 0 {
+				t.Errorf("%d requests of batches for the index, %d for a message by its sequence, %d for where to begin", batches, singly, begins)
+			}
+			_, _, begins = everyone()
+			if few := begins < clients/4; few != (direct && tc.kept) {
+				t.Errorf("NATS was asked %d times where the replays of those who come later begin", begins)
 			}
 			pod.WantLedgers()
 		})
