@@ -160,6 +160,9 @@ func newBench(ctx context.Context, p plan) (*bench, error) {
 	if b.nats, err = rig.StartNATS(bin.NATS, filepath.Join(dir, "nats")); err != nil {
 		return b, err
 	}
+	if rig.RedisServer() == "" {
+		fmt.Fprintln(os.Stderr, "load: no redis-server is installed: the in-process one shares this program's processor time, and latencies are many times as long")
+	}
 	if b.redis, err = rig.StartRedis(filepath.Join(dir, "redis")); err != nil {
 		return b, err
 	}
