@@ -172,7 +172,7 @@ type replay struct {
 // almost all of them, and a socket with ten events a second would be refused for these alone.
 const overlapRoom = 10
 
-// open prepares to read what came to subjects after since, and what came within RESUME_OVERLAP before: redelivery
+// open prepares to read what came to subjects after since, and what came within RESUME_OVERLAP and up to a second before: redelivery
 // reorders, so an older event may have been lost after a newer one had arrived. It returns errTooFar when since is
 // expired, too old, beyond the stream's end, or the stream forgets what was acked.
 func (p *past) open(ctx context.Context, since uint64, subjects []string) (*replay, error) {
@@ -200,12 +200,18 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 	oldest := state.FirstTime
 	if !at.IsZero() {
 		oldest = at
-		if from, err = p.firstSince(ctx, x, at.Add(-cfg.ResumeOverlap)); err != nil {
-			return nil, err
-		}
 	}
 	if state.Msgs > 0 && oldest.Before(state.LastTime.Add(-cfg.ResumeMaxAge)) {
 		return nil, fmt.Errorf("%w: %d is older than %s", errTooFar, since, cfg.ResumeMaxAge)
+	}
+	if !at.IsZero() {
+		from, err = p.firstSince(ctx, x, at.Add(-cfg.ResumeOverlap))
+		if errors.Is(err, jetstream.ErrMsgNotFound) { // all was removed meanwhile
+			from, err = state.LastSeq+1, nil
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
 	for _, subject := range subjects {
 		r.tracks = append(r.tracks, track{subject: subject, from: from})
@@ -216,7 +222,7 @@ func (p *past) open(ctx context.Context, since uint64, subjects []string) (*repl
 // storedAt is the time of the message seq or, where it was removed from within the stream, of one before it: the overlap is
 // counted from there. It is zero when there is none from first on.
 func (p *past) storedAt(ctx context.Context, x *index, seq, first uint64) (at time.Time, err error) {
-	if at := x.storedAt(seq); !at.IsZero() {
+	if at := x.storedAt(seq); seq >= first && !at.IsZero() {
 		return at, nil
 	}
 	for back := uint64(0); seq >= first+back; back = max(1, 2*back) {

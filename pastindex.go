@@ -24,9 +24,10 @@ const (
 	indexMargin  = 10_000           // messages that the index begins earlier than the first replay, for those that follow
 	indexBatch   = 64               // messages of one request: meanwhile the server stores nothing
 	indexBytes   = 128 << 10
-	indexKeep    = 64 << 20 // bytes of messages that it keeps, the newest, so that they need not be read a second time
-	indexRecord  = 100      // what one of them takes besides subject and payload, about
-	indexChunk   = 1 << 20  // they are joined in chunks of so many bytes: little for the garbage collector to look at
+	indexPause   = time.Millisecond // between two, at the most
+	indexKeep    = 64 << 20         // bytes of messages that it keeps, the newest, so that they need not be read a second time
+	indexRecord  = 100              // what one of them takes besides subject and payload, about
+	indexChunk   = 1 << 20          // they are joined in chunks of so many bytes: little for the garbage collector to look at
 )
 
 // index tells the sequences of each subject's messages in a part of the stream, while many replays begin.
@@ -43,7 +44,7 @@ type index struct {
 	size  int                 // of these, bytes
 	tail  uint64              // none before this one is kept
 	chunk []byte              // room for more of them
-	begin map[int64]uint64    // by s since 1970: first sequence stored then or later, RESUME_OVERLAP before messages that are kept
+	begin map[int64]uint64    // by s since 1970: first sequence stored then or later, which may be before x.first
 }
 
 // keptMsg is a message that the index keeps.
@@ -218,17 +219,16 @@ func (p *past) extend(ctx context.Context, x *index, to uint64) error {
 		return fmt.Errorf("subscribe to answers of the stream: %w", err)
 	}
 	defer sub.Unsubscribe()
-	took := time.Duration(0)
-	for next, more := x.end(), true; more && next <= to; next = x.end() {
-		if !pause(ctx, took) { // events of those who are there come in between
-			return ctx.Err()
-		}
+	for next := x.end(); next <= to; next = x.end() {
 		began := time.Now()
-		more, err = limited(ctx, p, func(ctx context.Context) (bool, error) { return p.readBatch(ctx, x, sub.Subject, answers, next) })
+		more, err := limited(ctx, p, func(ctx context.Context) (bool, error) { return p.readBatch(ctx, x, sub.Subject, answers, next) })
 		if err != nil {
 			return fmt.Errorf("read stream %s from %d for the index: %w", p.cfg.Load().NATSStreamName, next, err)
 		}
-		took = time.Since(began)
+		// Events of those who are there come in between.
+		if !more || !pause(ctx, min(time.Since(began), indexPause)) {
+			break
+		}
 	}
 	return nil
 }

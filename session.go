@@ -11,7 +11,6 @@ import (
 	"net"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -31,9 +30,11 @@ const (
 	// Most holders let go within 4 ms. Those of a dead pod never do: of 5,000 newcomers each asked twenty times before the
 	// second was over, which was a third of what their coming cost.
 	sessionLongestPause = 128 * time.Millisecond
-	// So many that wait at the same time, wait for a dead pod; more than these ask at the longer pause only. The 1,500 that
-	// came to one pod within the first second asked 17,000 times, and the events of others waited for a processor.
+	// While more than sessionEager wait for the same pod, each of them asks after sessionCrowdFirst, when a pod that lives has
+	// let go, and then every sessionCrowdPause: the 1,500 that came to one pod within the first second asked 17,000 times,
+	// and the events of others waited for a processor.
 	sessionEager      = 64
+	sessionCrowdFirst = 8 * time.Millisecond
 	sessionCrowdPause = 250 * time.Millisecond
 
 	// sessionSlots spreads renewals: the sessions of one slot are renewed together, and each slot once per
@@ -58,7 +59,6 @@ type sessions struct {
 	lockStore
 	lease    podLease
 	silence  silence
-	waiting  atomic.Int32 // newcomers that wait for a holder at the moment
 	seed     maphash.Seed
 	wake     chan struct{}   // capacity 1; tells work of drops or sweep; never closed
 	confirms chan chan error // to work; never closed
@@ -111,7 +111,7 @@ func makeSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, lease po
 	s := &sessions{
 		lockStore: lockStore{rdb, cfg, m, make(chan struct{}, claimsAtOnce)},
 		lease:     lease,
-		silence:   silence{pods: map[string]podSilence{}},
+		silence:   silence{pods: map[string]podSilence{}, waiting: map[string]int{}},
 		seed:      maphash.MakeSeed(),
 		wake:      make(chan struct{}, 1),
 		confirms:  make(chan chan error),
@@ -244,11 +244,15 @@ func (s *sessions) take(ctx context.Context, sess *session, userType string) err
 			s.m.sessionLockAttemptsTotal.with(userType, "takeover").Inc()
 			continue
 		}
-		if s.waiting.Add(1) > sessionEager {
-			next = sessionCrowdPause
+		if s.silence.enter(rival) > sessionEager {
+			if next <= sessionCrowdFirst {
+				next = sessionCrowdFirst
+			} else {
+				next = sessionCrowdPause
+			}
 		}
-		waited := pause(ctx, min(next, time.Until(due)))
-		s.waiting.Add(-1)
+		waited := pause(ctx, min(next, time.Until(due), time.Until(start.Add(sessionFight))))
+		s.silence.leave(rival)
 		if !waited {
 			return ctx.Err()
 		}
@@ -297,7 +301,7 @@ func (s *sessions) revoke(ctx context.Context, key string) (found bool, err erro
 	defer cancel()
 	var first lockClaim
 	var sent time.Time // the kill; again after a while, since its pod may have heard nothing at that moment
-	for pause := 2 * time.Millisecond; ; pause = min(2*pause, sessionLongestPause) {
+	for next := sessionFirstPause; ; next = min(2*next, sessionLongestPause) {
 		value, err := s.rdb.Get(ctx, lockKey(key)).Result()
 		if errors.Is(err, redis.Nil) {
 			return found, nil
@@ -322,7 +326,7 @@ func (s *sessions) revoke(ctx context.Context, key string) (found bool, err erro
 		select {
 		case <-ctx.Done():
 			return true, fmt.Errorf("%w: pod %s, which has the session %s, does not answer", errUnavailable, first.pod, key)
-		case <-time.After(pause):
+		case <-time.After(next):
 		}
 	}
 }

@@ -12,8 +12,9 @@ import (
 // their coming costs. So the first to wait in vain spare the wait to those who come later. They themselves are not set
 // free all at once: a burst of thousands did harm (measured).
 type silence struct {
-	mu   sync.Mutex
-	pods map[string]podSilence // by pod and epoch; those that tell nothing any more go when one is added
+	mu      sync.Mutex
+	pods    map[string]podSilence // by pod and epoch; those that tell nothing any more go when one is added
+	waiting map[string]int        // newcomers that wait for a pod at the moment, by pod and epoch
 }
 
 type podSilence struct {
@@ -22,6 +23,24 @@ type podSilence struct {
 }
 
 func silenceKey(holder lockClaim) string { return holder.pod + "#" + holder.epoch }
+
+// enter notes that a newcomer waits for holder's pod, until leave, and says how many do.
+func (q *silence) enter(holder lockClaim) int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	key := silenceKey(holder)
+	q.waiting[key]++
+	return q.waiting[key]
+}
+
+func (q *silence) leave(holder lockClaim) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	key := silenceKey(holder)
+	if q.waiting[key]--; q.waiting[key] == 0 {
+		delete(q.waiting, key)
+	}
+}
 
 // proven says whether holder's pod is taken for silent.
 func (q *silence) proven(holder lockClaim) bool {

@@ -59,30 +59,69 @@ func TestSessionOfSilentPodIsWaitedForOnce(t *testing.T) {
 	})
 }
 
-// Of many who wait at the same time a few ask as often as ever, for the sake of a pod that lives, the others hardly.
+// Those of a crowd that wait for a dead pod ask four times until the second is over; who waits for another pod asks as ever.
 func TestSessionCrowdAsksRarely(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		v, _, b, held := silentPod(t)
+		v, _, b, _ := silentPod(t)
+		v.setLease("c", "e1")
 		var asked atomic.Int32
 		v.delay = func() time.Duration {
 			asked.Add(1)
 			return 0
 		}
-		const crowd = 4 * sessionEager
+		const crowd = 10 * sessionEager
 		var wg sync.WaitGroup
 		for i := range crowd {
 			key := fmt.Sprint("c:x:", i)
-			v.set(key, "a#e1#GONE#7")
-			wg.Go(func() { wantOpen(t, b, key, time.Second, time.Second+sessionCrowdPause) })
+			v.set(key, "c#e1#GONE#7")
+			wg.Go(func() { wantOpen(t, b, key, time.Second, time.Second) })
 		}
-		time.AfterFunc(500*time.Millisecond, held[0].release)
-		time.Sleep(400 * time.Millisecond)
-		wantOpen(t, b, "c:a:0", 100*time.Millisecond, 100*time.Millisecond+sessionCrowdPause)
+		time.Sleep(500 * time.Millisecond)
+		before := asked.Load()
+		wg.Go(func() { wantOpen(t, b, "c:a:0", time.Second, time.Second) })
+		time.Sleep(200 * time.Millisecond)
+		if n := asked.Load() - before - crowd; n < 6 || n > 10 { // 250 ms came in between; claim, kill and lease count, too
+			t.Errorf("who waits for another pod asked %d times in 200 ms", n)
+		}
 		wg.Wait()
-		// A claim, a kill, a look at the lease and the claim that succeeds, besides what is asked meanwhile.
-		if n, most := int(asked.Load()), 4*crowd+11*sessionEager+4*(crowd-sessionEager)+100; n > most {
+		// A claim, a kill, a look at the lease and the claim that succeeds, besides those four.
+		if n, most := int(asked.Load()), (4+4)*crowd+8*sessionEager+20; n > most {
 			t.Errorf("Redis was asked %d times, want %d at the most", n, most)
 		}
+	})
+}
+
+// A crowd that a pod kept waiting for a moment does not keep those slow who come later.
+func TestSessionCrowdEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newLockServer(t)
+		a, b := v.pod(t, "a"), v.pod(t, "b")
+		const n = 2000
+		start := time.Now()
+		for i := range n {
+			sess, err := a.acquire(t.Context(), fmt.Sprint("c:a:", i), "user")
+			if err != nil {
+				t.Fatal(err)
+			}
+			sess.bind(func(int, string) {
+				took := time.Millisecond
+				if since := time.Since(start); since > 100*time.Millisecond && since < 200*time.Millisecond {
+					took = 60 * time.Millisecond
+				}
+				time.AfterFunc(took, sess.release)
+			})
+		}
+		start = time.Now()
+		var wg sync.WaitGroup
+		for i := range n {
+			most := 4*sessionCrowdFirst + sessionCrowdPause // who had come before the crowd
+			if i > n/2 {
+				most = sessionFirstPause
+			}
+			wg.Go(func() { wantOpen(t, b, fmt.Sprint("c:a:", i), 0, most) })
+			time.Sleep(time.Second / 2000)
+		}
+		wg.Wait()
 	})
 }
 
@@ -207,11 +246,20 @@ func TestSessionOustedByAnotherIsNoAnswer(t *testing.T) {
 
 func TestSilenceForgets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		q := silence{pods: map[string]podSilence{}}
+		q := silence{pods: map[string]podSilence{}, waiting: map[string]int{}}
 		for i := range 1000 {
 			q.waited(lockClaim{pod: "a", epoch: fmt.Sprint(i)}, time.Now(), time.Second)
 			q.answered(lockClaim{pod: "b", epoch: fmt.Sprint(i)})
 			time.Sleep(100 * time.Millisecond)
+		}
+		q.enter(lockClaim{pod: "a"})
+		if n := q.enter(lockClaim{pod: "a"}); n != 2 {
+			t.Errorf("%d wait for a pod, want 2", n)
+		}
+		q.leave(lockClaim{pod: "a"})
+		q.leave(lockClaim{pod: "a"})
+		if len(q.waiting) > 0 {
+			t.Errorf("%v wait still", q.waiting)
 		}
 		if n, most := len(q.pods), 10+int(sessionFight/(100*time.Millisecond))+2; n > most {
 			t.Errorf("%d pods remembered, want %d at the most", n, most)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -372,4 +373,71 @@ func TestResumeFromARemovedEvent(t *testing.T) {
 	c.WantEvent(lost)
 	c.WantEvent(next)
 	c.TakeType("ready")
+}
+
+// TestOverlapOfMany: when many resume at once, from two places each, what was stored within the overlap before their N comes, to
+// the message, and what is older by more than a second does not; also of those who come when the index knows where to begin. When
+// all is removed meanwhile, nothing comes, and nothing is missing.
+func TestOverlapOfMany(t *testing.T) {
+	t.Parallel()
+	const clients = 100
+	w := harness.New(t, shortPast)
+	pod := w.Start()
+	agent := func(i int) string { return fmt.Sprint("desk", i) }
+	w.Chat("zeta", "desk0") // stays
+	began := time.Now()
+	var events [clients][]uint64
+	for _, at := range []time.Duration{0, 300 * time.Millisecond, 8 * time.Second, 9500 * time.Millisecond, 11 * time.Second} {
+		for n := range clients { // spread over a second: so is where they begin
+			time.Sleep(time.Until(began.Add(at + time.Duration(n)*10*time.Millisecond)))
+			events[n] = append(events[n], w.Chat("acme", agent(n)))
+		}
+	}
+	stream, err := w.JS.Stream(harness.Within(t, harness.Patience), w.Stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stored := map[uint64]time.Time{}
+	for _, seq := range slices.Concat(events[:]...) {
+		m, err := stream.GetMsg(harness.Within(t, harness.Patience), seq)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stored[seq] = m.Time
+	}
+	everyone := func(from [2]int, want func(seq, n uint64) (must, may bool)) {
+		var wg sync.WaitGroup
+		for i := range 2 * clients {
+			wg.Go(func() {
+				all := events[i/2]
+				n := all[from[i%2]]
+				d := harness.User("acme", agent(i/2), fmt.Sprint("user", i%2)).With("since", since(n))
+				c := pod.Dial(d)
+				if ready := c.TakeType("ready"); !strings.Contains(ready.Raw, `"gap":false`) {
+					t.Errorf("%s from %d: %s", d.Agent, n, ready.Raw)
+				}
+				got := map[uint64]bool{}
+				for _, m := range c.Events() {
+					got[m.Seq] = true
+				}
+				for _, seq := range all {
+					if must, may := want(seq, n); must && !got[seq] || !may && got[seq] {
+						t.Errorf("%s from %d: %d, stored %v before it, came: %v", d.Agent, n, seq, stored[n].Sub(stored[seq]), got[seq])
+					}
+				}
+				c.Abort()
+			})
+		}
+		wg.Wait()
+	}
+	overlap := func(seq, n uint64) (must, may bool) {
+		before := stored[n].Sub(stored[seq])
+		return before <= shortOverlap, before <= shortOverlap+time.Second
+	}
+	everyone([2]int{2, 4}, overlap)
+	everyone([2]int{2, 4}, overlap)
+	if err := stream.Purge(harness.Within(t, harness.Patience), jetstream.WithPurgeSubject(w.Prefix+".acme.>")); err != nil {
+		t.Fatal(err)
+	}
+	everyone([2]int{3, 3}, func(uint64, uint64) (must, may bool) { return false, true })
 }
