@@ -60,7 +60,7 @@ func (r *router) behind(p *pulled) bool {
 		return false // no ring can be full
 	}
 	for i := range p.ways() {
-		conns, _ := r.owners.local(p.routes[i])
+		conns, _ := r.owners.local(p.wanted(i))
 		if slices.ContainsFunc(conns, func(c *conn) bool { return c.ring.behind() }) {
 			return true
 		}
@@ -168,7 +168,6 @@ func (r *router) decode(p *pulled) bool {
 		r.refuse(p, err)
 		return false
 	}
-	p.wanted()
 	return true
 }
 

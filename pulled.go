@@ -15,7 +15,6 @@ type pulled struct {
 	r          *router
 	msg        jetstream.Msg
 	deliveries uint64     // JetStream's count
-	routes     [4]route   // that lead to owners of the event
 	here       [4][]*conn // sockets of this pod on that route that have been given the event
 	owned      [4]bool    // that route has a live owner, or may have one
 	served     bool       // the sockets of this pod have been given it
@@ -23,28 +22,40 @@ type pulled struct {
 	second     bool       // its owners are looked up a second time, since a peer had no socket for it
 }
 
-// wanted finds the routes whose owners decide where the event goes.
-func (p *pulled) wanted() []route {
+// wants is how many routes have owners that decide where the event goes.
+func (p *pulled) wants() int {
 	switch p.kind {
 	case kindMessage:
-		p.routes[0] = route{routeMessages, p.company, p.agent, p.chat}
-		p.routes[1] = route{routeGeneral, p.company, p.agent, ""}
-		return p.routes[:2]
+		return 2
 	case kindAgent:
-		for i, scope := range [4][2]string{{p.company, p.agent}, {p.company, "*"}, {"*", p.agent}, {"*", "*"}} {
-			p.routes[i] = route{routeAgents, scope[0], scope[1], ""}
-		}
-		return p.routes[:]
+		return 4
 	default:
-		p.routes[0] = route{routeGeneral, p.company, p.agent, ""}
-		return p.routes[:1]
+		return 1
 	}
+}
+
+// wanted is one of these routes. None is kept: events for nobody are most of what is garbage, at times.
+func (p *pulled) wanted(i int) route {
+	r := route{routeGeneral, p.company, p.agent, ""}
+	switch {
+	case p.kind == kindMessage && i == 0:
+		r.kind, r.chat = routeMessages, p.chat
+	case p.kind == kindAgent:
+		r.kind = routeAgents
+		if i&1 != 0 {
+			r.agent = "*"
+		}
+		if i&2 != 0 {
+			r.company = "*"
+		}
+	}
+	return r
 }
 
 // ways is how many of the routes lead to targets; a message's second one only tells whether its agent has an owner.
 func (p *pulled) ways() int {
 	if p.kind == kindAgent {
-		return len(p.routes)
+		return p.wants()
 	}
 	return 1
 }
@@ -82,8 +93,8 @@ func (p *pulled) settled(_ *delivery, worst outcome) {
 // lookAgain drops what was believed of the event's owners and has them looked up once more, in Redis itself. Targets
 // that have been served know the event by its count above 1.
 func (p *pulled) lookAgain() {
-	for _, r := range p.routes {
-		p.r.owners.forget(r)
+	for i := range p.wants() {
+		p.r.owners.forget(p.wanted(i))
 	}
 	p.second, p.served = true, false
 	p.count++
@@ -113,9 +124,9 @@ func (p *pulled) giveUp(reason string) {
 	for i, owned := range p.owned {
 		switch {
 		case owned && p.missedHere.Load():
-			had[p.routes[i]] = nil
+			had[p.wanted(i)] = nil
 		case owned:
-			had[p.routes[i]] = p.here[i]
+			had[p.wanted(i)] = p.here[i]
 		}
 	}
 	p.letGo()

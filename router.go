@@ -42,6 +42,7 @@ type router struct {
 	some     chan struct{} // room for 1: the queue is to be looked into soon; never closed
 	room     chan struct{} // room for 1: less may be in hand; never closed
 	stopping chan struct{} // closed by stop
+	routes   []route       // owned by run: room for those of a batch
 
 	acceptMu sync.Mutex // guards accepted, waits and logged: for a moment a new flow may call accept beside the old one
 	accepted int
@@ -127,7 +128,7 @@ func (r *router) wake() {
 // route dispatches a batch in its order: to the sockets here at once, where accept has not, and then, the knowledge of owners
 // brought up to date for it, to all others.
 func (r *router) route(ctx context.Context, batch []*pulled) {
-	routes := make([]route, 0, 2*len(batch))
+	routes := r.routes[:0]
 	lowest := uint64(math.MaxUint64)
 	patience := time.Now().Add(batchPatience)
 	bytes := 0
@@ -147,12 +148,16 @@ func (r *router) route(ctx context.Context, batch []*pulled) {
 			}
 		}
 		events = append(events, p)
-		routes = append(routes, p.wanted()...)
+		for i := range p.wants() {
+			routes = append(routes, p.wanted(i))
+		}
 		lowest = min(lowest, p.seq)
 	}
 	if len(events) > 0 {
 		r.owners.begin(ctx, routes, lowest)
 	}
+	clear(routes)
+	r.routes = routes
 	now := time.Now()
 	for _, p := range events {
 		r.dispatch(p, now)
@@ -169,7 +174,7 @@ func (r *router) serveHere(p *pulled, patience time.Time) {
 	p.served = true
 	for i := range p.ways() {
 		var others bool
-		p.here[i], others = r.owners.local(p.routes[i])
+		p.here[i], others = r.owners.local(p.wanted(i))
 		p.others = p.others || others
 		for _, c := range p.here[i] {
 			r.pace(c, patience)
@@ -186,7 +191,7 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 	var sent []member
 	nobodySince := time.Time{}
 	for i := range p.ways() {
-		l := r.owners.find(p.routes[i], now)
+		l := r.owners.find(p.wanted(i), now)
 		known = known && l.known
 		believed = believed && (l.nobody || len(l.conns)+len(l.peers) > 0)
 		p.owned[i] = !l.nobody || len(p.here[i]) > 0 // what Redis was not asked about may have an owner that only it knows
@@ -195,7 +200,7 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 			p.give(l.conns)
 		}
 		targets += len(p.here[i])
-		targets += r.forward(p, p.routes[i], l.peers, &sent)
+		targets += r.forward(p, p.wanted(i), l.peers, &sent)
 		nobodySince = l.since
 	}
 	switch {
@@ -268,7 +273,7 @@ next:
 
 // unselected ends a message of a chat that nobody has selected: it is for nobody if its agent has an owner.
 func (r *router) unselected(p *pulled, now time.Time) {
-	l := r.owners.find(p.routes[1], now)
+	l := r.owners.find(p.wanted(1), now)
 	switch {
 	case len(l.conns)+len(l.peers) > 0:
 		p.end(ack, "unselected")
@@ -303,10 +308,9 @@ func (r *router) fromPeer(d *delivery) {
 	d.open.Store(1)
 	var p pulled
 	p.event = d.event
-	p.wanted()
 	found := false
 	for i := range p.ways() {
-		conns, _ := r.owners.local(p.routes[i])
+		conns, _ := r.owners.local(p.wanted(i))
 		if len(conns) > 0 {
 			found = true
 		}
@@ -314,7 +318,7 @@ func (r *router) fromPeer(d *delivery) {
 	}
 	if !found {
 		for i := range p.ways() {
-			r.owners.again(p.routes[i])
+			r.owners.again(p.wanted(i))
 		}
 		d.settle(absent)
 		return

@@ -168,7 +168,6 @@ func TestWhoMissedAnEventHere(t *testing.T) {
 		p := decoded(r, 7)
 		p.deliveries = 50 // what fails now is given up
 		c := r.hub.newConn(goneConn{}, &claims{company: "acme", agent: "ann"}, lock{release: func() {}}, "req")
-		p.wanted()
 		p.open.Store(2) // this socket, and a peer
 		p.owned[0], p.here[0] = true, []*conn{c}
 		r.owners.routes[way] = &localRoute{route: way, conns: p.here[0]}
