@@ -103,7 +103,7 @@ func (r *router) enqueue(p *pulled) bool {
 	}
 	r.queue = append(r.queue, p)
 	switch {
-	case !p.served || p.others:
+	case !p.served || p.others || p.frame != nil:
 		poke(r.more)
 	case len(r.queue) == 1:
 		poke(r.some)

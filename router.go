@@ -14,10 +14,9 @@ import (
 // processor, unless the pod was suspended and has to confirm its lease.
 const batchPatience = 500 * time.Millisecond
 
-// gatherFor is how long events that the sockets here have, and no other pod as far as is known, wait for others before Redis is
-// asked: nobody waits for that but JetStream, and a pod that has claimed the route a moment ago. With 5 ms a pod took a fifth
-// less of the processor at 500 events/s, but who took a session over to another pod was given what the old socket had had.
-const gatherFor = time.Millisecond
+// gatherFor is how long events for nobody, as far as is known, wait for others before Redis is asked. What sockets here have been
+// given does not wait: who takes their session over to another pod meanwhile would be given it too.
+const gatherFor = 5 * time.Millisecond
 
 // router takes events from the consumer, finds their owners, hands each event to its sockets here and to the peers
 // that have the others, and tells JetStream what became of it.
