@@ -323,10 +323,8 @@ func (s *sessions) revoke(ctx context.Context, key string) (found bool, err erro
 		if s.orphaned(ctx, holder) {
 			s.drop(ctx, []lockDrop{{key: key, socket: holder.socket}})
 		}
-		select {
-		case <-ctx.Done():
+		if !pause(ctx, next) {
 			return true, fmt.Errorf("%w: pod %s, which has the session %s, does not answer", errUnavailable, first.pod, key)
-		case <-time.After(next):
 		}
 	}
 }
