@@ -98,6 +98,30 @@ func TestAdmission(t *testing.T) {
 	}
 }
 
+// TestReplayIsExpected: who will resume is counted as long as he waits for his session, and nobody else is.
+func TestReplayIsExpected(t *testing.T) {
+	cfg := &settings{}
+	cfg.Store(&Config{ResumeConcurrency: 1})
+	p := newPast(cfg, nil, nil)
+	for _, c := range []struct {
+		query string
+		want  int64
+	}{{"", 0}, {"&since=7", 1}} {
+		s := newAdmittingServer(func(context.Context, string, string) (*session, error) {
+			if n := p.expected.Load(); n != c.want {
+				t.Errorf("%q: %d replays are expected, want %d", c.query, n, c.want)
+			}
+			return nil, errConflict
+		}, nil)
+		s.hub.expectPast = p.expect
+		r, _ := dialUpgrade(t, startServer(t, s), "/ws/acme/a-1?x-api-key=general-1&token="+userVector+c.query)
+		wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
+		if n := p.expected.Load(); n != 0 {
+			t.Errorf("%q: %d replays are expected afterwards", c.query, n)
+		}
+	}
+}
+
 // wantClosed reads a finished handshake and the close frame that is all that follows it.
 func wantClosed(t *testing.T, r *http.Response, br *bufio.Reader, code int) {
 	t.Helper()

@@ -60,6 +60,7 @@ func newTestHub(t *testing.T, change func(*Config)) *testHub {
 	th.hub.attach, th.hub.detach, th.hub.confirm = th.attachRoute, th.detachRoute, func() {}
 	th.hub.resumeFrom = func(since uint64, _ route) uint64 { return since }
 	th.hub.openPast = func(context.Context, uint64, []string) (*replay, error) { return nil, errTooFar }
+	th.hub.expectPast = func() func() { return func() {} }
 	th.hub.openToken = func(_ context.Context, token string, admin bool) (*claims, *apiError) {
 		if user, ok := strings.CutPrefix(token, "good-"); ok {
 			return &claims{company: "c", agent: "a", user: user, expires: time.Now().Add(2 * time.Hour)}, nil

@@ -312,6 +312,7 @@ func FuzzClientMessage(f *testing.F) {
 	h.resumeFrom = func(since uint64, _ route) uint64 { return since }
 	h.detach, h.confirm = func(*conn, route) {}, func() {}
 	h.openPast = func(context.Context, uint64, []string) (*replay, error) { return nil, errTooFar }
+	h.expectPast = func() func() { return func() {} }
 	cl := claims{company: "c", agent: "a", user: "u", expires: time.Now().Add(time.Hour)}
 	h.openToken = func(_ context.Context, token string, _ bool) (*claims, *apiError) {
 		if user, ok := strings.CutPrefix(token, "good-"); ok {

@@ -23,8 +23,9 @@ type hub struct {
 	m   *Metrics
 	// streamSeq asks for a stream sequence not above the last one and at most 1 s old.
 	streamSeq func(context.Context) (uint64, error)
-	// openPast begins a replay; main sets it.
-	openPast func(ctx context.Context, since uint64, subjects []string) (*replay, error)
+	// openPast begins a replay, and expectPast tells of one that will begin; main sets them.
+	openPast   func(ctx context.Context, since uint64, subjects []string) (*replay, error)
+	expectPast func() (done func())
 	// openToken opens a token for refresh_token; main sets it.
 	openToken func(ctx context.Context, token string, admin bool) (*claims, *apiError)
 	// attach, detach, confirm and resumeFrom are those of owners.
@@ -283,6 +284,13 @@ func (h *hub) reserve() bool {
 	}
 	h.places++
 	return true
+}
+
+// vacant is how many places are left.
+func (h *hub) vacant() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return max(0, h.cfg.Load().ServerMaxConnections-h.places)
 }
 
 func (h *hub) free() {

@@ -135,7 +135,7 @@ func newService(cfg *Config) (*service, error) {
 	s.hub = newHub(s.cfg, s.m, s.owners, s.consumer.streamSeq)
 	past := newPast(s.cfg, s.consumer.nc, s.consumer.js)
 	past.connects = s.consumer.connects.Load
-	s.hub.openPast = past.open
+	s.hub.openPast, s.hub.expectPast = past.open, past.expect
 	s.hub.openToken = func(ctx context.Context, token string, admin bool) (*claims, *apiError) {
 		if admin {
 			return auth.openAdmin(ctx, token)
@@ -184,7 +184,7 @@ func (s *service) start() error {
 	s.owners.advertise = func(ctx context.Context) (string, error) { return advertised(ctx, cfg, rpc.Addr().(*net.TCPAddr)) }
 	slog.Info("listening", "http", web.Addr().String(), "grpc", rpc.Addr().String())
 	s.loop(func() { s.fail(s.peers.serve(rpc)) })
-	s.loop(func() { s.fail(s.server.serve(web)) })
+	s.loop(func() { s.fail(s.server.serve(web.(*net.TCPListener))) })
 	if cfg.ServerDebugAddress != "" {
 		s.loop(func() { s.serveDebug(cfg.ServerDebugAddress) })
 	}

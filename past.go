@@ -36,6 +36,8 @@ type past struct {
 	indexing chan struct{}         // room for 1: taken while the index is brought up to date
 	noIndex  time.Time             // no new attempt before; guarded by indexing
 
+	expected atomic.Int64 // replays, of clients that wait for their session
+
 	mu     sync.Mutex              // guards all below
 	next   *finding                // has not been sent yet; nil = nobody waits
 	starts [indexReplays]time.Time // of the latest replays

@@ -336,6 +336,41 @@ func TestIndexGoesWithTheCrowd(t *testing.T) {
 	})
 }
 
+// TestIndexForTheExpected: the first replay of a crowd that waits for its sessions has the index made already, and it goes
+// like any other.
+func TestIndexForTheExpected(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := &settings{}
+		cfg.Store(&Config{ResumeConcurrency: 1})
+		p := newPast(cfg, nil, nil)
+		var done []func()
+		for range indexReplays - 1 {
+			done = append(done, p.expect())
+		}
+		p.started()
+		if p.many() || p.idle != nil {
+			t.Error("one too few are many")
+		}
+		done = append(done, p.expect())
+		p.started()
+		if !p.many() {
+			t.Error("a crowd that waits is not many")
+		}
+		p.index.Store(newIndex(time.Now(), 0, 1))
+		for _, f := range done {
+			f()
+		}
+		if p.many() {
+			t.Error("still many when none waits any more")
+		}
+		time.Sleep(indexWindow)
+		synctest.Wait()
+		if p.index.Load() != nil {
+			t.Error("the index is kept for a crowd that never came")
+		}
+	})
+}
+
 // TestIndexOfAnotherConnection: a server that comes back may have lost the stream's end. What the index knows of it is of no use.
 func TestIndexOfAnotherConnection(t *testing.T) {
 	cfg := &settings{}

@@ -70,6 +70,13 @@ func (p *past) indexOf(created time.Time) *index {
 	return x
 }
 
+// expect notes that a client will resume when it has its session, until done is called. Those of a pod that was killed wait for a
+// second and then begin all at once: the first of them read by subject, until so many had begun that there was an index.
+func (p *past) expect() (done func()) {
+	p.expected.Add(1)
+	return func() { p.expected.Add(-1) }
+}
+
 // started notes that a replay's first pass begins. The index goes when they have not been many for indexWindow: a few, as every
 // pod has them, would keep it for ever, and it is not read on for them.
 func (p *past) started() {
@@ -77,9 +84,13 @@ func (p *past) started() {
 	defer p.mu.Unlock()
 	p.starts[p.count%indexReplays] = time.Now()
 	p.count++
-	if !p.manyLocked() {
-		return
+	if p.manyLocked() {
+		p.keepLocked()
 	}
+}
+
+// keepLocked has an index stay for indexWindow from now.
+func (p *past) keepLocked() {
 	if p.idle == nil {
 		p.idle = time.AfterFunc(indexWindow, func() { p.index.Store(nil) })
 	}
@@ -93,7 +104,9 @@ func (p *past) many() bool {
 	return p.manyLocked()
 }
 
-func (p *past) manyLocked() bool { return time.Since(p.starts[p.count%indexReplays]) < indexWindow }
+func (p *past) manyLocked() bool {
+	return p.expected.Load() >= indexReplays || time.Since(p.starts[p.count%indexReplays]) < indexWindow
+}
 
 // after finds the first message, probably of subject, from the sequence from on, and the message itself if it is kept and of subject; 0 when
 // there is none before next. It says false when the index does not know.
@@ -198,6 +211,9 @@ func (r *replay) cover(ctx context.Context, to uint64) error {
 	if old {
 		x = newIndex(r.created, connect, first)
 		p.index.Store(x)
+		p.mu.Lock()
+		p.keepLocked() // it may have become worth it since this replay was started
+		p.mu.Unlock()
 	}
 	err := p.extend(ctx, x, to)
 	if err != nil && ctx.Err() == nil {

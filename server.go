@@ -369,6 +369,9 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 	}()
 	// A fight for the session may take longer than an answer is usually given.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(acquireTimeout + s.cfg.Load().ServerWriteTimeout))
+	if r.URL.Query().Has("since") {
+		defer s.hub.expectPast()()
+	}
 	sess, apiErr := s.acquireFor(r, cl)
 	if apiErr != nil {
 		return apiErr
@@ -406,39 +409,17 @@ func (httpLog) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// Of 5,000 clients that came within half a second, each with a goroutine of its own, the scheduler made the events of those
-// who were there wait: up to 50 ms. So more than a few connections are accepted one after the other.
-const acceptBurst = 50
-
-// pacedListener accepts acceptBurst connections at once, and one every so often while more are waiting.
-type pacedListener struct {
-	net.Listener
-	every time.Duration
-	due   time.Time // owned by the one goroutine that accepts
-}
-
-func (l *pacedListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	now := time.Now()
-	if oldest := now.Add(-acceptBurst * l.every); l.due.Before(oldest) {
-		l.due = oldest
-	}
-	l.due = l.due.Add(l.every)
-	time.Sleep(l.due.Sub(now))
-	return c, err
-}
-
 // serve answers on l until shutdown, which makes it return nil.
-func (s *server) serve(l net.Listener) error {
+func (s *server) serve(l *net.TCPListener) error {
+	crowd := newCrowdListener(l, s.cfg.Load().ServerAcceptRate, s.hub.vacant, s.m)
 	var err error
-	l = &pacedListener{Listener: l, every: time.Second / time.Duration(s.cfg.Load().ServerAcceptRate)}
 	if s.tls {
 		if err = s.reloadTLS(); err != nil {
 			return err
 		}
-		err = s.http.ServeTLS(l, "", "")
+		err = s.http.ServeTLS(crowd, "", "")
 	} else {
-		err = s.http.Serve(l)
+		err = s.http.Serve(crowd)
 	}
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil

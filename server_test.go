@@ -21,7 +21,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -372,7 +371,7 @@ func startServer(t *testing.T, s *server) net.Addr {
 		t.Fatal(err)
 	}
 	done := make(chan error, 1)
-	go func() { done <- s.serve(l) }()
+	go func() { done <- s.serve(l.(*net.TCPListener)) }()
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
@@ -488,7 +487,7 @@ func TestServeNamesABadCertificate(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if err := s.serve(l); err == nil || !strings.Contains(err.Error(), "/nonexistent/cert.pem") {
+	if err := s.serve(l.(*net.TCPListener)); err == nil || !strings.Contains(err.Error(), "/nonexistent/cert.pem") {
 		t.Errorf("error %v", err)
 	}
 }
@@ -510,35 +509,4 @@ func TestDebugHandler(t *testing.T) {
 	if w.Code != 200 || !strings.Contains(w.Body.String(), "goroutine profile") {
 		t.Errorf("%d %s", w.Code, w.Body)
 	}
-}
-
-// crowd is a listener at which connections wait.
-type crowd struct{ net.Listener }
-
-func (crowd) Accept() (net.Conn, error) { return nil, nil }
-
-// TestCrowdIsPaced: a few connections are accepted at once, and those of a crowd one after the other; after a while a few
-// are again.
-func TestCrowdIsPaced(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		acceptEvery := time.Second / 2000
-		l := &pacedListener{Listener: crowd{}, every: acceptEvery}
-		accept := func(n int) time.Duration {
-			start := time.Now()
-			for range n {
-				l.Accept()
-			}
-			return time.Since(start)
-		}
-		if took := accept(acceptBurst); took != 0 {
-			t.Errorf("a few connections took %v, want no time", took)
-		}
-		if took := accept(1000); took != 1000*acceptEvery {
-			t.Errorf("1000 more took %v, want %v", took, 1000*acceptEvery)
-		}
-		time.Sleep(acceptBurst * acceptEvery)
-		if took := accept(acceptBurst); took != 0 {
-			t.Errorf("a few connections after a pause took %v, want no time", took)
-		}
-	})
 }

@@ -34,7 +34,8 @@ type storm struct {
 func newStorm(t *testing.T, settings ...string) *storm {
 	t.Helper()
 	s := &storm{t: t, w: harness.New(t)}
-	s.pod = s.w.Start(append(settings, "SERVER_DRAIN_SPREAD=500ms")...)
+	hard := []string{"SERVER_DRAIN_SPREAD=500ms", "SERVER_ACCEPT_RATE=2000"}
+	s.pod = s.w.Start(append(hard, settings...)...)
 	s.bob = s.pod.Connect(harness.User("acme", "bystander", "bob"))
 	s.flow = s.w.Flow(50, func(int) feed.Event { return feed.Chat("acme", "bystander", "628111@c.us", "hi", 1) })
 	s.rest = s.pod.Resident()
@@ -167,6 +168,32 @@ func TestStormOfConnects(t *testing.T) {
 		c.Abort()
 	}
 	s.sockets(1)
+	s.wantCalm(n, 64)
+}
+
+// TestCrowdAndProbe: who asks how the pod is, or comes alone, does not wait behind a crowd that is let in slowly, all of
+// whom are let in.
+func TestCrowdAndProbe(t *testing.T) {
+	const n = 500
+	s := newStorm(t, "SERVER_ACCEPT_RATE=50")
+	ctx, errs := harness.Within(t, 3*harness.Patience), make(chan error, n)
+	for i := range n {
+		go func() { // ended by ctx
+			_, err := s.tryConnect(ctx, visitor(i))
+			errs <- err
+		}()
+	}
+	s.pod.WaitMetric(func(v float64) bool { return v > n/2 }, "dws_connections_waiting")
+	s.pod.Connect(harness.User("acme", "desk0", "late"))
+	if waiting := s.pod.Metric("dws_connections_waiting"); waiting < n/4 {
+		t.Errorf("%v still wait when who came last has got its socket and the metrics", waiting)
+	}
+	for range n {
+		if err := <-errs; err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.sockets(n + 2)
 	s.wantCalm(n, 64)
 }
 

@@ -70,7 +70,7 @@ func run() error {
 	flag.IntVar(&p.taken, "taken", 200, "takeover: sessions taken over from a living pod")
 	flag.IntVar(&p.clients, "clients", 5000, "resume: sockets of the pod that dies")
 	flag.IntVar(&p.backlog, "backlog", 10, "resume: events that each of them has had")
-	flag.IntVar(&p.accept, "accept", 2000, "SERVER_ACCEPT_RATE of the pods")
+	flag.IntVar(&p.accept, "accept", 0, "SERVER_ACCEPT_RATE of the pods")
 	flag.IntVar(&p.sockets, "sockets", 10_000, "memory, compare, redis: sockets, each of an agent of its own")
 	flag.DurationVar(&p.settle, "settle", 60*time.Second, "memory, compare: pause between the last connect and the reading")
 	flag.IntVar(&p.procs, "procs", 2, "GOMAXPROCS of the pod")
@@ -177,7 +177,9 @@ func newBench(ctx context.Context, p plan) (*bench, error) {
 		return b, err
 	}
 	os.Setenv("GOMAXPROCS", fmt.Sprint(p.procs)) // of the pods: this process has read its own
-	if b.pod, err = b.startPod(ctx, bin, "load-1", b.nats.URL()); err != nil || !p.wrong {
+	b.pod, err = b.startPod(ctx, bin, "load-1", b.nats.URL())
+	os.Unsetenv("LOAD_DEBUG_ADDRESS") // the first pod's
+	if err != nil || !p.wrong {
 		return b, err
 	}
 	if b.way, err = rig.StartProxy(b.nats.Address()); err != nil {
