@@ -26,15 +26,18 @@ type others int
 
 const (
 	noOthers  others = iota
-	elsewhere        // in a stream that no pod reads: what the load on this machine costs by itself
+	elsewhere        // in a stream that nobody reads: what the load on this machine costs by itself
+	rejected         // in one whose only consumer terminates whatever comes: what JetStream costs whoever reads them
 	forNobody
+	kinds // how many there are
 )
 
 // prefix is that of the subjects that others are published to, "" for none.
-func (o others) prefix() string { return [...]string{"", "elsewhere", "wa"}[o] }
+func (o others) prefix() string { return [...]string{"", "elsewhere", "rejected", "wa"}[o] }
 
 func (o others) String() string {
-	return [...]string{"no others", "nine times as many in another stream", "nine times as many for nobody"}[o]
+	return [...]string{"no others", "nine times as many in another stream", "nine times as many in a stream whose consumer does nothing but terminate them",
+		"nine times as many for nobody"}[o]
 }
 
 // stretch is one part of a run: latencies of the events for agents that are there.
@@ -63,9 +66,16 @@ func absent(ctx context.Context, b *bench, p plan) error {
 		return err
 	}
 	defer c.close()
-	if _, err := b.js.CreateStream(ctx, jetstream.StreamConfig{Name: "elsewhere", Subjects: []string{"elsewhere.>"}}); err != nil {
+	for _, o := range []others{elsewhere, rejected} {
+		if _, err := b.js.CreateStream(ctx, jetstream.StreamConfig{Name: o.prefix(), Subjects: []string{o.prefix() + ".>"}}); err != nil {
+			return err
+		}
+	}
+	reject, err := startReject(b.nats.URL())
+	if err != nil {
 		return err
 	}
+	defer reject.close()
 	gone, err := startGone(b.nats.URL(), p.size)
 	if err != nil {
 		return err
@@ -74,7 +84,7 @@ func absent(ctx context.Context, b *bench, p plan) error {
 	next := 0
 	var all []*stretch
 	for range p.rounds {
-		for _, kind := range []others{noOthers, elsewhere, forNobody} {
+		for _, kind := range []others{noOthers, elsewhere, rejected, forNobody} {
 			s := &stretch{others: kind}
 			mu.Lock()
 			now = s
@@ -145,6 +155,59 @@ func (g *gone) publishTo(prefix string) error {
 	return err
 }
 
+// reject is the process whose consumer terminates all that is in the stream rejected.
+type reject struct {
+	cmd  *exec.Cmd
+	tell io.Closer // ends it
+}
+
+func startReject(url string) (*reject, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(self, "reject", url)
+	cmd.Stderr = os.Stderr
+	tell, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", cmd, err)
+	}
+	return &reject{cmd, tell}, nil
+}
+
+func (r *reject) close() {
+	r.tell.Close()
+	r.cmd.Wait()
+}
+
+// rejectAll is that process, until its input ends.
+func rejectAll(ctx context.Context, url string) error {
+	nc, err := nats.Connect(url)
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return err
+	}
+	name := rejected.prefix()
+	cons, err := js.CreateConsumer(ctx, name, jetstream.ConsumerConfig{Durable: name, AckPolicy: jetstream.AckExplicitPolicy, MaxDeliver: -1})
+	if err != nil {
+		return fmt.Errorf("make a consumer of stream %s: %w", name, err)
+	}
+	flow, err := cons.Consume(func(m jetstream.Msg) { m.Term() })
+	if err != nil {
+		return fmt.Errorf("consume stream %s: %w", name, err)
+	}
+	defer flow.Stop()
+	_, err = io.Copy(io.Discard, os.Stdin)
+	return err
+}
+
 func (g *gone) close() {
 	g.tell.Close()
 	g.cmd.Wait()
@@ -192,8 +255,8 @@ func publishGone(url string, size int) error {
 }
 
 func reportAbsent(all []*stretch, seen, published int) error {
-	var p99 [3][]time.Duration
-	var cpu, took [3]float64
+	var p99 [kinds][]time.Duration
+	var cpu, took [kinds]float64
 	for _, s := range all {
 		slices.Sort(s.latency)
 		if len(s.latency) == 0 {
@@ -206,7 +269,7 @@ func reportAbsent(all []*stretch, seen, published int) error {
 			s.events, s.duration.Seconds(), s.others, quantile(s.latency, .5), quantile(s.latency, .99), quantile(s.latency, 1), s.cpu)
 	}
 	alone := median(p99[noOthers])
-	for _, o := range []others{elsewhere, forNobody} {
+	for _, o := range []others{elsewhere, rejected, forNobody} {
 		with := median(p99[o])
 		fmt.Printf("absent: median of p99 %s alone, %s with %s: ratio %.2f\n", alone, with, o, float64(with)/float64(alone))
 	}

@@ -90,6 +90,8 @@ func run() error {
 			return err
 		}
 		return come(ctx, n)
+	case "reject":
+		return rejectAll(ctx, flag.Arg(1))
 	case "gone":
 		size, err := strconv.Atoi(flag.Arg(2))
 		if err != nil {
