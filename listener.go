@@ -75,6 +75,7 @@ func (l *crowdListener) Accept() (net.Conn, error) {
 				c.Close()
 			}
 			l.waiting = nil
+			l.note(0)
 			return nil, err
 		default:
 			return nil, err // net/http goes on after a pause where it may, as with too many open files

@@ -171,11 +171,15 @@ func TestCrowdHasABorder(t *testing.T) {
 func TestCrowdEndsWithTheListener(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q, crowd := newKernelQueue(100)
-		l := newCrowdListener(q, 1, noVacancy, newMetrics())
+		m := newMetrics()
+		l := newCrowdListener(q, 1, noVacancy, m)
 		handedOut(t, l, acceptBurst+1)
 		close(q.closed)
 		if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("error %v", err)
+		}
+		if n := m.connectionsWaiting.with().Get(); n != 0 {
+			t.Errorf("the gauge says that %v still wait", n)
 		}
 		for i, v := range crowd {
 			if v.closed != (i >= acceptBurst && i < 99) {
