@@ -10,7 +10,7 @@ import (
 
 const (
 	acceptBurst = 50
-	// acceptPerProcessor is SERVER_ACCEPT_RATE's default. When 5,000 clients of a dead pod come back to one that shares two
+	// acceptPerProcessor is what a SERVER_ACCEPT_RATE of 0 means. When 5,000 clients of a dead pod come back to one that shares two
 	// processors with NATS, Redis and them, the p99 of the others' events is 4 to 6 times what it was at 2,000 a second, and
 	// within twice what it was at 330.
 	acceptPerProcessor = 150
@@ -18,8 +18,8 @@ const (
 )
 
 // crowdListener accepts all that comes, and hands it out one after the other: acceptBurst at once, then one every so
-// often, the last that came first. So whoever crowds does not delay the events of those who are there, and a probe does
-// not wait behind the crowd, as it would in the kernel's queue.
+// often, the last that came first. So whoever crowds delays the events of those who are there less, and a probe does not wait
+// behind a crowd that is there, as it would in the kernel's queue; who comes behind the probe overtakes it.
 type crowdListener struct {
 	deadlineListener
 	every  time.Duration
