@@ -34,8 +34,7 @@ type storm struct {
 func newStorm(t *testing.T, settings ...string) *storm {
 	t.Helper()
 	s := &storm{t: t, w: harness.New(t)}
-	hard := []string{"SERVER_DRAIN_SPREAD=500ms", "SERVER_ACCEPT_RATE=2000"}
-	s.pod = s.w.Start(append(hard, settings...)...)
+	s.pod = s.w.Start(append(settings, "SERVER_DRAIN_SPREAD=500ms")...)
 	s.bob = s.pod.Connect(harness.User("acme", "bystander", "bob"))
 	s.flow = s.w.Flow(50, func(int) feed.Event { return feed.Chat("acme", "bystander", "628111@c.us", "hi", 1) })
 	s.rest = s.pod.Resident()

@@ -84,7 +84,7 @@ func absent(ctx context.Context, b *bench, p plan) error {
 	next := 0
 	var all []*stretch
 	for range p.rounds {
-		for _, kind := range []others{noOthers, elsewhere, rejected, forNobody} {
+		for kind := range kinds {
 			s := &stretch{others: kind}
 			mu.Lock()
 			now = s
@@ -269,7 +269,7 @@ func reportAbsent(all []*stretch, seen, published int) error {
 			s.events, s.duration.Seconds(), s.others, quantile(s.latency, .5), quantile(s.latency, .99), quantile(s.latency, 1), s.cpu)
 	}
 	alone := median(p99[noOthers])
-	for _, o := range []others{elsewhere, rejected, forNobody} {
+	for o := elsewhere; o < kinds; o++ {
 		with := median(p99[o])
 		fmt.Printf("absent: median of p99 %s alone, %s with %s: ratio %.2f\n", alone, with, o, float64(with)/float64(alone))
 	}
