@@ -9,8 +9,10 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -72,7 +74,7 @@ func TestAdmission(t *testing.T) {
 		{"nats away", nil, func(s *server) {
 			s.ready = func() (map[string]string, bool) { return map[string]string{"nats": "disconnected"}, false }
 		}, 503, `{"code":"Unavailable","message":"nats is away"}`, 1013, 0},
-		{"draining", nil, (*server).startDrain, 503, `{"code":"Unavailable","message":"this pod is draining"}`, 1013, 0},
+		{"draining", nil, func(s *server) { s.startDrain() }, 503, `{"code":"Unavailable","message":"this pod is draining"}`, 1013, 0},
 		{"hub refuses", nil, func(s *server) { s.hub.stopAccepting() }, 503, `{"code":"Unavailable","message":"no room for further sockets on this pod"}`, 1013, 0},
 		{"full", nil, func(s *server) { s.hub.reserve() }, 503, `{"code":"Unavailable","message":"no room for further sockets on this pod"}`, 1013, 0},
 	} {
@@ -96,6 +98,150 @@ func TestAdmission(t *testing.T) {
 			}
 		})
 	}
+}
+
+// newDoor is as much of a server as turns need.
+func newDoor(rate int) *server {
+	s := &server{cfg: authSettings(func(c *Config) { c.ServerUpgradeRate = rate }), m: newMetrics(), door: make(chan struct{}, 1)}
+	s.draining, s.startDrain = context.WithCancel(context.Background())
+	return s
+}
+
+// TestCrowdOfUpgrades: a few go on at once, and those of a crowd one after the other, as they came. Who leaves is no longer waited
+// for, the rate may change meanwhile, and a drain sends all away.
+func TestCrowdOfUpgrades(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newDoor(100)
+		type turn struct {
+			i     int
+			taken bool
+			at    time.Time
+		}
+		turns := make(chan turn, 300)
+		begin := time.Now()
+		ctx, leave := context.WithCancel(t.Context())
+		for i := range 300 {
+			who := t.Context()
+			if i >= 100 && i < 200 {
+				who = ctx
+			}
+			go func() {
+				taken := s.turn(who)
+				turns <- turn{i, taken, time.Now()}
+			}()
+			synctest.Wait()
+		}
+		want := func(first, last int, every time.Duration) {
+			t.Helper()
+			for i := first; i <= last; i++ {
+				begin = begin.Add(every)
+				if got := <-turns; got != (turn{i, true, begin}) {
+					t.Fatalf("got %+v, want that of %d at %v", got, i, begin)
+				}
+			}
+			synctest.Wait()
+		}
+		waiting := func(n float64) {
+			t.Helper()
+			if got := s.m.upgradesWaiting.with().Get(); got != n {
+				t.Errorf("the gauge says that %v wait, want %v", got, n)
+			}
+		}
+		want(0, crowdBurst-1, 0)
+		waiting(300 - crowdBurst)
+		want(crowdBurst, 99, 10*time.Millisecond)
+		leave()
+		for range 100 {
+			if got := <-turns; got.taken || !got.at.Equal(begin) {
+				t.Fatalf("one who has left: %+v", got)
+			}
+		}
+		synctest.Wait()
+		waiting(100)
+		want(200, 219, 10*time.Millisecond)
+		faster := *s.cfg.Load()
+		faster.ServerUpgradeRate = 1000
+		s.cfg.Store(&faster)
+		want(220, 221, 10*time.Millisecond) // their times were set before
+		want(222, 249, time.Millisecond)
+		s.startDrain()
+		for range 50 {
+			if got := <-turns; got.taken || !got.at.Equal(begin) {
+				t.Fatalf("at the drain: %+v", got)
+			}
+		}
+		synctest.Wait()
+		waiting(0)
+		if s.turn(t.Context()) {
+			t.Error("a turn while the pod drains")
+		}
+	})
+}
+
+// TestUpgradesPerProcessor: what a rate of 0 means.
+func TestUpgradesPerProcessor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newDoor(0)
+		begin, every := time.Now(), time.Second/time.Duration(150*runtime.GOMAXPROCS(0))
+		for range crowdBurst + 10 {
+			s.turn(t.Context())
+		}
+		if took := time.Since(begin); took != 10*every {
+			t.Errorf("10 turns took %v, want %v", took, 10*every)
+		}
+	})
+}
+
+// TestUpgradeOutwaitsTimeouts: an upgrade may wait for longer than a request may take to be read or answered. It holds its place and
+// counts as a replay to come meanwhile; both are given back when it leaves or the pod drains.
+func TestUpgradeOutwaitsTimeouts(t *testing.T) {
+	const limit = 100 * time.Millisecond
+	const target = "/ws/acme/a-1?since=7&x-api-key=general-1&token=" + userVector
+	s := newAdmittingServer(conflict, func(c *Config) {
+		c.ServerReadTimeout, c.ServerWriteTimeout, c.ServerUpgradeRate, c.ServerMaxConnections = limit, limit, 2, 1
+	})
+	p := newPast(s.cfg, nil, nil)
+	s.hub.expectPast = p.expect
+	addr := startServer(t, s)
+	waits := func(n int) {
+		t.Helper()
+		var waiting, places, expected int
+		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			s.hub.mu.Lock()
+			places = s.hub.places
+			s.hub.mu.Unlock()
+			if waiting, expected = int(s.m.upgradesWaiting.with().Get()), int(p.expected.Load()); waiting == n && places == n && expected == n {
+				return
+			}
+		}
+		t.Fatalf("%d wait, %d have a place, %d are to resume, want %d", waiting, places, expected, n)
+	}
+	useUp := func() { s.pace.due = time.Now().Add(time.Second / 2) }
+	useUp()
+	begin := time.Now()
+	r, _ := dialUpgrade(t, addr, target)
+	wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
+	if took := time.Since(begin); took < 3*limit {
+		t.Fatalf("it waited for %v, no longer than the time-outs", took)
+	}
+	waits(0)
+
+	useUp()
+	leaver, err := net.Dial("tcp", addr.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(leaver, "GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", target, strings.Join(upgradeHeaders, "\r\n"))
+	waits(1)
+	leaver.Close()
+	waits(0)
+
+	useUp()
+	drained := time.AfterFunc(3*limit, s.startDrain)
+	defer drained.Stop()
+	r, _ = dialUpgrade(t, addr, target)
+	wantAnswer(t, r, 503, `{"code":"Unavailable","message":"this pod is draining"}`)
+	waits(0)
 }
 
 // TestReplayIsExpected: who will resume is counted as long as he waits for his session, and nobody else is.

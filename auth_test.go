@@ -83,7 +83,7 @@ func authSettings(change func(*Config)) *settings {
 	c := &Config{
 		AuthSecretToken: "general-1, general-2", AuthAdminSecretToken: "admin-1",
 		AuthTokenAESKey: vectorKey, AuthAdminTokenAESKey: vectorKey,
-		ServerReadTimeout: 5 * time.Second, ServerWriteTimeout: 5 * time.Second, ServerIdleTimeout: 5 * time.Second, ServerAcceptRate: 2000,
+		ServerReadTimeout: 5 * time.Second, ServerWriteTimeout: 5 * time.Second, ServerIdleTimeout: 5 * time.Second,
 		ServerMaxConnections: 10, PodLease: 6 * time.Second, ServerPodID: "pod-1",
 	}
 	if change != nil {

@@ -286,13 +286,6 @@ func (h *hub) reserve() bool {
 	return true
 }
 
-// vacant is how many places are left.
-func (h *hub) vacant() int {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return max(0, h.cfg.Load().ServerMaxConnections-h.places)
-}
-
 func (h *hub) free() {
 	h.mu.Lock()
 	defer h.mu.Unlock()

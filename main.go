@@ -184,7 +184,7 @@ func (s *service) start() error {
 	s.owners.advertise = func(ctx context.Context) (string, error) { return advertised(ctx, cfg, rpc.Addr().(*net.TCPAddr)) }
 	slog.Info("listening", "http", web.Addr().String(), "grpc", rpc.Addr().String())
 	s.loop(func() { s.fail(s.peers.serve(rpc)) })
-	s.loop(func() { s.fail(s.server.serve(web.(*net.TCPListener))) })
+	s.loop(func() { s.fail(s.server.serve(web)) })
 	if cfg.ServerDebugAddress != "" {
 		s.loop(func() { s.serveDebug(cfg.ServerDebugAddress) })
 	}

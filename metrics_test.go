@@ -13,7 +13,7 @@ import (
 
 // documentedMetrics are the names that dashboards and alerts rely on, with their labels.
 const documentedMetrics = `
-active_connections{type} connections_waiting connections_total{type} connection_duration_seconds closes_total{code}
+active_connections{type} upgrades_waiting connections_total{type} connection_duration_seconds closes_total{code}
 messages_received_total{message_type} messages_sent_total{message_type}
 auth_success_total{token_type} auth_failure_total{token_type,reason} session_conflicts_total{user_type}
 session_lock_attempts_total{user_type,lock_type} session_lock_success_total session_lock_failure_total{reason}
@@ -48,7 +48,7 @@ func labelsOf(m *Metrics) []string {
 		m.resumeEventsTotal, m.resumeGapsTotal, m.configReloadsTotal} {
 		f.with(note(f.name, f.labels)...).Add(7)
 	}
-	for _, f := range []*gauges{m.activeConnections, m.connectionsWaiting, m.eventsInHand, m.parkedEvents, m.ackPending, m.consumerLag, m.consumerHeartbeatAge,
+	for _, f := range []*gauges{m.activeConnections, m.upgradesWaiting, m.eventsInHand, m.parkedEvents, m.ackPending, m.consumerLag, m.consumerHeartbeatAge,
 		m.grpcPoolSize, m.grpcCircuitbreakerOpen, m.websocketBufferUsed, m.websocketBufferCapacity, m.buildInfo} {
 		f.with(note(f.name, f.labels)...).Set(1.5)
 	}

@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -371,7 +372,7 @@ func startServer(t *testing.T, s *server) net.Addr {
 		t.Fatal(err)
 	}
 	done := make(chan error, 1)
-	go func() { done <- s.serve(l.(*net.TCPListener)) }()
+	go func() { done <- s.serve(l) }()
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
@@ -415,6 +416,33 @@ func writeCertificate(t *testing.T, dir string) *x509.Certificate {
 		t.Fatal(err)
 	}
 	return cert
+}
+
+// crowd is a listener at which connections always wait.
+type crowd struct{ net.Listener }
+
+func (crowd) Accept() (net.Conn, error) { return nil, nil }
+
+// TestCrowdOfConnections: a few are accepted at once, and those of a crowd one after the other; after a while a few are again.
+func TestCrowdOfConnections(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &pacedListener{Listener: crowd{}}
+		want := func(n int, every time.Duration) {
+			t.Helper()
+			start := time.Now()
+			for range n {
+				l.Accept()
+			}
+			if took := time.Since(start); took != time.Duration(n)*every {
+				t.Errorf("%d connections took %v, want %v", n, took, time.Duration(n)*every)
+			}
+		}
+		want(crowdBurst, 0)
+		want(1000, time.Second/acceptRate)
+		time.Sleep(crowdBurst * time.Second / acceptRate)
+		want(crowdBurst, 0)
+		want(1, time.Second/acceptRate)
+	})
 }
 
 func TestTLS(t *testing.T) {
@@ -487,7 +515,7 @@ func TestServeNamesABadCertificate(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if err := s.serve(l.(*net.TCPListener)); err == nil || !strings.Contains(err.Error(), "/nonexistent/cert.pem") {
+	if err := s.serve(l); err == nil || !strings.Contains(err.Error(), "/nonexistent/cert.pem") {
 		t.Errorf("error %v", err)
 	}
 }

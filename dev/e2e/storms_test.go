@@ -34,7 +34,7 @@ type storm struct {
 func newStorm(t *testing.T, settings ...string) *storm {
 	t.Helper()
 	s := &storm{t: t, w: harness.New(t)}
-	s.pod = s.w.Start(append(settings, "SERVER_DRAIN_SPREAD=500ms")...)
+	s.pod = s.w.Start(append([]string{"SERVER_DRAIN_SPREAD=500ms", "SERVER_UPGRADE_RATE=2000"}, settings...)...)
 	s.bob = s.pod.Connect(harness.User("acme", "bystander", "bob"))
 	s.flow = s.w.Flow(50, func(int) feed.Event { return feed.Chat("acme", "bystander", "628111@c.us", "hi", 1) })
 	s.rest = s.pod.Resident()
@@ -170,30 +170,60 @@ func TestStormOfConnects(t *testing.T) {
 	s.wantCalm(n, 64)
 }
 
-// TestCrowdAndProbe: who asks how the pod is, or comes alone, does not wait behind a crowd that is let in slowly, all of
-// whom are let in.
+// TestCrowdAndProbe: who asks how the pod is, or for a token, does not wait behind a crowd that is let in slowly, all of whom
+// are.
 func TestCrowdAndProbe(t *testing.T) {
-	const n = 500
-	s := newStorm(t, "SERVER_ACCEPT_RATE=50")
+	const n = 400
+	s := newStorm(t, "SERVER_UPGRADE_RATE=40")
 	ctx, errs := harness.Within(t, 3*harness.Patience), make(chan error, n)
 	for i := range n {
 		go func() { // ended by ctx
 			_, err := s.tryConnect(ctx, visitor(i))
 			errs <- err
 		}()
+		if i%10 == 9 {
+			for _, path := range []string{"/health", "/ready", "/metrics"} {
+				if a := s.pod.Do("GET", path, http.Header{"Connection": {"close"}}, nil); a.StatusCode != http.StatusOK {
+					t.Fatalf("GET %s: %d %s", path, a.StatusCode, a.Body)
+				}
+			}
+			s.pod.Mint("/generate-token", harness.APIKey, map[string]any{"company_id": "acme", "agent_id": "desk1", "user_id": "ann", "expires_in_seconds": 60})
+		}
 	}
-	s.pod.WaitMetric(func(v float64) bool { return v > n/2 }, "dws_connections_waiting")
-	s.pod.Connect(harness.User("acme", "desk0", "late"))
-	if waiting := s.pod.Metric("dws_connections_waiting"); waiting < n/4 {
-		t.Errorf("%v still wait when who came last has got its socket and the metrics", waiting)
-	}
+	s.pod.WaitMetric(func(v float64) bool { return v > n/2 }, "dws_upgrades_waiting")
 	for range n {
 		if err := <-errs; err != nil {
 			t.Fatal(err)
 		}
 	}
-	s.sockets(n + 2)
+	s.sockets(n + 1)
 	s.wantCalm(n, 64)
+}
+
+// TestDrainSendsTheCrowdAway: those who still wait to be let in when the pod begins to drain are told so.
+func TestDrainSendsTheCrowdAway(t *testing.T) {
+	t.Parallel()
+	const n = 100 // half of them wait
+	pod := harness.New(t).Start("SERVER_UPGRADE_RATE=1", "SERVER_DRAIN_SPREAD=500ms")
+	ctx, told := harness.Within(t, harness.Patience), make(chan bool, n)
+	for i := range n {
+		go func() { // ended by the drain, or by ctx
+			_, a, _ := pod.TryDial(ctx, visitor(i))
+			told <- a.Response != nil && a.StatusCode == http.StatusServiceUnavailable && strings.Contains(string(a.Body), "this pod is draining")
+		}()
+	}
+	pod.WaitMetric(func(v float64) bool { return v >= n/3 }, "dws_upgrades_waiting")
+	pod.Terminate()
+	pod.WantExit(0, harness.Patience)
+	away := 0
+	for range n {
+		if <-told {
+			away++
+		}
+	}
+	if away < n/4 || away > n/2 {
+		t.Errorf("%d of %d were told that the pod drains", away, n)
+	}
 }
 
 // TestStormAtTheLimit: of those who connect at once as many are served as MAX_CONNECTIONS allows. The others are told to come
