@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"slices"
 	"sync"
 	"time"
@@ -71,12 +70,12 @@ func absent(ctx context.Context, b *bench, p plan) error {
 			return err
 		}
 	}
-	reject, err := startReject(b.nats.URL())
+	reject, err := startChild(0, "reject", b.nats.URL())
 	if err != nil {
 		return err
 	}
 	defer reject.close()
-	gone, err := startGone(b.nats.URL(), p.size)
+	gone, err := startChild(19, "gone", b.nats.URL(), fmt.Sprint(p.size))
 	if err != nil {
 		return err
 	}
@@ -89,13 +88,13 @@ func absent(ctx context.Context, b *bench, p plan) error {
 			mu.Lock()
 			now = s
 			mu.Unlock()
-			if err := gone.publishTo(kind.prefix()); err != nil {
+			if _, err := fmt.Fprintln(gone, kind.prefix()); err != nil {
 				return err
 			}
 			if err := b.stretch(ctx, p, s, &next); err != nil {
 				return err
 			}
-			if err := gone.publishTo(""); err != nil {
+			if _, err := fmt.Fprintln(gone); err != nil {
 				return err
 			}
 			for wait := time.Now().Add(10 * time.Second); c.received.Load() < int64(next) && time.Now().Before(wait); {
@@ -131,59 +130,7 @@ func (b *bench) stretch(ctx context.Context, p plan, s *stretch, next *int) erro
 	return nil
 }
 
-// gone is the process that publishes for agents without a socket: in the one that measures, its work would count as the
-// service's.
-type gone struct {
-	cmd  *exec.Cmd
-	tell io.WriteCloser
-}
-
-func startGone(url string, size int) (*gone, error) {
-	cmd, tell, err := aside("gone", url, fmt.Sprint(size))
-	if err != nil {
-		return nil, err
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start %s: %w", cmd, err)
-	}
-	return &gone{cmd, tell}, nil
-}
-
-// publishTo has events published to subjects of that prefix from now on; none where it is empty.
-func (g *gone) publishTo(prefix string) error {
-	_, err := fmt.Fprintln(g.tell, prefix)
-	return err
-}
-
-// reject is the process whose consumer terminates all that is in the stream rejected.
-type reject struct {
-	cmd  *exec.Cmd
-	tell io.Closer // ends it
-}
-
-func startReject(url string) (*reject, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	cmd := exec.Command(self, "reject", url)
-	cmd.Stderr = os.Stderr
-	tell, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start %s: %w", cmd, err)
-	}
-	return &reject{cmd, tell}, nil
-}
-
-func (r *reject) close() {
-	r.tell.Close()
-	r.cmd.Wait()
-}
-
-// rejectAll is that process, until its input ends.
+// rejectAll is the child whose consumer terminates all that is in the stream rejected.
 func rejectAll(ctx context.Context, url string) error {
 	nc, err := nats.Connect(url)
 	if err != nil {
@@ -208,12 +155,8 @@ func rejectAll(ctx context.Context, url string) error {
 	return err
 }
 
-func (g *gone) close() {
-	g.tell.Close()
-	g.cmd.Wait()
-}
-
-// publishGone is that process: it reads prefixes until its input ends.
+// publishGone is the child that publishes for agents without a socket, to subjects of the prefix that it read last; nothing where
+// that is empty.
 func publishGone(url string, size int) error {
 	nc, err := nats.Connect(url)
 	if err != nil {

@@ -34,8 +34,7 @@ type backTally struct {
 // returners are the clients of the pod that dies, in a process of their own: in the one that measures, thousands that
 // dial at once would delay what it measures.
 type returners struct {
-	cmd   *exec.Cmd
-	tell  io.WriteCloser
+	*child
 	done  chan struct{} // closed when the process says no more
 	tally atomic.Pointer[backTally]
 }
@@ -43,37 +42,52 @@ type returners struct {
 // backID names the i-th agent of those who come back.
 func backID(i int) string { return fmt.Sprintf("back%05d", i) }
 
-// aside is this program once more, not started yet, and its input. What it does would have processors of its own; here it gets
-// what those under measurement leave.
-func aside(args ...string) (cmd *exec.Cmd, tell io.WriteCloser, err error) {
+// child is a process of this program, for what would count as the service's work in the one that measures. It ends with its input.
+type child struct {
+	io.WriteCloser // its input
+	said           io.Reader
+	cmd            *exec.Cmd
+}
+
+// startChild starts one. Where what it does would have processors of its own, a niceness of 19 gives it what those under
+// measurement leave.
+func startChild(niceness int, args ...string) (*child, error) {
 	self, err := os.Executable()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	cmd = exec.Command("nice", append([]string{"-n", "19", self}, args...)...)
+	cmd := exec.Command("nice", append([]string{"-n", fmt.Sprint(niceness), self}, args...)...)
 	cmd.Stderr = os.Stderr
-	tell, err = cmd.StdinPipe()
-	return cmd, tell, err
+	tell, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	said, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", cmd, err)
+	}
+	return &child{tell, said, cmd}, nil
+}
+
+func (c *child) close() {
+	c.Close()
+	c.cmd.Wait()
 }
 
 // gather starts the process of n clients at address.
 func gather(n int, address string) (*returners, error) {
-	cmd, tell, err := aside("back", fmt.Sprint(n))
+	c, err := startChild(19, "back", fmt.Sprint(n))
 	if err != nil {
 		return nil, err
 	}
-	r := &returners{cmd: cmd, tell: tell, done: make(chan struct{})}
+	r := &returners{child: c, done: make(chan struct{})}
 	r.tally.Store(&backTally{})
-	said, err := r.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := r.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start %s: %w", r.cmd, err)
-	}
 	go func() {
 		defer close(r.done)
-		for d := json.NewDecoder(said); ; {
+		for d := json.NewDecoder(c.said); ; {
 			var t backTally
 			if d.Decode(&t) != nil {
 				return
@@ -86,12 +100,12 @@ func gather(n int, address string) (*returners, error) {
 
 // moveTo has clients connect to address from now on.
 func (r *returners) moveTo(address string) error {
-	_, err := fmt.Fprintln(r.tell, address)
+	_, err := fmt.Fprintln(r, address)
 	return err
 }
 
 func (r *returners) close() {
-	r.tell.Close()
+	r.Close()
 	<-r.done
 	r.cmd.Wait()
 }
