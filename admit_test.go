@@ -4,15 +4,15 @@ import (
 	"bufio"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"runtime"
+	"strconv"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -22,6 +22,7 @@ func newAdmittingServer(acquire func(context.Context, string, string) (*session,
 	s.hub = newHub(s.cfg, s.m, newOwners(s.cfg, s.auth.rdb, s.m), func(context.Context) (uint64, error) { return 1, nil })
 	s.available = func() bool { return true }
 	s.acquire = acquire
+	s.holder = func(context.Context, string) (lockClaim, error) { return lockClaim{}, nil }
 	return s
 }
 
@@ -100,98 +101,6 @@ func TestAdmission(t *testing.T) {
 	}
 }
 
-// newDoor is as much of a server as turns need.
-func newDoor(rate int) *server {
-	s := &server{cfg: authSettings(func(c *Config) { c.ServerUpgradeRate = rate }), m: newMetrics(), door: make(chan struct{}, 1)}
-	s.draining, s.startDrain = context.WithCancel(context.Background())
-	return s
-}
-
-// TestCrowdOfUpgrades: a few go on at once, and those of a crowd one after the other, as they came. Who leaves is no longer waited
-// for, the rate may change meanwhile, and a drain sends all away.
-func TestCrowdOfUpgrades(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newDoor(100)
-		type turn struct {
-			i     int
-			taken bool
-			at    time.Time
-		}
-		turns := make(chan turn, 300)
-		begin := time.Now()
-		ctx, leave := context.WithCancel(t.Context())
-		for i := range 300 {
-			who := t.Context()
-			if i >= 100 && i < 200 {
-				who = ctx
-			}
-			go func() {
-				taken := s.turn(who)
-				turns <- turn{i, taken, time.Now()}
-			}()
-			synctest.Wait()
-		}
-		want := func(first, last int, every time.Duration) {
-			t.Helper()
-			for i := first; i <= last; i++ {
-				begin = begin.Add(every)
-				if got := <-turns; got != (turn{i, true, begin}) {
-					t.Fatalf("got %+v, want that of %d at %v", got, i, begin)
-				}
-			}
-			synctest.Wait()
-		}
-		waiting := func(n float64) {
-			t.Helper()
-			if got := s.m.upgradesWaiting.with().Get(); got != n {
-				t.Errorf("the gauge says that %v wait, want %v", got, n)
-			}
-		}
-		want(0, crowdBurst-1, 0)
-		waiting(300 - crowdBurst)
-		want(crowdBurst, 99, 10*time.Millisecond)
-		leave()
-		for range 100 {
-			if got := <-turns; got.taken || !got.at.Equal(begin) {
-				t.Fatalf("one who has left: %+v", got)
-			}
-		}
-		synctest.Wait()
-		waiting(100)
-		want(200, 219, 10*time.Millisecond)
-		faster := *s.cfg.Load()
-		faster.ServerUpgradeRate = 1000
-		s.cfg.Store(&faster)
-		want(220, 221, 10*time.Millisecond) // their times were set before
-		want(222, 249, time.Millisecond)
-		s.startDrain()
-		for range 50 {
-			if got := <-turns; got.taken || !got.at.Equal(begin) {
-				t.Fatalf("at the drain: %+v", got)
-			}
-		}
-		synctest.Wait()
-		waiting(0)
-		if s.turn(t.Context()) {
-			t.Error("a turn while the pod drains")
-		}
-	})
-}
-
-// TestUpgradesPerProcessor: what a rate of 0 means.
-func TestUpgradesPerProcessor(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newDoor(0)
-		begin, every := time.Now(), time.Second/time.Duration(150*runtime.GOMAXPROCS(0))
-		for range crowdBurst + 10 {
-			s.turn(t.Context())
-		}
-		if took := time.Since(begin); took != 10*every {
-			t.Errorf("10 turns took %v, want %v", took, 10*every)
-		}
-	})
-}
-
 // TestUpgradeOutwaitsTimeouts: an upgrade may wait for longer than a request may take to be read or answered. It holds its place and
 // counts as a replay to come meanwhile; both are given back when it leaves or the pod drains.
 func TestUpgradeOutwaitsTimeouts(t *testing.T) {
@@ -216,7 +125,7 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 		}
 		t.Fatalf("%d wait, %d have a place, %d are to resume, want %d", waiting, places, expected, n)
 	}
-	useUp := func() { s.pace.due = time.Now().Add(time.Second / 2) }
+	useUp := func() { s.crowd.pace.due = time.Now().Add(time.Second / 2) }
 	useUp()
 	begin := time.Now()
 	r, _ := dialUpgrade(t, addr, target)
@@ -242,6 +151,95 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 	r, _ = dialUpgrade(t, addr, target)
 	wantAnswer(t, r, 503, `{"code":"Unavailable","message":"this pod is draining"}`)
 	waits(0)
+}
+
+// TestLookedAtAgain: what was good when an upgrade came is looked at once more after a long wait, before it takes a session from
+// anybody.
+func TestLookedAtAgain(t *testing.T) {
+	const wait = longWait + longWait/2 // for a turn
+	unavailable := func(why string) string { return `{"code":"Unavailable","message":"` + why + `"}` }
+	const conflict = `{"code":"SessionConflict","message":"session is fought over by other sockets"}`
+	for _, c := range []struct {
+		name    string
+		prepare func(s *server, gone func() bool) // gone: half of the wait is over
+		holder  func(came time.Time) (lockClaim, error)
+		status  int
+		body    string
+	}{
+		{"nothing", nil, nil, 409, conflict},
+		{"the token expires", nil, nil, 403, `{"code":"InvalidToken","message":"token has expired"}`},
+		{"NATS goes", func(s *server, gone func() bool) {
+			s.ready = func() (map[string]string, bool) {
+				return map[string]string{"nats": map[bool]string{false: "connected", true: "disconnected"}[gone()]}, !gone()
+			}
+		}, nil, 503, unavailable("nats is away")},
+		{"Redis goes", func(s *server, gone func() bool) { s.available = func() bool { return !gone() } }, nil, 503, unavailable("redis is away")},
+		{"the pod drains", func(s *server, _ func() bool) { time.AfterFunc(wait/2, s.startDrain) }, nil, 503, unavailable("this pod is draining")},
+		{"another gets the session", nil, func(time.Time) (lockClaim, error) { return lockClaim{socket: newSocketID()}, nil },
+			503, unavailable("another socket got the session meanwhile")},
+		{"another has the session all the time", nil, func(came time.Time) (lockClaim, error) {
+			return parseLockClaim("pod-2#e1#" + strconv.FormatInt(came.UnixMilli()-1, 36) + "-X#7"), nil
+		}, 409, conflict},
+		{"an older pod has the session", nil, func(time.Time) (lockClaim, error) {
+			return parseLockClaim("pod-2#e1#ZZZZZZZZZZZZZZZZZZZZZZZZZZ#7"), nil
+		}, 409, conflict},
+		{"the session cannot be read", nil, func(time.Time) (lockClaim, error) { return lockClaim{}, errUnavailable }, 503, unavailable("session could not be read")},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			asked := make(chan string, 10)
+			s := newAdmittingServer(func(_ context.Context, key, _ string) (*session, error) {
+				asked <- key
+				return nil, errConflict
+			}, nil)
+			token, came := userVector, time.Now()
+			if c.holder != nil {
+				s.holder = func(_ context.Context, key string) (lockClaim, error) {
+					if key != "acme:a-1:u@x" {
+						t.Errorf("asked for the holder of %q", key)
+					}
+					return c.holder(came)
+				}
+			}
+			if c.name == "the token expires" {
+				var minted struct{ Token string }
+				r := ask(s, "POST", "/generate-token", `{"company_id":"acme","agent_id":"a-1","user_id":"u@x","expires_in_seconds":1}`, "X-API-Key: general-1")
+				if err := json.NewDecoder(r.Body).Decode(&minted); err != nil {
+					t.Fatal(err)
+				}
+				token = minted.Token
+			}
+			s.crowd.pace.due = time.Now().Add(wait)
+			if c.prepare != nil {
+				c.prepare(s, func() bool { return time.Since(came) > wait/2 })
+			}
+			r, _ := dialUpgrade(t, startServer(t, s), "/ws/acme/a-1?x-api-key=general-1&token="+token)
+			wantAnswer(t, r, c.status, c.body)
+			if got, want := len(asked), map[bool]int{true: 1}[c.status == 409]; got != want {
+				t.Errorf("the session was asked for %d times, want %d", got, want)
+			}
+		})
+	}
+}
+
+// TestTwoOfOneSession: of two that wait for the same session the first is told, as any page can read it, that the later one has it.
+func TestTwoOfOneSession(t *testing.T) {
+	const target = "/ws/acme/a-1?x-api-key=general-1&token=" + userVector
+	s := newAdmittingServer(conflict, func(c *Config) { c.ServerMaxConnections = 2 })
+	addr := startServer(t, s)
+	s.crowd.pace.due = time.Now().Add(2 * time.Second)
+	first := make(chan struct{})
+	go func() {
+		defer close(first)
+		r, br := dialUpgrade(t, addr, target)
+		wantClosed(t, r, br, 4402)
+	}()
+	for s.m.upgradesWaiting.with().Get() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	r, _ := dialUpgrade(t, addr, target)
+	wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
+	<-first
 }
 
 // TestReplayIsExpected: who will resume is counted as long as he waits for his session, and nobody else is.

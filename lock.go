@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -75,6 +76,19 @@ type lockClaim struct {
 
 func (c lockClaim) String() string {
 	return c.pod + "#" + c.epoch + "#" + c.socket + "#" + strconv.FormatInt(c.turn, 10)
+}
+
+// newSocketID is unique for ever. It begins with the time, in ms since 1970, as this pod's clock has it.
+func newSocketID() string { return strconv.FormatInt(time.Now().UnixMilli(), 36) + "-" + rand.Text() }
+
+// began is the time when the claim's socket was named, by the clock of its pod; zero where the name does not tell.
+func (c lockClaim) began() time.Time {
+	text, _, _ := strings.Cut(c.socket, "-")
+	ms, err := strconv.ParseInt(text, 36, 64)
+	if err != nil {
+		return time.Time{}
+	}
+	return time.UnixMilli(ms)
 }
 
 // parseLock takes the value of a lock apart; without an heir, heir.text is empty.

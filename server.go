@@ -14,7 +14,6 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"path"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -27,14 +26,8 @@ const (
 	maxHeader      = 32 << 10        // a page's cookies come with every upgrade
 	acquireTimeout = 7 * time.Second // sessions.acquire gives up a fight after 5 s; the rest is for a slow Redis
 	retryAfter     = "2"             // seconds, for Unavailable
+	longWait       = time.Second     // a client that has left unheard may have a socket elsewhere after it
 
-	// A crowd that comes back is paced twice, so that the events of those who are there do not wait for a processor. When 5,000
-	// clients of a dead pod came to one that shared two processors with NATS, Redis and them, the p99 of the others' events was
-	// 4 to 6 times what it was before at 2,000 upgrades a second, and within twice at 300. The goroutines of 5,000
-	// connections that were accepted at once made single events wait for 50 ms.
-	crowdBurst           = 50   // so many go on at once when none have come for a while
-	upgradesPerProcessor = 150  // per second: what an UPGRADE_RATE of 0 means
-	acceptRate           = 2000 // connections per second
 )
 
 // server answers HTTP and leads upgrades to the hub.
@@ -46,7 +39,9 @@ type server struct {
 	ready     func() (map[string]string, bool)
 	available func() bool                                                       // that of owners
 	acquire   func(ctx context.Context, key, userType string) (*session, error) // that of sessions
-	roster    *roster                                                           // set before serve
+	holder    func(ctx context.Context, key string) (lockClaim, error)          // that of sessions
+	crowd     *crowd
+	roster    *roster // set before serve
 	http      *http.Server
 	tls       bool // decided at the start; the files may change
 
@@ -55,9 +50,6 @@ type server struct {
 	// startDrain makes /ready answer 503 and refuses upgrades from now on; everything else is served on. It ends draining.
 	startDrain context.CancelFunc
 	draining   context.Context
-
-	door chan struct{} // has room for one: whose turn is next; the others wait at it in the order of their coming
-	pace pace          // of turns; owned by the one in the door
 }
 
 // newServer makes a server that serves nothing yet. ready tells the state of each dependency (nats, redis, grpc,
@@ -65,8 +57,8 @@ type server struct {
 func newServer(cfg *settings, m *Metrics, a *auth, s *sessions, o *owners, h *hub, ready func() (map[string]string, bool)) *server {
 	c := cfg.Load()
 	srv := &server{
-		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: o.available, acquire: s.acquire, tls: c.ServerTLSCertFile != "",
-		door: make(chan struct{}, 1),
+		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: o.available, acquire: s.acquire, holder: s.holder, tls: c.ServerTLSCertFile != "",
+		crowd: newCrowd(cfg, m),
 	}
 	srv.draining, srv.startDrain = context.WithCancel(context.Background())
 	srv.http = &http.Server{
@@ -338,8 +330,8 @@ func (s *server) adminSocket(w http.ResponseWriter, r *http.Request) *apiError {
 }
 
 // socket checks everything that can be checked before the upgrade and hands the request to the hub. What is no upgrade,
-// or comes from a foreign origin, is answered as HTTP; any later error reaches a page that asked for errors=close as
-// the close code of a socket, since a page cannot read the status of a refused upgrade.
+// or comes from a foreign origin, is answered as HTTP; any later error reaches a page that asked for errors=close, and some
+// errors any page, as the close code of a socket, since a page cannot read the status of a refused upgrade.
 func (s *server) socket(w http.ResponseWriter, r *http.Request, authenticate func() (*claims, *apiError)) *apiError {
 	if err := checkUpgrade(w, r); err != nil {
 		return err
@@ -348,7 +340,7 @@ func (s *server) socket(w http.ResponseWriter, r *http.Request, authenticate fun
 		return err
 	}
 	err := s.admit(w, r, authenticate)
-	if err != nil && err.close != 0 && r.URL.Query().Get("errors") == "close" {
+	if err != nil && err.close != 0 && (err.shown || r.URL.Query().Get("errors") == "close") {
 		s.hub.reject(w, r, err)
 		return nil
 	}
@@ -366,14 +358,8 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 			return badRequest("since", "since must be a stream sequence")
 		}
 	}
-	if !s.available() {
-		return unavailable("redis is away")
-	}
-	if deps, _ := s.ready(); deps["nats"] != "connected" {
-		return unavailable("nats is away")
-	}
-	if s.draining.Err() != nil {
-		return unavailable("this pod is draining")
+	if err := s.refusal(); err != nil {
+		return err
 	}
 	if !s.hub.reserve() {
 		return unavailable("no room for further sockets on this pod")
@@ -387,14 +373,11 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 	if r.URL.Query().Has("since") {
 		defer s.hub.expectPast()()
 	}
-	// net/http takes a read time-out that passes meanwhile for a client that has left.
-	control := http.NewResponseController(w)
-	control.SetReadDeadline(time.Time{})
-	itsTurn := s.turn(r.Context())
-	// A fight for the session may take longer than an answer is usually given.
-	control.SetWriteDeadline(time.Now().Add(acquireTimeout + s.cfg.Load().ServerWriteTimeout))
-	if !itsTurn {
-		return unavailable("this pod is draining") // or nobody is there to read it
+	apiErr = s.wait(r.Context(), cl)
+	// Both this and a fight for the session may take longer than an answer is usually given.
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(acquireTimeout + s.cfg.Load().ServerWriteTimeout))
+	if apiErr != nil {
+		return apiErr
 	}
 	sess, apiErr := s.acquireFor(r, cl)
 	if apiErr != nil {
@@ -405,57 +388,48 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 	return nil
 }
 
-// turn waits until an upgrade may go on: crowdBurst of them at once, and then UPGRADE_RATE per second, so that a crowd that
-// comes back does not make the events of those who are there wait for a processor. It says false when the client has left or
-// the pod begins to drain.
-func (s *server) turn(ctx context.Context) bool {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(s.draining, cancel)()
-	waiting := s.m.upgradesWaiting.with()
-	waiting.Add(1)
-	defer waiting.Add(-1)
-	select {
-	case s.door <- struct{}{}:
-		defer func() { <-s.door }()
-	case <-ctx.Done():
-		return false
+// wait lets a newcomer wait for its turn, and looks again at what may have changed meanwhile.
+func (s *server) wait(ctx context.Context, cl *claims) *apiError {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(s.draining, func() { cancel(s.refusal()) })()
+	came := time.Now()
+	err := s.crowd.turn(ctx, cl.sessionKey())
+	if apiErr := (*apiError)(nil); errors.As(err, &apiErr) {
+		return apiErr
 	}
-	rate := s.cfg.Load().ServerUpgradeRate
-	if rate == 0 {
-		rate = upgradesPerProcessor * runtime.GOMAXPROCS(0)
+	if err != nil {
+		return unavailable("the wait for a turn was ended")
 	}
-	return s.pace.next(ctx, rate)
+	if !time.Now().Before(cl.expires) {
+		return tokenExpired()
+	}
+	if err := s.refusal(); err != nil || time.Since(came) < longWait {
+		return err
+	}
+	// Who went on to another pod unheard, and has the session there, must not lose it to what he left behind here. Where it was
+	// somebody else, or a clock is wrong, who waited here comes again and gets it.
+	switch holder, err := s.holder(ctx, cl.sessionKey()); {
+	case err != nil:
+		return unavailable("session could not be read")
+	case holder.began().After(came):
+		return unavailable("another socket got the session meanwhile")
+	}
+	return nil
 }
 
-// pace lets crowdBurst go on at once, and then so many per second. Its zero value is ready for use, by one goroutine at a time.
-type pace struct {
-	due time.Time // of the next one
-}
-
-// next waits for the next one's time. It says false when ctx ended first: that time is the following one's.
-func (p *pace) next(ctx context.Context, perSecond int) bool {
-	now, every := time.Now(), time.Second/time.Duration(perSecond)
-	if oldest := now.Add(-(crowdBurst - 1) * every); p.due.Before(oldest) {
-		p.due = oldest
+// refusal is why this pod takes no sockets now.
+func (s *server) refusal() *apiError {
+	if !s.available() {
+		return unavailable("redis is away")
 	}
-	if wait := p.due.Sub(now); wait > 0 && !pause(ctx, wait) {
-		return false
+	if deps, _ := s.ready(); deps["nats"] != "connected" {
+		return unavailable("nats is away")
 	}
-	p.due = p.due.Add(every)
-	return true
-}
-
-// pacedListener accepts acceptRate connections per second; the others wait in the kernel's queue, first in, first out.
-type pacedListener struct {
-	net.Listener
-	pace pace
-}
-
-func (l *pacedListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	l.pace.next(context.Background(), acceptRate)
-	return c, err
+	if s.draining.Err() != nil {
+		return unavailable("this pod is draining")
+	}
+	return nil
 }
 
 // acquireFor waits for the bearer's session, unless the client goes away meanwhile.

@@ -21,7 +21,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -416,33 +415,6 @@ func writeCertificate(t *testing.T, dir string) *x509.Certificate {
 		t.Fatal(err)
 	}
 	return cert
-}
-
-// crowd is a listener at which connections always wait.
-type crowd struct{ net.Listener }
-
-func (crowd) Accept() (net.Conn, error) { return nil, nil }
-
-// TestCrowdOfConnections: a few are accepted at once, and those of a crowd one after the other; after a while a few are again.
-func TestCrowdOfConnections(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := &pacedListener{Listener: crowd{}}
-		want := func(n int, every time.Duration) {
-			t.Helper()
-			start := time.Now()
-			for range n {
-				l.Accept()
-			}
-			if took := time.Since(start); took != time.Duration(n)*every {
-				t.Errorf("%d connections took %v, want %v", n, took, time.Duration(n)*every)
-			}
-		}
-		want(crowdBurst, 0)
-		want(1000, time.Second/acceptRate)
-		time.Sleep(crowdBurst * time.Second / acceptRate)
-		want(crowdBurst, 0)
-		want(1, time.Second/acceptRate)
-	})
 }
 
 func TestTLS(t *testing.T) {

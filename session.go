@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -74,7 +73,7 @@ type sessions struct {
 // session is the exclusive right of one socket of this pod to be (company, agent, user), or an admin.
 type session struct {
 	key string // "<C>:<A>:<U>" or "admin:<ID>"
-	id  string // names the socket; unique for ever
+	id  string // names the socket: newSocketID
 	set *sessions
 
 	turn int64 // owned by acquire until the session is held, constant from then on
@@ -182,7 +181,7 @@ func failureReason(err error) string {
 // register makes the pending session known before its first command, so that a kill finds it from the moment on
 // that Redis names it.
 func (s *sessions) register(key string) *session {
-	sess := &session{key: key, id: rand.Text(), set: s}
+	sess := &session{key: key, id: newSocketID(), set: s}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.slotLocked(sess.id)[sess.id] = sess
@@ -294,6 +293,18 @@ func (s *sessions) sendKill(ctx context.Context, key string, msg killMessage) bo
 	return err == nil
 }
 
+// holder is the claim that holds the lock of key; it has no text where none does.
+func (s *sessions) holder(ctx context.Context, key string) (lockClaim, error) {
+	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
+	defer cancel()
+	value, err := s.rdb.Get(ctx, lockKey(key)).Result()
+	if err != nil && !errors.Is(err, redis.Nil) {
+		return lockClaim{}, fmt.Errorf("%w: read the lock of %s: %w", errUnavailable, key, err)
+	}
+	holder, _ := parseLock(value)
+	return holder, nil
+}
+
 // revoke has the live session of key closed with 4403, wherever it lives, and returns when its lock is free or another's.
 // found is false where there is no such session; the error is errUnavailable where Redis or the holder stays silent.
 func (s *sessions) revoke(ctx context.Context, key string) (found bool, err error) {
@@ -302,15 +313,13 @@ func (s *sessions) revoke(ctx context.Context, key string) (found bool, err erro
 	var first lockClaim
 	var sent time.Time // the kill; again after a while, since its pod may have heard nothing at that moment
 	for next := sessionFirstPause; ; next = min(2*next, sessionLongestPause) {
-		value, err := s.rdb.Get(ctx, lockKey(key)).Result()
-		if errors.Is(err, redis.Nil) {
-			return found, nil
-		}
+		holder, err := s.holder(ctx, key)
 		if err != nil {
-			return found, fmt.Errorf("%w: read the lock of %s: %w", errUnavailable, key, err)
+			return found, err
 		}
-		holder, _ := parseLock(value)
 		switch {
+		case holder.text == "":
+			return found, nil
 		case !found:
 			found, first = true, holder
 		case holder.socket != first.socket:
