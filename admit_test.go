@@ -111,6 +111,10 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 	})
 	p := newPast(s.cfg, nil, nil)
 	s.hub.expectPast = p.expect
+	s.holder = func(context.Context, string) (lockClaim, error) {
+		t.Error("Redis is asked who has the session, after so short a wait")
+		return lockClaim{}, nil
+	}
 	addr := startServer(t, s)
 	waits := func(n int) {
 		t.Helper()
@@ -125,8 +129,8 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 		}
 		t.Fatalf("%d wait, %d have a place, %d are to resume, want %d", waiting, places, expected, n)
 	}
-	useUp := func() { s.crowd.pace.due = time.Now().Add(time.Second / 2) }
-	useUp()
+	turnIn := func(d time.Duration) { s.crowd.pace.due = time.Now().Add(d) }
+	turnIn(time.Second / 2)
 	begin := time.Now()
 	r, _ := dialUpgrade(t, addr, target)
 	wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
@@ -135,7 +139,7 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 	}
 	waits(0)
 
-	useUp()
+	turnIn(time.Hour)
 	leaver, err := net.Dial("tcp", addr.String())
 	if err != nil {
 		t.Fatal(err)
@@ -145,7 +149,7 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 	leaver.Close()
 	waits(0)
 
-	useUp()
+	turnIn(time.Hour)
 	drained := time.AfterFunc(3*limit, s.startDrain)
 	defer drained.Stop()
 	r, _ = dialUpgrade(t, addr, target)

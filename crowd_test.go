@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"runtime"
 	"testing"
 	"testing/synctest"
@@ -154,6 +155,31 @@ func TestLeavingTheCrowd(t *testing.T) {
 		leave["dan"]()
 		leave["eve"]()
 	})
+}
+
+// TestServerPacesConnections: whatever they ask for.
+func TestServerPacesConnections(t *testing.T) {
+	const n = 450
+	addr := startServer(t, newTestServer(nil)).String()
+	begin, errs := time.Now(), make(chan error, n)
+	for range n {
+		go func() { // ended by the answer
+			c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+			r, err := c.Get("http://" + addr + "/health")
+			if err == nil {
+				err = r.Body.Close()
+			}
+			errs <- err
+		}()
+	}
+	for range n {
+		if err := <-errs; err != nil {
+			t.Fatal(err)
+		}
+	}
+	if took, atLeast := time.Since(begin), (n-crowdBurst-1)*time.Second/acceptRate; took < atLeast {
+		t.Errorf("%d connections were served in %v, want %v at the least", n, took, atLeast)
+	}
 }
 
 // queue is a listener at which connections always wait.
