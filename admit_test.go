@@ -10,23 +10,22 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
 )
 
 // newAdmittingServer has a hub whose sockets are never served: acquire never gives a session away.
-func newAdmittingServer(acquire func(context.Context, string, string) (*session, error), change func(*Config)) *server {
+func newAdmittingServer(acquire func(context.Context, string, string, time.Time) (*session, error), change func(*Config)) *server {
 	s := newTestServer(change)
 	s.hub = newHub(s.cfg, s.m, newOwners(s.cfg, s.auth.rdb, s.m), func(context.Context) (uint64, error) { return 1, nil })
 	s.available = func() bool { return true }
 	s.acquire = acquire
-	s.holder = func(context.Context, string) (lockClaim, error) { return lockClaim{}, nil }
+	s.later = func(context.Context, string, time.Time) (bool, error) { return false, nil }
 	return s
 }
 
-func conflict(context.Context, string, string) (*session, error) { return nil, errConflict }
+func conflict(context.Context, string, string, time.Time) (*session, error) { return nil, errConflict }
 
 // dialUpgrade sends an upgrade over a connection of its own and returns the answer, what follows it, and the end of both.
 func dialUpgrade(t *testing.T, addr net.Addr, target string, headers ...string) (*http.Response, *bufio.Reader) {
@@ -50,8 +49,8 @@ func dialUpgrade(t *testing.T, addr net.Addr, target string, headers ...string) 
 func TestAdmission(t *testing.T) {
 	const target = "/ws/acme/a-1?x-api-key=general-1&token=" + userVector
 	acquired := 0
-	failing := func(err error) func(context.Context, string, string) (*session, error) {
-		return func(_ context.Context, key, userType string) (*session, error) {
+	failing := func(err error) func(context.Context, string, string, time.Time) (*session, error) {
+		return func(_ context.Context, key, userType string, _ time.Time) (*session, error) {
 			acquired++
 			if key != "acme:a-1:u@x" || userType != "user" {
 				t.Errorf("asked for session %q of type %q", key, userType)
@@ -104,17 +103,13 @@ func TestAdmission(t *testing.T) {
 // TestUpgradeOutwaitsTimeouts: an upgrade may wait for longer than a request may take to be read or answered. It holds its place and
 // counts as a replay to come meanwhile; both are given back when it leaves or the pod drains.
 func TestUpgradeOutwaitsTimeouts(t *testing.T) {
-	const limit = 100 * time.Millisecond
+	const limit = 200 * time.Millisecond
 	const target = "/ws/acme/a-1?since=7&x-api-key=general-1&token=" + userVector
 	s := newAdmittingServer(conflict, func(c *Config) {
 		c.ServerReadTimeout, c.ServerWriteTimeout, c.ServerUpgradeRate, c.ServerMaxConnections = limit, limit, 2, 1
 	})
 	p := newPast(s.cfg, nil, nil)
 	s.hub.expectPast = p.expect
-	s.holder = func(context.Context, string) (lockClaim, error) {
-		t.Error("Redis is asked who has the session, after so short a wait")
-		return lockClaim{}, nil
-	}
 	addr := startServer(t, s)
 	waits := func(n int) {
 		t.Helper()
@@ -130,7 +125,7 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 		t.Fatalf("%d wait, %d have a place, %d are to resume, want %d", waiting, places, expected, n)
 	}
 	turnIn := func(d time.Duration) { s.crowd.pace.due = time.Now().Add(d) }
-	turnIn(time.Second / 2)
+	turnIn(7 * limit / 2)
 	begin := time.Now()
 	r, _ := dialUpgrade(t, addr, target)
 	wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
@@ -160,13 +155,13 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 // TestLookedAtAgain: what was good when an upgrade came is looked at once more after a long wait, before it takes a session from
 // anybody.
 func TestLookedAtAgain(t *testing.T) {
-	const wait = longWait + longWait/2 // for a turn
+	const wait = 3 * longWait // for a turn
 	unavailable := func(why string) string { return `{"code":"Unavailable","message":"` + why + `"}` }
 	const conflict = `{"code":"SessionConflict","message":"session is fought over by other sockets"}`
 	for _, c := range []struct {
 		name    string
 		prepare func(s *server, gone func() bool) // gone: half of the wait is over
-		holder  func(came time.Time) (lockClaim, error)
+		later   func() (bool, error)
 		status  int
 		body    string
 	}{
@@ -179,30 +174,27 @@ func TestLookedAtAgain(t *testing.T) {
 		}, nil, 503, unavailable("nats is away")},
 		{"Redis goes", func(s *server, gone func() bool) { s.available = func() bool { return !gone() } }, nil, 503, unavailable("redis is away")},
 		{"the pod drains", func(s *server, _ func() bool) { time.AfterFunc(wait/2, s.startDrain) }, nil, 503, unavailable("this pod is draining")},
-		{"another gets the session", nil, func(time.Time) (lockClaim, error) { return lockClaim{socket: newSocketID()}, nil },
-			503, unavailable("another socket got the session meanwhile")},
-		{"another has the session all the time", nil, func(came time.Time) (lockClaim, error) {
-			return parseLockClaim("pod-2#e1#" + strconv.FormatInt(came.UnixMilli()-1, 36) + "-X#7"), nil
-		}, 409, conflict},
-		{"an older pod has the session", nil, func(time.Time) (lockClaim, error) {
-			return parseLockClaim("pod-2#e1#ZZZZZZZZZZZZZZZZZZZZZZZZZZ#7"), nil
-		}, 409, conflict},
-		{"the session cannot be read", nil, func(time.Time) (lockClaim, error) { return lockClaim{}, errUnavailable }, 503, unavailable("session could not be read")},
+		{"a later one gets the session", nil, func() (bool, error) { return true, nil }, 503, unavailable("a later socket got the session meanwhile")},
+		{"the session cannot be read", nil, func() (bool, error) { return false, errUnavailable }, 503, unavailable("session could not be read")},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			asked := make(chan string, 10)
-			s := newAdmittingServer(func(_ context.Context, key, _ string) (*session, error) {
+			begin, token := time.Now(), userVector
+			onArrival := func(key string, came time.Time) {
+				if waited := time.Since(came); key != "acme:a-1:u@x" || waited < longWait || waited > time.Since(begin) {
+					t.Errorf("about %q, who came %v ago", key, waited)
+				}
+			}
+			s := newAdmittingServer(func(_ context.Context, key, _ string, came time.Time) (*session, error) {
+				onArrival(key, came)
 				asked <- key
 				return nil, errConflict
 			}, nil)
-			token, came := userVector, time.Now()
-			if c.holder != nil {
-				s.holder = func(_ context.Context, key string) (lockClaim, error) {
-					if key != "acme:a-1:u@x" {
-						t.Errorf("asked for the holder of %q", key)
-					}
-					return c.holder(came)
+			if c.later != nil {
+				s.later = func(_ context.Context, key string, came time.Time) (bool, error) {
+					onArrival(key, came)
+					return c.later()
 				}
 			}
 			if c.name == "the token expires" {
@@ -215,7 +207,7 @@ func TestLookedAtAgain(t *testing.T) {
 			}
 			s.crowd.pace.due = time.Now().Add(wait)
 			if c.prepare != nil {
-				c.prepare(s, func() bool { return time.Since(came) > wait/2 })
+				c.prepare(s, func() bool { return time.Since(begin) > wait/2 })
 			}
 			r, _ := dialUpgrade(t, startServer(t, s), "/ws/acme/a-1?x-api-key=general-1&token="+token)
 			wantAnswer(t, r, c.status, c.body)
@@ -232,18 +224,25 @@ func TestTwoOfOneSession(t *testing.T) {
 	s := newAdmittingServer(conflict, func(c *Config) { c.ServerMaxConnections = 2 })
 	addr := startServer(t, s)
 	s.crowd.pace.due = time.Now().Add(2 * time.Second)
-	first := make(chan struct{})
-	go func() {
-		defer close(first)
-		r, br := dialUpgrade(t, addr, target)
-		wantClosed(t, r, br, 4402)
-	}()
-	for s.m.upgradesWaiting.with().Get() == 0 {
-		time.Sleep(time.Millisecond)
+	first, err := net.Dial("tcp", addr.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	first.SetDeadline(time.Now().Add(10 * time.Second))
+	fmt.Fprintf(first, "GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", target, strings.Join(upgradeHeaders, "\r\n"))
+	for deadline := time.Now().Add(10 * time.Second); s.m.upgradesWaiting.with().Get() == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the first does not wait")
+		}
 	}
 	r, _ := dialUpgrade(t, addr, target)
 	wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
-	<-first
+	br := bufio.NewReader(first)
+	if r, err = http.ReadResponse(br, nil); err != nil {
+		t.Fatal(err)
+	}
+	wantClosed(t, r, br, 4402)
 }
 
 // TestReplayIsExpected: who will resume is counted as long as he waits for his session, and nobody else is.
@@ -255,7 +254,7 @@ func TestReplayIsExpected(t *testing.T) {
 		query string
 		want  int64
 	}{{"", 0}, {"&since=7", 1}} {
-		s := newAdmittingServer(func(context.Context, string, string) (*session, error) {
+		s := newAdmittingServer(func(context.Context, string, string, time.Time) (*session, error) {
 			if n := p.expected.Load(); n != c.want {
 				t.Errorf("%q: %d replays are expected, want %d", c.query, n, c.want)
 			}
@@ -327,7 +326,7 @@ func TestErrorsClose(t *testing.T) {
 
 func TestPanicGivesThePlaceBack(t *testing.T) {
 	captureLog(t)
-	s := newAdmittingServer(func(context.Context, string, string) (*session, error) { panic("boom") }, func(c *Config) { c.ServerMaxConnections = 1 })
+	s := newAdmittingServer(func(context.Context, string, string, time.Time) (*session, error) { panic("boom") }, func(c *Config) { c.ServerMaxConnections = 1 })
 	addr := startServer(t, s)
 	for range 2 {
 		r, _ := dialUpgrade(t, addr, "/ws/acme/a-1?x-api-key=general-1&token="+userVector)

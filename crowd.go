@@ -108,7 +108,7 @@ type pacedListener struct {
 	// Owned by the one goroutine that calls Accept.
 	pace   pace
 	paused time.Duration // of acceptPauses
-	last   time.Time     // when it returned a connection
+	last   time.Time     // when it returned
 }
 
 func (l *pacedListener) Accept() (net.Conn, error) {
@@ -119,6 +119,6 @@ func (l *pacedListener) Accept() (net.Conn, error) {
 		l.pace.next(context.Background(), acceptRate)
 		l.paused += time.Since(came)
 	}
-	l.last = came
+	l.last = time.Now()
 	return c, err
 }

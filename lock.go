@@ -19,7 +19,7 @@ import (
 // pod may move to a new epoch under it.
 //
 // The heir is the newcomer that waits. Turns are given by Redis as newcomers arrive, each above all that the value
-// names, so that of several newcomers the last one wins whatever pod they came to, and nobody compares clocks: a
+// names, so that of several newcomers the last one wins whatever pod they came to, and nobody compares clocks (but see sessions.later): a
 // waiter that sees a turn above its own has been replaced. Polling alone made it a matter of luck, and two tabs
 // that each sent the other's socket a kill could go on like that for long.
 //
@@ -78,11 +78,13 @@ func (c lockClaim) String() string {
 	return c.pod + "#" + c.epoch + "#" + c.socket + "#" + strconv.FormatInt(c.turn, 10)
 }
 
-// newSocketID is unique for ever. It begins with the time, in ms since 1970, as this pod's clock has it.
-func newSocketID() string { return strconv.FormatInt(time.Now().UnixMilli(), 36) + "-" + rand.Text() }
+// newSocketID is unique for ever. It begins with the time when its client came, in ms since 1970.
+func newSocketID(came time.Time) string {
+	return strconv.FormatInt(came.UnixMilli(), 36) + "-" + rand.Text()
+}
 
-// began is the time when the claim's socket was named, by the clock of its pod; zero where the name does not tell.
-func (c lockClaim) began() time.Time {
+// came is when the client of the claim's socket came, by the clock of its pod; zero where the id does not tell.
+func (c lockClaim) came() time.Time {
 	text, _, _ := strings.Cut(c.socket, "-")
 	ms, err := strconv.ParseInt(text, 36, 64)
 	if err != nil {
@@ -120,7 +122,7 @@ type lockStore struct {
 	rdb   redis.UniversalClient
 	cfg   *settings
 	m     *Metrics
-	turns chan struct{} // capacity claimsAtOnce: newcomers' claims under way; never closed
+	turns chan struct{} // capacity claimsAtOnce: newcomers' commands under way; never closed
 }
 
 const (
@@ -130,6 +132,25 @@ const (
 	// at once, lease and log came so late that Redis was believed away (measured).
 	claimsAtOnce = 8
 )
+
+// read returns the lock's claims; those that it does not have are without text. Its errors are errUnavailable, or ctx's.
+func (l *lockStore) read(ctx context.Context, key string) (holder, heir lockClaim, err error) {
+	select {
+	case l.turns <- struct{}{}:
+		defer func() { <-l.turns }()
+	case <-ctx.Done():
+		return holder, heir, ctx.Err()
+	}
+	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
+	defer cancel()
+	value, err := l.rdb.Get(ctx, lockKey(key)).Result()
+	if err != nil && !errors.Is(err, redis.Nil) {
+		l.m.redisErrorsTotal.with("session_read").Inc()
+		return holder, heir, fmt.Errorf("%w: read the lock of %s: %w", errUnavailable, key, err)
+	}
+	holder, heir = parseLock(value)
+	return holder, heir, nil
+}
 
 // claim runs claimScript for one socket. A value of "" means that the lock is its own now.
 func (l *lockStore) claim(ctx context.Context, key string, c lockClaim, oust string) (turn int64, value string, err error) {

@@ -80,6 +80,12 @@ func (v *lockServer) applyLocked(cmd redis.Cmder) {
 	switch args[0] {
 	case "evalsha", "eval":
 		v.scriptLocked(cmd.(*redis.Cmd), args)
+	case "get":
+		if value := v.getLocked(strings.TrimPrefix(args[1], "session:")); value != "" {
+			cmd.(*redis.StringCmd).SetVal(value)
+		} else {
+			cmd.SetErr(redis.Nil)
+		}
 	case "getex":
 		key := strings.TrimPrefix(args[1], "session:")
 		value := v.getLocked(key)
@@ -299,7 +305,7 @@ func bindTo(sess *session, releases bool) *testSocket {
 
 func (p *testPod) open(t *testing.T, key string) *testSocket {
 	t.Helper()
-	sess, err := p.acquire(t.Context(), key, "user")
+	sess, err := p.acquire(t.Context(), key, "user", time.Now())
 	if err != nil {
 		t.Fatalf("acquire %s: %v", key, err)
 	}

@@ -37,9 +37,9 @@ type server struct {
 	auth      *auth
 	hub       *hub
 	ready     func() (map[string]string, bool)
-	available func() bool                                                       // that of owners
-	acquire   func(ctx context.Context, key, userType string) (*session, error) // that of sessions
-	holder    func(ctx context.Context, key string) (lockClaim, error)          // that of sessions
+	available func() bool                                                                       // that of owners
+	acquire   func(ctx context.Context, key, userType string, came time.Time) (*session, error) // that of sessions
+	later     func(ctx context.Context, key string, came time.Time) (bool, error)               // that of sessions
 	crowd     *crowd
 	roster    *roster // set before serve
 	http      *http.Server
@@ -57,7 +57,7 @@ type server struct {
 func newServer(cfg *settings, m *Metrics, a *auth, s *sessions, o *owners, h *hub, ready func() (map[string]string, bool)) *server {
 	c := cfg.Load()
 	srv := &server{
-		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: o.available, acquire: s.acquire, holder: s.holder, tls: c.ServerTLSCertFile != "",
+		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: o.available, acquire: s.acquire, later: s.later, tls: c.ServerTLSCertFile != "",
 		crowd: newCrowd(cfg, m),
 	}
 	srv.draining, srv.startDrain = context.WithCancel(context.Background())
@@ -349,6 +349,7 @@ func (s *server) socket(w http.ResponseWriter, r *http.Request, authenticate fun
 
 // admit gives an authenticated upgrade its place and its session, and both to the hub.
 func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func() (*claims, *apiError)) *apiError {
+	came := time.Now()
 	cl, apiErr := authenticate()
 	if apiErr != nil {
 		return apiErr
@@ -373,13 +374,13 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 	if r.URL.Query().Has("since") {
 		defer s.hub.expectPast()()
 	}
-	apiErr = s.wait(r.Context(), cl)
+	apiErr = s.wait(r.Context(), cl, came)
 	// Both this and a fight for the session may take longer than an answer is usually given.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(acquireTimeout + s.cfg.Load().ServerWriteTimeout))
 	if apiErr != nil {
 		return apiErr
 	}
-	sess, apiErr := s.acquireFor(r, cl)
+	sess, apiErr := s.acquireFor(r, cl, came)
 	if apiErr != nil {
 		return apiErr
 	}
@@ -389,31 +390,34 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 }
 
 // wait lets a newcomer wait for its turn, and looks again at what may have changed meanwhile.
-func (s *server) wait(ctx context.Context, cl *claims) *apiError {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(s.draining, func() { cancel(s.refusal()) })()
-	came := time.Now()
+func (s *server) wait(ctx context.Context, cl *claims, came time.Time) *apiError {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.draining, cancel)()
 	err := s.crowd.turn(ctx, cl.sessionKey())
-	if apiErr := (*apiError)(nil); errors.As(err, &apiErr) {
-		return apiErr
+	if refusal := s.refusal(); refusal != nil {
+		return refusal
+	}
+	if replaced := (*apiError)(nil); errors.As(err, &replaced) {
+		return replaced
 	}
 	if err != nil {
 		return unavailable("the wait for a turn was ended")
 	}
 	if !time.Now().Before(cl.expires) {
+		s.m.authFailureTotal.with(cl.userType(), "expired").Inc()
 		return tokenExpired()
 	}
-	if err := s.refusal(); err != nil || time.Since(came) < longWait {
-		return err
+	if time.Since(came) < longWait {
+		return nil
 	}
-	// Who went on to another pod unheard, and has the session there, must not lose it to what he left behind here. Where it was
-	// somebody else, or a clock is wrong, who waited here comes again and gets it.
-	switch holder, err := s.holder(ctx, cl.sessionKey()); {
+	// Who went on to another pod unheard must not lose the session there to what he left behind here. If it was somebody else, who
+	// waited here comes again and gets it.
+	switch later, err := s.later(ctx, cl.sessionKey(), came); {
 	case err != nil:
 		return unavailable("session could not be read")
-	case holder.began().After(came):
-		return unavailable("another socket got the session meanwhile")
+	case later:
+		return unavailable("a later socket got the session meanwhile")
 	}
 	return nil
 }
@@ -433,10 +437,10 @@ func (s *server) refusal() *apiError {
 }
 
 // acquireFor waits for the bearer's session, unless the client goes away meanwhile.
-func (s *server) acquireFor(r *http.Request, cl *claims) (*session, *apiError) {
+func (s *server) acquireFor(r *http.Request, cl *claims, came time.Time) (*session, *apiError) {
 	ctx, cancel := context.WithTimeout(r.Context(), acquireTimeout)
 	defer cancel()
-	sess, err := s.acquire(ctx, cl.sessionKey(), cl.userType())
+	sess, err := s.acquire(ctx, cl.sessionKey(), cl.userType(), came)
 	switch {
 	case err == nil:
 		return sess, nil

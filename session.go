@@ -132,16 +132,16 @@ func (s *sessions) run(ctx context.Context) {
 
 // acquire takes the lock of key, by kill and take-over where it is held (docs/protocol.md). It returns errConflict
 // when it is still fought over after 5 s, errUnavailable when Redis does not answer, ctx's error when the client is
-// gone. A newcomer that was itself replaced while it waited gets a session all the same: bind closes its socket with
+// gone. came is when the newcomer did. One that was itself replaced while it waited gets a session all the same: bind closes its socket with
 // 4402 at once, which tells a browser not to come again, as no HTTP status can.
-func (s *sessions) acquire(ctx context.Context, key, userType string) (*session, error) {
+func (s *sessions) acquire(ctx context.Context, key, userType string, came time.Time) (*session, error) {
 	s.m.sessionLockAttemptsTotal.with(userType, "new").Inc()
 	if !s.lease.available() {
 		s.m.sessionLockFailureTotal.with("unavailable").Inc()
 		return nil, fmt.Errorf("open session %s: %w", key, errUnavailable)
 	}
 	epoch := s.lease.epoch()
-	sess := s.register(key)
+	sess := s.register(key, came)
 	err := s.take(ctx, sess, userType)
 	if err == nil && !sess.hold() {
 		err = errReplaced
@@ -180,8 +180,8 @@ func failureReason(err error) string {
 
 // register makes the pending session known before its first command, so that a kill finds it from the moment on
 // that Redis names it.
-func (s *sessions) register(key string) *session {
-	sess := &session{key: key, id: newSocketID(), set: s}
+func (s *sessions) register(key string, came time.Time) *session {
+	sess := &session{key: key, id: newSocketID(came), set: s}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.slotLocked(sess.id)[sess.id] = sess
@@ -293,16 +293,17 @@ func (s *sessions) sendKill(ctx context.Context, key string, msg killMessage) bo
 	return err == nil
 }
 
-// holder is the claim that holds the lock of key; it has no text where none does.
-func (s *sessions) holder(ctx context.Context, key string) (lockClaim, error) {
-	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
-	defer cancel()
-	value, err := s.rdb.Get(ctx, lockKey(key)).Result()
-	if err != nil && !errors.Is(err, redis.Nil) {
-		return lockClaim{}, fmt.Errorf("%w: read the lock of %s: %w", errUnavailable, key, err)
+// later says whether a newcomer to key's session who came after that moment has it, or is about to, wherever he is. Only where the
+// clocks of two pods differ by more than they should is that not so, or is missed; none is believed that is ahead of this one.
+func (s *sessions) later(ctx context.Context, key string, came time.Time) (bool, error) {
+	holder, heir, err := s.read(ctx, key)
+	now := time.Now()
+	for _, c := range []lockClaim{holder, heir} {
+		if at := c.came(); at.After(came) && !at.After(now) {
+			return true, err
+		}
 	}
-	holder, _ := parseLock(value)
-	return holder, nil
+	return false, err
 }
 
 // revoke has the live session of key closed with 4403, wherever it lives, and returns when its lock is free or another's.
@@ -313,7 +314,7 @@ func (s *sessions) revoke(ctx context.Context, key string) (found bool, err erro
 	var first lockClaim
 	var sent time.Time // the kill; again after a while, since its pod may have heard nothing at that moment
 	for next := sessionFirstPause; ; next = min(2*next, sessionLongestPause) {
-		holder, err := s.holder(ctx, key)
+		holder, _, err := s.read(ctx, key)
 		if err != nil {
 			return found, err
 		}

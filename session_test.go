@@ -45,7 +45,7 @@ func TestSessionReadyFollowsRelease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := newLockServer(t)
 		a, b := v.pod(t, "a"), v.pod(t, "b")
-		sess, _ := a.acquire(t.Context(), "c:a:u", "user")
+		sess, _ := a.acquire(t.Context(), "c:a:u", "user", time.Now())
 		first := bindTo(sess, false)
 		start := time.Now()
 		time.AfterFunc(300*time.Millisecond, first.release)
@@ -113,7 +113,7 @@ func TestSessionFoughtOverForTooLong(t *testing.T) {
 		}
 		synctest.Wait()
 		start := time.Now()
-		_, err := b.acquire(t.Context(), "c:a:u", "user")
+		_, err := b.acquire(t.Context(), "c:a:u", "user", time.Now())
 		if !errors.Is(err, errConflict) {
 			t.Fatalf("got %v, want errConflict", err)
 		}
@@ -137,7 +137,7 @@ func TestSessionLastOfSeveralNewcomersWins(t *testing.T) {
 				return time.Duration(random.IntN(3000)) * time.Microsecond
 			}
 			pods := []*testPod{v.pod(t, "a"), v.pod(t, "b"), v.pod(t, "c")}
-			old, _ := pods[0].acquire(t.Context(), "c:a:u", "user")
+			old, _ := pods[0].acquire(t.Context(), "c:a:u", "user", time.Now())
 			first := bindTo(old, false)
 			time.AfterFunc(time.Duration(random.IntN(100))*time.Millisecond, first.release)
 			sockets := make([]*testSocket, 4)
@@ -161,7 +161,7 @@ func TestSessionKilledBeforeBind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := newLockServer(t)
 		a := v.pod(t, "a")
-		sess, err := a.acquire(t.Context(), "admin:root", "admin")
+		sess, err := a.acquire(t.Context(), "admin:root", "admin", time.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -177,11 +177,11 @@ func TestSessionNewcomerGoesAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := newLockServer(t)
 		a, b := v.pod(t, "a"), v.pod(t, "b")
-		sess, _ := a.acquire(t.Context(), "c:a:u", "user")
+		sess, _ := a.acquire(t.Context(), "c:a:u", "user", time.Now())
 		bindTo(sess, false)
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
-		if _, err := b.acquire(ctx, "c:a:u", "user"); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := b.acquire(ctx, "c:a:u", "user", time.Now()); !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatalf("got %v, want the error of the context", err)
 		}
 		synctest.Wait()
@@ -225,7 +225,7 @@ func TestSessionRedisAwayAndBack(t *testing.T) {
 			sockets = append(sockets, a.open(t, fmt.Sprint("c:a:", i)))
 		}
 		v.setDown(true)
-		if _, err := a.acquire(t.Context(), "c:a:new", "user"); !errors.Is(err, errUnavailable) {
+		if _, err := a.acquire(t.Context(), "c:a:new", "user", time.Now()); !errors.Is(err, errUnavailable) {
 			t.Fatalf("got %v, want errUnavailable", err)
 		}
 		sockets[0].release()
@@ -397,7 +397,7 @@ func TestSessionReleasesBeforeTheEnd(t *testing.T) {
 			podID: func() string { return "a" }, epoch: func() string { return "e1" }, available: func() bool { return true },
 		})
 		for i := range 500 {
-			sess, err := s.acquire(t.Context(), fmt.Sprint("c:a:", i), "user")
+			sess, err := s.acquire(t.Context(), fmt.Sprint("c:a:", i), "user", time.Now())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -434,9 +434,48 @@ func TestSessionIgnoresForeignKills(t *testing.T) {
 	})
 }
 
+// TestLaterNewcomer: who waited is told of those who came after him, whether they have the session or wait for it, and of nobody
+// whose clock is wrong.
+func TestLaterNewcomer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newLockServer(t)
+		a := v.pod(t, "a")
+		came := time.Now()
+		time.Sleep(10 * time.Second)
+		claim := func(after time.Duration) string {
+			return lockClaim{pod: "b", epoch: "e1", socket: newSocketID(came.Add(after)), turn: 7}.String()
+		}
+		const unnamed = "b#e1#ZZZZZZZZZZZZZZZZZZZZZZZZZZ#7" // of a pod that does not tell
+		for _, c := range []struct {
+			lock string
+			want bool
+		}{
+			{"", false}, {claim(-time.Hour), false}, {claim(0), false}, {claim(time.Second), true}, {claim(10 * time.Second), true},
+			{claim(10*time.Second + time.Millisecond), false}, {unnamed, false}, {"by hand", false},
+			{claim(-time.Hour) + " " + claim(time.Second), true}, {unnamed + " " + claim(time.Second), true},
+			{claim(-time.Hour) + " " + claim(-time.Second), false}, {claim(time.Second) + " " + unnamed, true},
+		} {
+			if v.set("c:a:u", c.lock); c.lock == "" {
+				v.restart()
+			}
+			if got, err := a.later(t.Context(), "c:a:u", came); got != c.want || err != nil {
+				t.Errorf("%q: %t, %v", c.lock, got, err)
+			}
+		}
+		sess := a.open(t, "c:a:mine")
+		if got, err := a.later(t.Context(), "c:a:mine", came); !got || err != nil {
+			t.Errorf("a real lock of %s: %t, %v", sess.id, got, err)
+		}
+		v.setDown(true)
+		if _, err := a.later(t.Context(), "c:a:u", came); !errors.Is(err, errUnavailable) {
+			t.Errorf("Redis is away: %v", err)
+		}
+	})
+}
+
 func TestSessionUnavailableLease(t *testing.T) {
 	s := makeSessions(&settings{}, nil, newMetrics(), podLease{available: func() bool { return false }})
-	if _, err := s.acquire(t.Context(), "c:a:u", "user"); !errors.Is(err, errUnavailable) {
+	if _, err := s.acquire(t.Context(), "c:a:u", "user", time.Now()); !errors.Is(err, errUnavailable) {
 		t.Fatalf("got %v, want errUnavailable", err)
 	}
 }
@@ -475,7 +514,7 @@ func TestClaimsTakeTurns(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range 10 * claimsAtOnce {
 			wg.Go(func() {
-				if _, err := p.acquire(t.Context(), fmt.Sprint("acme:desk1:", i), "user"); err != nil {
+				if _, err := p.acquire(t.Context(), fmt.Sprint("acme:desk1:", i), "user", time.Now()); err != nil {
 					t.Error(err)
 				}
 			})

@@ -16,7 +16,7 @@ func silentPod(t *testing.T) (v *lockServer, a, b *testPod, held []*testSocket) 
 	v = newLockServer(t)
 	a, b = v.pod(t, "a"), v.pod(t, "b")
 	for i := range 10 {
-		sess, err := a.acquire(t.Context(), fmt.Sprint("c:a:", i), "user")
+		sess, err := a.acquire(t.Context(), fmt.Sprint("c:a:", i), "user", time.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -99,7 +99,7 @@ func TestSessionCrowdEnds(t *testing.T) {
 		const n = 2000
 		start := time.Now()
 		for i := range n {
-			sess, err := a.acquire(t.Context(), fmt.Sprint("c:a:", i), "user")
+			sess, err := a.acquire(t.Context(), fmt.Sprint("c:a:", i), "user", time.Now())
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -181,7 +181,7 @@ func TestCrowdAndProbe(t *testing.T) {
 			_, err := s.tryConnect(ctx, visitor(i))
 			errs <- err
 		}()
-		if i%10 == 9 {
+		if i%20 == 19 {
 			for _, path := range []string{"/health", "/ready", "/metrics"} {
 				if a := s.pod.Do("GET", path, http.Header{"Connection": {"close"}}, nil); a.StatusCode != http.StatusOK {
 					t.Fatalf("GET %s: %d %s", path, a.StatusCode, a.Body)
@@ -232,22 +232,23 @@ func TestLeftBehindInTheCrowd(t *testing.T) {
 	t.Parallel()
 	w := harness.New(t)
 	crowded, other := w.Start("SERVER_UPGRADE_RATE=1"), w.Start()
-	for i := range 50 {
-		crowded.Connect(visitor(i))
+	ctx, left := harness.Within(t, 3*harness.Patience), make(chan harness.Answer, 1)
+	const crowd = 65 // 15 wait, a second each
+	for i := range crowd {
+		go crowded.TryDial(ctx, visitor(i)) // ended by ctx
 	}
-	ctx, left := harness.Within(t, harness.Patience), make(chan harness.Answer, 1)
-	for i := range 3 {
-		go crowded.TryDial(ctx, visitor(100+i)) // ended by ctx
+	authenticated := func(n float64) {
+		crowded.WaitMetric(func(v float64) bool { return v == n }, "dws_auth_success_total")
 	}
-	crowded.WaitMetric(func(v float64) bool { return v >= 2 }, "dws_upgrades_waiting")
+	authenticated(crowd)
 	ann := harness.User("acme", "desk1", "ann")
 	go func() { // ended by ctx
 		_, a, _ := crowded.TryDial(ctx, ann)
 		left <- a
 	}()
-	crowded.WaitMetric(func(v float64) bool { return v >= 3 }, "dws_upgrades_waiting")
+	authenticated(crowd + 1)
 	c := other.Connect(ann)
-	if a := <-left; a.Response == nil || a.StatusCode != http.StatusServiceUnavailable || !strings.Contains(string(a.Body), "another socket got the session") {
+	if a := <-left; a.Response == nil || a.StatusCode != http.StatusServiceUnavailable || !strings.Contains(string(a.Body), "a later socket got the session") {
 		t.Errorf("what was left behind got %+v %s", a.Response, a.Body)
 	}
 	c.WaitEvent(w.Chat("acme", "desk1"))
