@@ -30,6 +30,12 @@ func conflict(context.Context, string, string, time.Time) (*session, error) { re
 // dialUpgrade sends an upgrade over a connection of its own and returns the answer, what follows it, and the end of both.
 func dialUpgrade(t *testing.T, addr net.Addr, target string, headers ...string) (*http.Response, *bufio.Reader) {
 	t.Helper()
+	return readUpgrade(t, sendUpgrade(t, addr, target, headers...))
+}
+
+// sendUpgrade is the first half of dialUpgrade.
+func sendUpgrade(t *testing.T, addr net.Addr, target string, headers ...string) net.Conn {
+	t.Helper()
 	conn, err := net.Dial("tcp", addr.String())
 	if err != nil {
 		t.Fatal(err)
@@ -38,6 +44,12 @@ func dialUpgrade(t *testing.T, addr net.Addr, target string, headers ...string) 
 	conn.SetDeadline(time.Now().Add(10 * time.Second))
 	lines := append([]string{"Host: " + addr.String()}, append(headers, upgradeHeaders...)...)
 	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\n%s\r\n\r\n", target, strings.Join(lines, "\r\n"))
+	return conn
+}
+
+// readUpgrade is the second.
+func readUpgrade(t *testing.T, conn net.Conn) (*http.Response, *bufio.Reader) {
+	t.Helper()
 	br := bufio.NewReader(conn)
 	r, err := http.ReadResponse(br, nil)
 	if err != nil {
@@ -135,11 +147,7 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 	waits(0)
 
 	turnIn(time.Hour)
-	leaver, err := net.Dial("tcp", addr.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	fmt.Fprintf(leaver, "GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", target, strings.Join(upgradeHeaders, "\r\n"))
+	leaver := sendUpgrade(t, addr, target)
 	waits(1)
 	leaver.Close()
 	waits(0)
@@ -224,13 +232,7 @@ func TestTwoOfOneSession(t *testing.T) {
 	s := newAdmittingServer(conflict, func(c *Config) { c.ServerMaxConnections = 2 })
 	addr := startServer(t, s)
 	s.crowd.pace.due = time.Now().Add(2 * time.Second)
-	first, err := net.Dial("tcp", addr.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer first.Close()
-	first.SetDeadline(time.Now().Add(10 * time.Second))
-	fmt.Fprintf(first, "GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", target, strings.Join(upgradeHeaders, "\r\n"))
+	first := sendUpgrade(t, addr, target)
 	for deadline := time.Now().Add(10 * time.Second); s.m.upgradesWaiting.with().Get() == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the first does not wait")
@@ -238,10 +240,7 @@ func TestTwoOfOneSession(t *testing.T) {
 	}
 	r, _ := dialUpgrade(t, addr, target)
 	wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
-	br := bufio.NewReader(first)
-	if r, err = http.ReadResponse(br, nil); err != nil {
-		t.Fatal(err)
-	}
+	r, br := readUpgrade(t, first)
 	wantClosed(t, r, br, 4402)
 }
 

@@ -19,8 +19,8 @@ import (
 // pod may move to a new epoch under it.
 //
 // The heir is the newcomer that waits. Turns are given by Redis as newcomers arrive, each above all that the value
-// names, so that of several newcomers the last one wins whatever pod they came to, and nobody compares clocks (but see sessions.later): a
-// waiter that sees a turn above its own has been replaced. Polling alone made it a matter of luck, and two tabs
+// names, so that of several newcomers the last one wins whatever pod they came to, and nobody compares clocks (but
+// see sessions.later): a waiter that sees a turn above its own has been replaced. Polling alone made it a matter of luck, and two tabs
 // that each sent the other's socket a kill could go on like that for long.
 //
 // Each script touches one key, as Redis Cluster wants it. All may be sent twice: go-redis does when an answer was lost.
@@ -133,14 +133,23 @@ const (
 	claimsAtOnce = 8
 )
 
-// read returns the lock's claims; those that it does not have are without text. Its errors are errUnavailable, or ctx's.
-func (l *lockStore) read(ctx context.Context, key string) (holder, heir lockClaim, err error) {
+// turn waits until a newcomer's command may be sent, after which done is to be called. Its errors are ctx's.
+func (l *lockStore) turn(ctx context.Context) (done func(), err error) {
 	select {
 	case l.turns <- struct{}{}:
-		defer func() { <-l.turns }()
+		return func() { <-l.turns }, nil
 	case <-ctx.Done():
-		return holder, heir, ctx.Err()
+		return nil, ctx.Err()
 	}
+}
+
+// read returns the lock's claims; those that it does not have are without text. Its errors are errUnavailable.
+func (l *lockStore) read(ctx context.Context, key string) (holder, heir lockClaim, err error) {
+	done, err := l.turn(ctx)
+	if err != nil {
+		return holder, heir, fmt.Errorf("%w: read the lock of %s: %w", errUnavailable, key, err)
+	}
+	defer done()
 	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
 	value, err := l.rdb.Get(ctx, lockKey(key)).Result()
@@ -154,12 +163,11 @@ func (l *lockStore) read(ctx context.Context, key string) (holder, heir lockClai
 
 // claim runs claimScript for one socket. A value of "" means that the lock is its own now.
 func (l *lockStore) claim(ctx context.Context, key string, c lockClaim, oust string) (turn int64, value string, err error) {
-	select {
-	case l.turns <- struct{}{}:
-		defer func() { <-l.turns }()
-	case <-ctx.Done():
-		return 0, "", ctx.Err()
+	done, err := l.turn(ctx)
+	if err != nil {
+		return 0, "", err
 	}
+	defer done()
 	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
 	reply, err := claimScript.Run(ctx, l.rdb, []string{lockKey(key)},

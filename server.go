@@ -27,7 +27,6 @@ const (
 	acquireTimeout = 7 * time.Second // sessions.acquire gives up a fight after 5 s; the rest is for a slow Redis
 	retryAfter     = "2"             // seconds, for Unavailable
 	longWait       = time.Second     // a client that has left unheard may have a socket elsewhere after it
-
 )
 
 // server answers HTTP and leads upgrades to the hub.

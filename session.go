@@ -297,13 +297,16 @@ func (s *sessions) sendKill(ctx context.Context, key string, msg killMessage) bo
 // clocks of two pods differ by more than they should is that not so, or is missed; none is believed that is ahead of this one.
 func (s *sessions) later(ctx context.Context, key string, came time.Time) (bool, error) {
 	holder, heir, err := s.read(ctx, key)
+	if err != nil {
+		return false, err
+	}
 	now := time.Now()
 	for _, c := range []lockClaim{holder, heir} {
 		if at := c.came(); at.After(came) && !at.After(now) {
-			return true, err
+			return true, nil
 		}
 	}
-	return false, err
+	return false, nil
 }
 
 // revoke has the live session of key closed with 4403, wherever it lives, and returns when its lock is free or another's.

@@ -470,6 +470,12 @@ func TestLaterNewcomer(t *testing.T) {
 		if _, err := a.later(t.Context(), "c:a:u", came); !errors.Is(err, errUnavailable) {
 			t.Errorf("Redis is away: %v", err)
 		}
+		for range claimsAtOnce { // which Redis leaves without an answer
+			a.turns <- struct{}{}
+		}
+		if found, err := a.revoke(t.Context(), "c:a:u"); found || !errors.Is(err, errUnavailable) {
+			t.Errorf("a session is revoked while Redis is silent: %t, %v", found, err)
+		}
 	})
 }
 
