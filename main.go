@@ -24,6 +24,9 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
 	"strconv"
 	"strings"
 	"sync"
@@ -85,6 +88,9 @@ func run(file string, environ []string, logs io.Writer) error {
 	s, err := newService(cfg)
 	if err != nil {
 		return err
+	}
+	if os.Getenv("GOGC") == "" {
+		paceGC(s.background)
 	}
 	if err := s.start(); err != nil {
 		return err
@@ -207,6 +213,25 @@ func (s *service) start() error {
 
 // loop runs f on a goroutine that the drain waits for.
 func (s *service) loop(f func()) { s.loops.Go(f) }
+
+// garbageRoom is how much garbage a small heap may gather between two collections. With 1,000 sockets 6 MB are in use, so that
+// by default it was collected every 0.8 s at 5,000 events/s. For 4 to 8 ms both processors then do little else: more than one
+// event in 200 met that. (The p99 of agents who are there, with 4,500 events/s for others, was 1.5 to 1.7 times what it is
+// without them, and is 1.2 to 1.4 with this.)
+const garbageRoom = 32 << 20
+
+// paceGC sets, now and after each collection until ctx ends, how far the heap may grow: by garbageRoom, or to twice what is in
+// use where that is more, which is Go's default.
+func paceGC(ctx context.Context) {
+	if ctx.Err() != nil {
+		return
+	}
+	inUse := []metrics.Sample{{Name: "/gc/heap/live:bytes"}} // as of the last collection
+	metrics.Read(inUse)
+	// Not below 4 MB: that times the percentage is also the least heap that is ever collected (Go's heapMinimum).
+	debug.SetGCPercent(int(max(100, 100*garbageRoom/max(inUse[0].Value.Uint64(), 4<<20))))
+	runtime.AddCleanup(new([2]int), paceGC, ctx) // which nothing refers to, so that the next collection finds it
+}
 
 // fail reports what the service cannot go on without.
 func (s *service) fail(err error) {
