@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -211,10 +212,13 @@ func reportAbsent(all []*stretch, seen, published int) error {
 		fmt.Printf("absent: %d events in %.0f s, %s: p50 %s, p99 %s, max %s; pod CPU %.2f s\n",
 			s.events, s.duration.Seconds(), s.others, quantile(s.latency, .5), quantile(s.latency, .99), quantile(s.latency, 1), s.cpu)
 	}
-	alone := median(p99[noOthers])
 	for o := elsewhere; o < kinds; o++ {
-		with := median(p99[o])
-		fmt.Printf("absent: median of p99 %s alone, %s with %s: ratio %.2f\n", alone, with, o, float64(with)/float64(alone))
+		ratio := make([]float64, len(p99[o]))
+		for round, with := range p99[o] {
+			ratio[round] = float64(with) / float64(p99[noOthers][round])
+		}
+		fmt.Printf("absent: p99 %s alone, %s with %s, %.2f times as long: medians of %d stretches, and of the ratios of those that followed each other\n",
+			median(p99[noOthers]), median(p99[o]), o, median(ratio), len(ratio))
 	}
 	gone := absentRate * took[forNobody] * (absentOf - 1) / absentOf
 	fmt.Printf("absent: %.1f us of CPU per absent event; lost %d\n", (cpu[forNobody]-cpu[noOthers]*took[forNobody]/took[noOthers])/gone*1e6, published-seen)
@@ -229,7 +233,6 @@ func quantile(d []time.Duration, q float64) time.Duration {
 	return d[int(q*float64(len(d)-1))].Round(10 * time.Microsecond)
 }
 
-func median(d []time.Duration) time.Duration {
-	slices.Sort(d)
-	return d[len(d)/2]
+func median[T cmp.Ordered](d []T) T {
+	return slices.Sorted(slices.Values(d))[len(d)/2]
 }
