@@ -332,3 +332,22 @@ func TestHTTPTimeouts(t *testing.T) {
 		return err != nil
 	})
 }
+
+// TestGarbageRoom: a small heap is collected rarely, for no more memory; unless Go's own variables say otherwise.
+func TestGarbageRoom(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	const room = 32 << 20
+	rare := func(v float64) bool { return v > 2*room }
+	often := func(v float64) bool { return v > 0 && v < room }
+	for _, c := range []struct {
+		setting string
+		want    func(v float64) bool
+	}{{"", rare}, {"GOGC=100", often}, {"GOMEMLIMIT=1GiB", often}} {
+		pod := w.Start(strings.Fields(c.setting)...)
+		pod.WaitMetric(c.want, "go_memstats_next_gc_bytes")
+		if kib := pod.Resident(); kib > 48<<10 && !harness.Race {
+			t.Errorf("%d KiB are resident at the start with %q", kib, c.setting)
+		}
+	}
+}

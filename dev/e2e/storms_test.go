@@ -72,7 +72,7 @@ func (s *storm) wantCalm(clients, kib int) {
 	}
 	grown := s.pod.PeakResident() - s.rest
 	s.t.Logf("resident memory: %d KiB before, %d KiB more at most: %.1f per client", s.rest, grown, float64(grown)/float64(clients))
-	if limit := 32<<10 + clients*kib; grown > limit && !harness.Race { // the race detector's own memory is several times that
+	if limit := 64<<10 + clients*kib; grown > limit && !harness.Race { // the race detector's own memory is several times that
 		s.t.Errorf("resident memory grew by %d KiB, want no more than %d", grown, limit)
 	}
 	s.pod.WantLedgers()

@@ -25,19 +25,19 @@ const (
 type others int
 
 const (
-	noOthers  others = iota
-	elsewhere        // in a stream that nobody reads: what the load on this machine costs by itself
-	rejected         // in one whose only consumer terminates whatever comes: what JetStream costs whoever reads them
+	noOthers others = iota
 	forNobody
-	kinds // how many there are
+	rejected  // in a stream whose only consumer terminates whatever comes: what JetStream costs whoever reads them
+	elsewhere // in one that nobody reads: what the load on this machine costs by itself
+	kinds     // how many there are
 )
 
 // prefix is that of the subjects that others are published to, "" for none.
-func (o others) prefix() string { return [...]string{"", "elsewhere", "rejected", "wa"}[o] }
+func (o others) prefix() string { return [...]string{"", "wa", "rejected", "elsewhere"}[o] }
 
 func (o others) String() string {
-	return [...]string{"no others", "nine times as many in another stream", "nine times as many in a stream whose consumer does nothing but terminate them",
-		"nine times as many for nobody"}[o]
+	return [...]string{"no others", "nine times as many for nobody", "nine times as many in a stream whose consumer does nothing but terminate them",
+		"nine times as many in another stream"}[o]
 }
 
 // stretch is one part of a run: latencies of the events for agents that are there.
@@ -66,7 +66,7 @@ func absent(ctx context.Context, b *bench, p plan) error {
 		return err
 	}
 	defer c.close()
-	for _, o := range []others{elsewhere, rejected} {
+	for _, o := range []others{rejected, elsewhere} {
 		if _, err := b.js.CreateStream(ctx, jetstream.StreamConfig{Name: o.prefix(), Subjects: []string{o.prefix() + ".>"}}); err != nil {
 			return err
 		}
@@ -212,13 +212,13 @@ func reportAbsent(all []*stretch, seen, published int) error {
 		fmt.Printf("absent: %d events in %.0f s, %s: p50 %s, p99 %s, max %s; pod CPU %.2f s\n",
 			s.events, s.duration.Seconds(), s.others, quantile(s.latency, .5), quantile(s.latency, .99), quantile(s.latency, 1), s.cpu)
 	}
-	for o := elsewhere; o < kinds; o++ {
+	for o := forNobody; o < kinds; o++ {
 		ratio := make([]float64, len(p99[o]))
 		for round, with := range p99[o] {
 			ratio[round] = float64(with) / float64(p99[noOthers][round])
 		}
-		fmt.Printf("absent: p99 %s alone, %s with %s, %.2f times as long: medians of %d stretches, and of the ratios of those that followed each other\n",
-			median(p99[noOthers]), median(p99[o]), o, median(ratio), len(ratio))
+		fmt.Printf("absent: median of %d p99 %s alone, %s with %s; median of the ratios, each of one round: %.2f\n",
+			len(ratio), median(p99[noOthers]), median(p99[o]), o, median(ratio))
 	}
 	gone := absentRate * took[forNobody] * (absentOf - 1) / absentOf
 	fmt.Printf("absent: %.1f us of CPU per absent event; lost %d\n", (cpu[forNobody]-cpu[noOthers]*took[forNobody]/took[noOthers])/gone*1e6, published-seen)
@@ -233,6 +233,7 @@ func quantile(d []time.Duration, q float64) time.Duration {
 	return d[int(q*float64(len(d)-1))].Round(10 * time.Microsecond)
 }
 
+// median is the upper one of an even number.
 func median[T cmp.Ordered](d []T) T {
 	return slices.Sorted(slices.Values(d))[len(d)/2]
 }
