@@ -41,8 +41,8 @@ func newStorm(t *testing.T, settings ...string) *storm {
 	return s
 }
 
-// wantCalm ends the storm: bob has had all his events, none late, the pod's memory never grew beyond 32 MiB and kib KiB per
-// client, and it drains as ever.
+// wantCalm ends the storm: bob has had all his events, none late, the pod's memory never grew beyond 64 MiB, half of them
+// room for garbage, and kib KiB per client, and it drains as ever.
 func (s *storm) wantCalm(clients, kib int) {
 	s.t.Helper()
 	s.flow.WaitSent(50)

@@ -199,7 +199,7 @@ func publishGone(url string, size int) error {
 }
 
 func reportAbsent(all []*stretch, seen, published int) error {
-	var p99 [kinds][]time.Duration
+	var p99, latency [kinds][]time.Duration // of each stretch; and all latencies
 	var cpu, took [kinds]float64
 	for _, s := range all {
 		slices.Sort(s.latency)
@@ -208,17 +208,23 @@ func reportAbsent(all []*stretch, seen, published int) error {
 		}
 		i := s.others
 		p99[i] = append(p99[i], quantile(s.latency, .99))
+		latency[i] = append(latency[i], s.latency...)
 		cpu[i], took[i] = cpu[i]+s.cpu, took[i]+s.duration.Seconds()
 		fmt.Printf("absent: %d events in %.0f s, %s: p50 %s, p99 %s, max %s; pod CPU %.2f s\n",
 			s.events, s.duration.Seconds(), s.others, quantile(s.latency, .5), quantile(s.latency, .99), quantile(s.latency, 1), s.cpu)
 	}
+	for _, l := range latency {
+		slices.Sort(l)
+	}
+	base := quantile(latency[noOthers], .99)
 	for o := forNobody; o < kinds; o++ {
 		ratio := make([]float64, len(p99[o]))
 		for round, with := range p99[o] {
 			ratio[round] = float64(with) / float64(p99[noOthers][round])
 		}
-		fmt.Printf("absent: median of %d p99 %s alone, %s with %s; median of the ratios, each of one round: %.2f\n",
-			len(ratio), median(p99[noOthers]), median(p99[o]), o, median(ratio))
+		whole := quantile(latency[o], .99)
+		fmt.Printf("absent: p99 of all %d events %s, with %s %s: ratio %.2f; median of %d stretches %s and %s, of the ratios in each round %.2f\n",
+			len(latency[o]), base, o, whole, float64(whole)/float64(base), len(ratio), median(p99[noOthers]), median(p99[o]), median(ratio))
 	}
 	gone := absentRate * took[forNobody] * (absentOf - 1) / absentOf
 	fmt.Printf("absent: %.1f us of CPU per absent event; lost %d\n", (cpu[forNobody]-cpu[noOthers]*took[forNobody]/took[noOthers])/gone*1e6, published-seen)
