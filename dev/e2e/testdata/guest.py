@@ -35,10 +35,13 @@ async def hear(ws):
 
 
 async def send(ws, text, data):
-    if text:
-        await ws.write_frame(True, OP_TEXT, data)  # send() would not let bytes out that are not UTF-8
-    else:
-        await ws.send(data)
+    try:
+        if text:
+            await ws.write_frame(True, OP_TEXT, data)  # send() would not let bytes out that are not UTF-8
+        else:
+            await ws.send(data)
+    except (websockets.ConnectionClosed, websockets.InvalidState):
+        pass  # closed meanwhile: hear() says how
 
 
 async def ping(ws, payload):
