@@ -212,6 +212,7 @@ func TestDrainSendsTheCrowdAway(t *testing.T) {
 			told <- a.Response != nil && a.StatusCode == http.StatusServiceUnavailable && strings.Contains(string(a.Body), "this pod is draining")
 		}()
 	}
+	pod.WaitMetric(func(v float64) bool { return v >= n/2 }, "dws_active_connections") // who has had its turn is told too, until then
 	pod.WaitMetric(func(v float64) bool { return v >= n/3 }, "dws_upgrades_waiting")
 	pod.Terminate()
 	pod.WantExit(0, harness.Patience)
