@@ -7,7 +7,7 @@ import json
 import sys
 
 import websockets
-from websockets.frames import OP_TEXT
+from websockets.frames import OP_BINARY, OP_TEXT
 from websockets.legacy.client import connect  # the newer one has no way to send bytes that are not UTF-8
 
 
@@ -34,14 +34,11 @@ async def hear(ws):
     say(got="close", code=ws.close_code, reason=ws.close_reason)
 
 
-async def send(ws, text, data):
-    try:
-        if text:
-            await ws.write_frame(True, OP_TEXT, data)  # send() would not let bytes out that are not UTF-8
-        else:
-            await ws.send(data)
-    except (websockets.ConnectionClosed, websockets.InvalidState):
-        pass  # closed meanwhile: hear() says how
+def send(ws, text, data):
+    # Not by ws.send(): that lets nothing out that is not UTF-8, and where the service has closed meanwhile it gives up the
+    # close frame that came but was not read yet.
+    if ws.open:
+        ws.write_frame_sync(True, OP_TEXT if text else OP_BINARY, data)
 
 
 async def ping(ws, payload):
@@ -65,7 +62,7 @@ async def main():
         data = base64.b64decode(c.get("bytes", ""))
         match c["do"]:
             case "send":
-                await send(ws, c.get("text"), data)
+                send(ws, c.get("text"), data)
             case "ping":
                 tasks.add(asyncio.create_task(ping(ws, data)))
             case "raw":
