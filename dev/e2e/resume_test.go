@@ -172,7 +172,7 @@ func TestResumeJoinsTheFlow(t *testing.T) {
 	var published []uint64
 	var publisher sync.WaitGroup
 	publisher.Go(func() {
-		tick := time.NewTicker(10 * time.Millisecond) // each reconnect replays all of it: the overlap is longer than the test
+		tick := time.NewTicker(25 * time.Millisecond) // each reconnect replays all of it, a request each: the overlap is longer than the test
 		defer tick.Stop()
 		for {
 			select {

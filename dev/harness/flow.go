@@ -1,9 +1,11 @@
 package harness
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -82,15 +84,21 @@ func (f *Flow) run(ctx context.Context) {
 	defer close(f.done)
 	waiting := make(chan pending, 1<<16) // closed below; what the server owes an answer
 	var wg sync.WaitGroup
-	wg.Go(func() {
-		for p := range waiting {
-			if err := f.await(&p); err != nil {
-				f.err = err
-				continue
+	var mu sync.Mutex // guards f.all and f.err
+	for range 16 {    // after an election thousands are published again
+		wg.Go(func() {
+			for p := range waiting {
+				err := f.await(&p)
+				mu.Lock()
+				if err != nil {
+					f.err = err
+				} else {
+					f.all = append(f.all, p.Published)
+				}
+				mu.Unlock()
 			}
-			f.all = append(f.all, p.Published)
-		}
-	})
+		})
+	}
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	begin := time.Now()
@@ -106,6 +114,7 @@ func (f *Flow) run(ctx context.Context) {
 	}
 	close(waiting)
 	wg.Wait()
+	slices.SortFunc(f.all, func(a, b Published) int { return cmp.Compare(a.Index, b.Index) })
 }
 
 func (f *Flow) publish(i int) pending {
