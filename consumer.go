@@ -229,7 +229,7 @@ func (c *consumer) consume(ctx context.Context) error {
 	}
 	c.seen()
 	c.setState("active")
-	return c.watch(ctx, flow, cons, missed)
+	return c.watch(ctx, flow, stream, cons, missed)
 }
 
 // tellAge keeps the age of the last sign of life in the metrics until ctx ends.
@@ -259,7 +259,7 @@ func (c *consumer) take(msg jetstream.Msg) {
 
 // watch polls the consumer while it flows: an ended or stalled flow shows nothing by itself when the stream is idle.
 // However it returns, the flow has been drained: Stop would leave its prefetch unacked until ACK_WAIT.
-func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, cons jetstream.Consumer, missed <-chan error) (err error) {
+func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, stream jetstream.Stream, cons jetstream.Consumer, missed <-chan error) (err error) {
 	ended := flow.Closed()
 	defer func() {
 		if !c.nc.IsConnected() {
@@ -275,7 +275,7 @@ func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, con
 	defer poll.Stop()
 	polled := time.Now()
 	stalled := uint64(0) // received at the last poll that looked like a stall
-	if err := c.poll(ctx, cons, &stalled); err != nil {
+	if err := c.poll(ctx, stream, cons, &stalled); err != nil {
 		return err
 	}
 	for {
@@ -291,14 +291,14 @@ func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, con
 				return fmt.Errorf("flow of %s: %w", c.cfg.Load().NATSConsumerName, err)
 			}
 			c.setState(err.Error())
-			if err := c.poll(ctx, cons, &stalled); err != nil {
+			if err := c.poll(ctx, stream, cons, &stalled); err != nil {
 				return err
 			}
 		case now := <-poll.C:
 			if _, state := c.status(); state == "active" && now.Sub(polled) < pollEvery {
 				continue
 			}
-			if err := c.poll(ctx, cons, &stalled); err != nil {
+			if err := c.poll(ctx, stream, cons, &stalled); err != nil {
 				return err
 			}
 			polled = time.Now()
@@ -309,7 +309,7 @@ func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, con
 // poll asks the server about the consumer, notes its ack floor, and returns an error when the flow must start anew: the
 // consumer is gone, or it has work waiting and no pull for it at two polls in a row (seen with the library at v1.55:
 // until twice the heartbeat).
-func (c *consumer) poll(ctx context.Context, cons jetstream.Consumer, stalled *uint64) error {
+func (c *consumer) poll(ctx context.Context, stream jetstream.Stream, cons jetstream.Consumer, stalled *uint64) error {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
 	info, err := cons.Info(ctx)
@@ -332,6 +332,7 @@ func (c *consumer) poll(ctx context.Context, cons jetstream.Consumer, stalled *u
 	c.m.ackPending.with().Set(float64(info.NumAckPending))
 	c.m.consumerLag.with().Set(float64(info.NumPending))
 	c.known.Store(max(c.known.Load(), info.Delivered.Stream))
+	c.noteLag(ctx, stream, info)
 	c.raiseFloor(ctx, info.AckFloor.Stream)
 	got := c.received.Load()
 	// While the callback waits for room nothing is asked for, and rightly so: a second flow would call accept beside it.
@@ -344,6 +345,25 @@ func (c *consumer) poll(ctx context.Context, cons jetstream.Consumer, stalled *u
 		*stalled = 0
 	}
 	return nil
+}
+
+// noteLag tells the owners if what was not settled at the last poll, the first of it stored before the overlap of a replay,
+// may have reached its sockets late or be under way still, as after an outage: a replay from the newest sequence that a
+// client has would begin behind it. What can't be found out counts as late. The age is counted by the servers' clocks.
+func (c *consumer) noteLag(ctx context.Context, stream jetstream.Stream, info *jetstream.ConsumerInfo) {
+	c.mu.Lock()
+	floor := c.floor
+	c.mu.Unlock()
+	if info.Delivered.Stream <= floor && info.NumPending == 0 {
+		return
+	}
+	m, err := stream.GetMsg(ctx, floor+1, jetstream.WithGetMsgSubject(">"))
+	switch {
+	case errors.Is(err, jetstream.ErrMsgNotFound):
+	case err != nil || info.TimeStamp.Sub(m.Time) > c.cfg.Load().ResumeOverlap:
+		slog.Debug("events settled late", "behind", floor, "err", err)
+		c.owners.lags(floor)
+	}
 }
 
 func (c *consumer) raiseFloor(ctx context.Context, floor uint64) {

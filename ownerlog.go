@@ -254,6 +254,14 @@ func (o *owners) missedLocked(r route, m mark, now time.Time) {
 	o.missed[r] = missed{since: m.since, read: now}
 }
 
+// lags is called while events behind the sequence since, of whatever route, are settled later than the overlap of a resume allows for:
+// until a lease after the last call, who comes resumes from there.
+func (o *owners) lags(since uint64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.missedLocked(route{}, mark{since: since}, time.Now())
+}
+
 // forgetMissed is called with each renewal, behind its read of the log. A lease after this pod has read a mark all have: who
 // has a later sequence than the stream had then was told, or had it by such a resume. Who has an older one than
 // RESUME_MAX_AGE reloads.

@@ -68,6 +68,9 @@ func (c *consumer) ensureConsumer(ctx context.Context, s jetstream.Stream) (jets
 	}
 	c.mu.Lock()
 	c.created = s.CachedInfo().Created
+	if c.floor == 0 { // the first poll compares with what was so before this pod took any
+		c.floor = cons.CachedInfo().AckFloor.Stream
+	}
 	c.mu.Unlock()
 	return c.reconcile(ctx, s, cons, want)
 }

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -108,6 +109,47 @@ func TestGapBetweenSockets(t *testing.T) {
 		bob.Send(map[string]any{"type": "select_chat", "payload": map[string]any{"chat_id": "c1", "since": last}})
 		bob.TakeType("chat_selected")
 		bob.WaitEvent(lost)
+	}
+}
+
+// TestLateEvents: a pod was cut off from NATS for longer than the overlap of a resume. What came meanwhile is delivered late, while
+// a client on its way from one socket to another may know newer sequences already: its resume reaches back to where the
+// pod was before. Once all is as ever, so is the overlap.
+func TestLateEvents(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, shortPast)
+	nats := w.Proxy(w.NATS.Address())
+	pod := w.Start("NATS_URL=nats://" + nats.Address())
+	ann := pod.Connect(harness.User("acme", "desk1", "ann"))
+	ann.WantEvent(w.Chat("acme", "desk1"))
+	w.Settled()
+	nats.Cut()
+	notReady(pod, "nats", "consumer")
+	late, at := w.Chat("acme", "desk1"), time.Now()
+	var newest uint64
+	harness.Eventually(t, harness.Patience, "the event to be older than the overlap", func() bool {
+		newest = w.Chat("acme", "desk1")
+		time.Sleep(500 * time.Millisecond)
+		return time.Since(at) > shortOverlap+2*time.Second
+	})
+	nats.Restore()
+	pod.WaitReady()
+	ann.WaitEvent(late)
+	w.Settled()
+	resumes := func(seq uint64) (reached bool) {
+		bob := pod.Dial(harness.User("acme", "desk1", "bob").With("since", since(seq)))
+		bob.TakeType("ready")
+		return slices.ContainsFunc(bob.Events(), func(m harness.Message) bool { return m.Seq == late })
+	}
+	if !resumes(newest) {
+		t.Errorf("the replay for who has had %d does not reach back to %d", newest, late)
+	}
+	harness.Eventually(t, 2*harness.Patience, "replays to reach back no further than the overlap", func() bool {
+		time.Sleep(500 * time.Millisecond)
+		return !resumes(w.Chat("acme", "desk1"))
+	})
+	if !resumes(newest) {
+		t.Errorf("later, the replay for who has had %d does not reach back to %d", newest, late)
 	}
 }
 
