@@ -129,19 +129,19 @@ type owners struct {
 	dirty      []*localRoute
 	releases   uint64 // that got no answer; part of the names of later claims
 	cache      map[route]*answer
-	pods       map[string]lease // live pods by id, this one too, as far as is known
-	renewed    map[string]lease // those as of the last renewal
-	doubtUntil time.Time        // "nobody" is not believed before
-	awaySeq    uint64           // first sequence acked on knowledge that may be old; 0 = none
-	seqHeld    uint64           // stream sequence noted before the last renewal that held
-	seqRead    uint64           // stream sequence noted before the last read of the log
-	marks      map[route]mark   // gaps to announce
-	markAll    *mark            // one for all routes, when marks overflowed
-	missed     map[route]missed // gaps that were announced a while ago
-	told       []func()         // to be called when these are in the log
-	toldSize   int              // bytes that this keeps in memory
-	instances  map[string]bool  // run and replication ids of the Redis masters; nil before the first answer
-	regap      bool             // after a new epoch, sockets get a gap once everything is claimed again
+	pods       map[string]lease   // live pods by id, this one too, as far as is known
+	renewed    map[string]lease   // those as of the last renewal
+	doubtUntil time.Time          // "nobody" is not believed before
+	awaySeq    uint64             // first sequence acked on knowledge that may be old; 0 = none
+	seqHeld    uint64             // stream sequence noted before the last renewal that held
+	seqRead    uint64             // stream sequence noted before the last read of the log
+	marks      map[route]mark     // gaps to announce
+	markAll    *mark              // one for all routes, when marks overflowed
+	missed     map[route][]missed // gaps, oldest first, that were announced a while ago
+	told       []func()           // to be called when these are in the log
+	toldSize   int                // bytes that this keeps in memory
+	instances  map[string]bool    // run and replication ids of the Redis masters; nil before the first answer
+	regap      bool               // after a new epoch, sockets get a gap once everything is claimed again
 	regapSince uint64
 }
 
@@ -158,7 +158,7 @@ func newOwners(cfg *settings, rdb redis.UniversalClient, m *Metrics) *owners {
 		cfg: cfg, rdb: rdb, m: m, pod: cfg.Load().ServerPodID, pipe: rdb.Pipeline,
 		base: time.Now().Add(-time.Nanosecond), noteSeq: func() uint64 { return 0 }, replaced: func(error) {},
 		wakeClaim: make(chan struct{}, 1), wakeMarks: make(chan struct{}, 1), wakeLease: make(chan struct{}, 1),
-		routes: map[route]*localRoute{}, cache: map[route]*answer{}, pods: map[string]lease{}, marks: map[route]mark{}, missed: map[route]missed{},
+		routes: map[route]*localRoute{}, cache: map[route]*answer{}, pods: map[string]lease{}, marks: map[route]mark{}, missed: map[route][]missed{},
 	}
 }
 

@@ -556,3 +556,52 @@ func TestRoomIsNotMadeAtTheBatchsExpense(t *testing.T) {
 		t.Errorf("%d answers are still cached", len(o.cache))
 	}
 }
+
+// TestMarksThatRecur: who comes after the latest mark is not sent back to before the first, and nobody is sent less far back than
+// what they may have missed, however many there are; after RESUME_MAX_AGE they are forgotten.
+func TestMarksThatRecur(t *testing.T) {
+	o, r := newTestOwners(t), route{routeGeneral, "acme", "ann", ""}
+	cfg := o.cfg.Load()
+	cfg.ResumeMaxAge = time.Hour
+	age := func(by time.Duration, seq uint64) {
+		for _, all := range o.missed {
+			for i := range all {
+				all[i].read = all[i].read.Add(-by)
+			}
+		}
+		o.forgetMissed(seq)
+	}
+	want := func(since, from uint64) {
+		t.Helper()
+		if got := o.resumeFrom(since, r); got != from {
+			t.Errorf("who has had %d resumes from %d, want %d", since, got, from)
+		}
+	}
+	o.lags(110)
+	o.lags(100)
+	o.lags(120)
+	want(5000, 100)
+	age(cfg.PodLease+1, 300)
+	want(300, 100)
+	want(301, 301)
+	want(90, 90)
+	for i := range uint64(2 * missedKept) { // one mark each thousand, heard of by all 300 later
+		base := 1000 * (i + 1)
+		o.missedLocked(r, mark{since: base}, time.Now())
+		want(base+5000, base)
+		age(cfg.PodLease+1, base+300)
+		want(base+300, base)
+		want(base+301, base+301)
+		want(base-1, base-1)
+		want(250, 100)
+		want(1200, 1000)
+		if n := len(o.missed[r]); n > missedKept {
+			t.Fatalf("%d marks are kept", n)
+		}
+	}
+	age(cfg.ResumeMaxAge+cfg.PodLease, 1)
+	want(250, 250)
+	if len(o.missed) > 0 {
+		t.Errorf("%d routes are kept", len(o.missed))
+	}
+}

@@ -243,15 +243,25 @@ type missed struct {
 	last  uint64 // sequence up to which clients may not have heard of it; 0 = not known yet
 }
 
-// missedLocked notes a mark of r, the zero route for all. Of several of one route one is made: the lowest, as of now.
+// missedKept is how many of a route are kept apart: when marks recur, who comes after the latest is not sent back to before the first.
+const missedKept = 8
+
+// missedLocked notes a mark of r, the zero route for all. Of several while last is not known one is made: the lowest, as of
+// now; so it is of the two oldest when there are too many.
 func (o *owners) missedLocked(r route, m mark, now time.Time) {
 	if _, ok := o.missed[r]; !ok && len(o.missed) >= o.cfg.Load().PodOwnerCacheSize {
 		r = route{}
 	}
-	if old, ok := o.missed[r]; ok {
-		m.since = min(m.since, old.since)
+	all := o.missed[r]
+	if n := len(all); n > 0 && all[n-1].last == 0 {
+		all[n-1].since, all[n-1].read = min(m.since, all[n-1].since), now
+		return
 	}
-	o.missed[r] = missed{since: m.since, read: now}
+	if len(all) == missedKept {
+		all[1].since = min(all[0].since, all[1].since)
+		all = slices.Delete(all, 0, 1)
+	}
+	o.missed[r] = append(all, missed{since: m.since, read: now})
 }
 
 // lags is called while events behind the sequence since, of whatever route, are settled later than the overlap of a resume allows for:
@@ -269,14 +279,15 @@ func (o *owners) forgetMissed(seq uint64) {
 	cfg := o.cfg.Load()
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for r, m := range o.missed {
-		switch age := time.Since(m.read); {
-		case age > cfg.ResumeMaxAge+cfg.PodLease:
+	for r, all := range o.missed {
+		all = slices.DeleteFunc(all, func(m missed) bool { return time.Since(m.read) > cfg.ResumeMaxAge+cfg.PodLease })
+		if n := len(all); n == 0 {
 			delete(o.missed, r)
-		case m.last == 0 && age > cfg.PodLease:
+			continue
+		} else if m := &all[n-1]; m.last == 0 && time.Since(m.read) > cfg.PodLease {
 			m.last = max(seq, 1)
-			o.missed[r] = m
 		}
+		o.missed[r] = all
 	}
 }
 
@@ -288,8 +299,10 @@ func (o *owners) resumeFrom(since uint64, r route) uint64 {
 	defer o.mu.Unlock()
 	from := since
 	for _, r := range [...]route{r, {}} {
-		if m, ok := o.missed[r]; ok && (m.last == 0 || since <= m.last) {
-			from = min(from, m.since)
+		for _, m := range o.missed[r] {
+			if m.last == 0 || since <= m.last {
+				from = min(from, m.since)
+			}
 		}
 	}
 	if m, ok := o.marks[r]; ok {
