@@ -34,7 +34,7 @@ type consumer struct {
 
 	alive    atomic.Int64  // last sign of life of the consumer, Unix ns
 	received atomic.Uint64 // messages since the start
-	waits    atomic.Bool   // the flow's callback has not returned: it may wait for room
+	waits    atomic.Int32  // callbacks that have not returned, of an old flow too: they may wait for room
 	stop     chan struct{} // closed by drain
 	stopped  chan struct{} // closed when run has returned
 
@@ -252,9 +252,9 @@ func (c *consumer) seen() { c.alive.Store(time.Now().UnixNano()) }
 func (c *consumer) take(msg jetstream.Msg) {
 	c.seen()
 	c.received.Add(1)
-	c.waits.Store(true)
+	c.waits.Add(1)
 	c.accept(msg)
-	c.waits.Store(false)
+	c.waits.Add(-1)
 }
 
 // watch polls the consumer while it flows: an ended or stalled flow shows nothing by itself when the stream is idle.
@@ -336,7 +336,7 @@ func (c *consumer) poll(ctx context.Context, stream jetstream.Stream, cons jetst
 	c.raiseFloor(ctx, info.AckFloor.Stream)
 	got := c.received.Load()
 	// While the callback waits for room nothing is asked for, and rightly so: a second flow would call accept beside it.
-	if info.NumPending > 0 && info.NumWaiting == 0 && info.NumAckPending < info.Config.MaxAckPending && !c.waits.Load() {
+	if info.NumPending > 0 && info.NumWaiting == 0 && info.NumAckPending < info.Config.MaxAckPending && c.waits.Load() == 0 {
 		if *stalled == got+1 {
 			return errors.New("events wait in the stream and nothing asks for them: starting anew")
 		}

@@ -113,8 +113,8 @@ func (r *router) enqueue(p *pulled) bool {
 
 // waitRoom returns when there is room, or the router stops.
 func (r *router) waitRoom() {
-	r.waiting.Store(true) // before the look that follows: what ends after it pokes
-	defer r.waiting.Store(false)
+	r.waiting.Add(1) // before the look that follows: what ends after it pokes
+	defer r.waiting.Add(-1)
 	for r.full() {
 		select {
 		case <-r.room:

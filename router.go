@@ -36,14 +36,14 @@ type router struct {
 	bytes    atomic.Int64  // their payloads
 	unrouted atomic.Int64  // of these, what run has not dispatched yet
 	unserved atomic.Int64  // events in the queue that the sockets here have not been given
-	waiting  atomic.Bool   // accept waits for room
+	waiting  atomic.Int32  // calls of accept that wait for room: for a moment a new flow may call it beside the old one
 	more     chan struct{} // room for 1: the queue is to be looked into at once; never closed
 	some     chan struct{} // room for 1: the queue is to be looked into soon; never closed
 	room     chan struct{} // room for 1: less may be in hand; never closed
 	stopping chan struct{} // closed by stop
 	routes   []route       // owned by run: room for those of a batch
 
-	acceptMu sync.Mutex // guards accepted, waits and logged: for a moment a new flow may call accept beside the old one
+	acceptMu sync.Mutex // guards accepted, waits and logged
 	accepted int
 	waits    []wait    // those that messages to come may have arrived during
 	logged   time.Time // when a malformed event was last logged
@@ -119,7 +119,7 @@ func (r *router) tick(ctx context.Context) {
 }
 
 func (r *router) wake() {
-	if r.waiting.Load() {
+	if r.waiting.Load() > 0 {
 		poke(r.room)
 	}
 }

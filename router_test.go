@@ -2,7 +2,9 @@ package main
 
 import (
 	"slices"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -289,4 +291,29 @@ func TestNothingEndsUnannouncedBehindTheDrain(t *testing.T) {
 	if r.inHand.Load() != 0 {
 		t.Error("it is still in hand")
 	}
+}
+
+// TestTwoWaitForRoom: the callback of a flow that has ended waits for room, and beside it that of the next. Neither takes the
+// other's turn for good.
+func TestTwoWaitForRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newTestRouter(t)
+		r.inHand.Store(1000)
+		var done atomic.Int32
+		for range 2 {
+			go func() {
+				r.waitRoom()
+				done.Add(1)
+			}()
+		}
+		synctest.Wait()
+		r.inHand.Store(0)
+		for want := range int32(2) {
+			r.wake() // as by each tick
+			synctest.Wait()
+			if got := done.Load(); got <= want {
+				t.Fatalf("%d of 2 go on after %d wakes", got, want+1)
+			}
+		}
+	})
 }
