@@ -318,7 +318,7 @@ func (o *owners) readPods(ctx context.Context, names []string) error {
 	for i, id := range names {
 		cmds[i] = p.Get(ctx, podKey(id))
 	}
-	if _, err := p.Exec(ctx); err != nil && !errors.Is(err, redis.Nil) {
+	if err := execGets(ctx, p); err != nil {
 		o.m.redisErrorsTotal.with("lease").Inc()
 		return fmt.Errorf("read %d leases: %w", len(names), err)
 	}

@@ -361,7 +361,7 @@ func (o *owners) leasesOf(ctx context.Context, sets []*redis.StringSliceCmd) (ma
 	if len(ask) == 0 {
 		return live, nil
 	}
-	if _, err := p.Exec(ctx); err != nil && !errors.Is(err, redis.Nil) {
+	if err := execGets(ctx, p); err != nil {
 		o.m.redisErrorsTotal.with("lookup").Inc()
 		return nil, fmt.Errorf("read %d leases: %w", len(ask), err)
 	}

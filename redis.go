@@ -112,3 +112,18 @@ func randomID(n int) string {
 	rand.Read(b) // never fails (crypto/rand)
 	return hex.EncodeToString(b)
 }
+
+// execGets runs p, in which keys may be missing, and fails if any of its commands did. Of a cluster's p Exec says what the first
+// had: that a key is missing, though a node that holds others gave no answer.
+func execGets(ctx context.Context, p redis.Pipeliner) error {
+	cmds, err := p.Exec(ctx)
+	for _, cmd := range cmds {
+		if err := cmd.Err(); err != nil && !errors.Is(err, redis.Nil) {
+			return err
+		}
+	}
+	if errors.Is(err, redis.Nil) {
+		return nil
+	}
+	return err
+}
