@@ -53,13 +53,19 @@ func (o *owners) attach(ctx context.Context, c *conn, r route) error {
 	return nil
 }
 
-// detach takes c out of the index and queues the release of r if c was its last socket here. It does not block.
+// detach takes c out of the index and queues the release of r if c was its last socket here. It does not block. Where this pod
+// has had no lease for a while, others may have found nobody here: as c gets no gap any more, r is marked, for its next socket.
 func (o *owners) detach(c *conn, r route) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	lr := o.routes[r]
 	if lr == nil {
 		return
+	}
+	if o.regap {
+		o.markLocked(r, mark{since: o.regapSince, reason: "owner"})
+	} else if o.heldAt.Load() != 0 && !o.fresh() {
+		o.markLocked(r, mark{since: o.seqHeld, reason: "owner"})
 	}
 	if i := slices.Index(lr.conns, c); i >= 0 {
 		lr.conns = slices.Concat(lr.conns[:i], lr.conns[i+1:])

@@ -605,3 +605,88 @@ func TestMarksThatRecur(t *testing.T) {
 		t.Errorf("%d routes are kept", len(o.missed))
 	}
 }
+
+// TestLeavingWithoutLease: while a pod has no lease, others may have found nobody on its routes, and the gap that follows is
+// not for who has left by then: their routes are marked. A pod that has its lease marks nothing.
+func TestLeavingWithoutLease(t *testing.T) {
+	const none = 1 << 40
+	for _, tc := range []struct {
+		name  string
+		held  time.Duration // ago; none = never
+		regap bool
+		want  uint64 // since of the mark; none = no mark
+	}{
+		{name: "lease held", held: time.Second, want: none},
+		{name: "never held", held: none, want: none},
+		{name: "lease over", held: time.Minute, want: 70},
+		{name: "new lease, gap to come", held: time.Second, regap: true, want: 60},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			router := newTestRouter(t)
+			o, user, chat := router.owners, route{routeGeneral, "acme", "ann", ""}, route{routeMessages, "acme", "ann", "c1"}
+			o.base = time.Now().Add(-time.Hour)
+			o.seqHeld, o.regap, o.regapSince = 70, tc.regap, 60
+			if tc.held != none {
+				o.heldAt.Store(int64(time.Hour - tc.held))
+			}
+			c := router.hub.newConn(goneConn{}, &claims{}, lock{release: func() {}}, "req")
+			for _, r := range []route{user, chat} {
+				o.routes[r] = &localRoute{route: r, conns: []*conn{c}}
+				o.detach(c, r)
+				switch m, marked := o.marks[r]; {
+				case marked != (tc.want != none):
+					t.Errorf("%s is marked: %t", r.key(), marked)
+				case marked && m != mark{tc.want, "owner", ""}:
+					t.Errorf("%s is marked by %v, want since %d", r.key(), m, tc.want)
+				}
+			}
+		})
+	}
+}
+
+// clusterAnswers is a pipeline's end as of a cluster: the first command's error, whatever the others had.
+type clusterAnswers struct {
+	redis.Hook
+	errs []error
+}
+
+func (h clusterAnswers) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(_ context.Context, cmds []redis.Cmder) error {
+		for i, cmd := range cmds {
+			cmd.SetErr(h.errs[i%len(h.errs)])
+		}
+		return h.errs[0]
+	}
+}
+
+func (h clusterAnswers) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (h clusterAnswers) ProcessHook(redis.ProcessHook) redis.ProcessHook {
+	return func(context.Context, redis.Cmder) error { return nil }
+}
+
+// TestLeaseThatCouldNotBeRead: a pod whose lease gave no answer is not taken for dead because that of another was missing.
+func TestLeaseThatCouldNotBeRead(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		errs []error
+		fail bool
+	}{
+		{"both missing", []error{redis.Nil, redis.Nil}, false},
+		{"one missing, one not read", []error{redis.Nil, errUnavailable}, true},
+		{"one not read, one missing", []error{errUnavailable, redis.Nil}, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			o := newTestOwners(t)
+			o.rdb.AddHook(clusterAnswers{errs: tc.errs})
+			set := redis.NewStringSliceCmd(t.Context())
+			set.SetVal([]string{"pod-8#e8", "pod-9#e9"})
+			if _, err := o.leasesOf(t.Context(), []*redis.StringSliceCmd{set}); (err != nil) != tc.fail {
+				t.Errorf("look-up: %v", err)
+			}
+			if err := o.readPods(t.Context(), []string{"pod-8", "pod-9"}); (err != nil) != tc.fail {
+				t.Errorf("renewal: %v", err)
+			}
+		})
+	}
+}

@@ -112,6 +112,46 @@ func TestGapBetweenSockets(t *testing.T) {
 	}
 }
 
+// TestLeftAPodWithoutLease: a pod is cut off from Redis for longer than the overlap of a resume. What others pull meanwhile does not
+// reach its socket. The client goes to another pod, with a number beyond that, before the first has its lease again and
+// could send a gap: it is told there.
+func TestLeftAPodWithoutLease(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, shortPast)
+	redis := w.Proxy(w.Redis.Address())
+	there, here := idlePod(w, "REDIS_ADDRESS="+redis.Address()), w.Start()
+	bob, eve := there.Connect(harness.User("acme", "desk1", "bob")), here.Connect(harness.User("acme", "desk1", "eve"))
+	first := w.Chat("acme", "desk1")
+	bob.WantEvent(first)
+	eve.WantEvent(first)
+	redis.Cut()
+	notReady(there, "redis")
+	has := func(c *harness.Client, seq uint64) bool {
+		return slices.ContainsFunc(c.Events(), func(m harness.Message) bool { return m.Seq == seq })
+	}
+	var lost, newest uint64
+	var at time.Time
+	harness.Eventually(t, 2*harness.Patience, "an event that misses a pod without lease, and is older than the overlap", func() bool {
+		newest = w.Chat("acme", "desk1")
+		eve.WaitEvent(newest)
+		time.Sleep(500 * time.Millisecond)
+		if lost == 0 && !has(bob, newest) {
+			lost, at = newest, time.Now()
+		}
+		return lost != 0 && time.Since(at) > shortOverlap+2*time.Second
+	})
+	if has(bob, lost) {
+		t.Fatalf("event %d reached the pod without lease after all", lost)
+	}
+	bob.Abort()
+	there.WaitMetric(func(v float64) bool { return v == 0 }, "dws_active_connections")
+	bob = here.Dial(harness.User("acme", "desk1", "bob").With("since", since(newest)))
+	bob.TakeType("ready")
+	redis.Restore()
+	there.WaitReady()
+	wantResumed(bob, bob.WantGap("owner"), lost)
+}
+
 // TestLateEvents: a pod was cut off from NATS for longer than the overlap of a resume. What came meanwhile is delivered late, while
 // a client on its way from one socket to another may know newer sequences already: its resume reaches back to where the
 // pod was before. Once all is as ever, so is the overlap.
