@@ -187,7 +187,7 @@ func (o *owners) renewLocked(ctx context.Context) error {
 	}
 	o.heldAt.Store(int64(sent.Sub(o.base)))
 	o.mu.Lock()
-	o.seqHeld = seq
+	o.seqHeld = o.resumeFromLocked(seq, route{})
 	o.mu.Unlock()
 	if err := o.readPods(ctx, names.Val()); err != nil {
 		return err

@@ -133,8 +133,8 @@ type owners struct {
 	renewed    map[string]lease   // those as of the last renewal
 	doubtUntil time.Time          // "nobody" is not believed before
 	awaySeq    uint64             // first sequence acked on knowledge that may be old; 0 = none
-	seqHeld    uint64             // stream sequence noted before the last renewal that held
-	seqRead    uint64             // stream sequence noted before the last read of the log
+	seqHeld    uint64             // stream sequence noted before the last renewal that held, or an earlier one: see lags
+	seqRead    uint64             // the same, noted before the last read of the log
 	marks      map[route]mark     // gaps to announce
 	markAll    *mark              // one for all routes, when marks overflowed
 	missed     map[route][]missed // gaps, oldest first, that were announced a while ago

@@ -690,3 +690,64 @@ func TestLeaseThatCouldNotBeRead(t *testing.T) {
 		})
 	}
 }
+
+// heldLease answers as Redis does to a pod whose lease holds, and whose place in the owner log is place.
+type heldLease struct {
+	redis.Hook
+	place redis.XMessage
+}
+
+func (h heldLease) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (h heldLease) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(_ context.Context, cmds []redis.Cmder) error {
+		for _, cmd := range cmds {
+			if c, ok := cmd.(*redis.Cmd); ok {
+				c.SetVal(int64(1))
+			}
+		}
+		return nil
+	}
+}
+
+func (h heldLease) ProcessHook(redis.ProcessHook) redis.ProcessHook {
+	return func(_ context.Context, cmd redis.Cmder) error {
+		if c, ok := cmd.(*redis.XMessageSliceCmd); ok {
+			c.SetVal([]redis.XMessage{h.place})
+		}
+		return nil
+	}
+}
+
+// TestGapsReachBackToLateEvents: while pods catch up, the newest sequence that is known is above what others may yet end
+// without the sockets here. What a gap would be sent with is below that, from the poll that finds it out until the end of it.
+func TestGapsReachBackToLateEvents(t *testing.T) {
+	o := newTestOwners(t)
+	o.cfg.Load().ResumeMaxAge = time.Hour
+	o.place = redis.XMessage{ID: "1-0", Values: map[string]any{podKey("pod-1"): "reads"}}
+	o.rdb.AddHook(heldLease{place: o.place})
+	want := func(when string, seq uint64) {
+		t.Helper()
+		if o.seqHeld != seq || o.seqRead != seq {
+			t.Errorf("%s, gaps would be since %d for a lost lease, and since %d for a lost place, want %d", when, o.seqHeld, o.seqRead, seq)
+		}
+	}
+	renew := func(known uint64) {
+		t.Helper()
+		o.noteSeq = func() uint64 { return known }
+		if err := o.renew(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	renew(60000)
+	want("with nothing late", 60000)
+	o.lags(100)
+	want("as the poll finds late events", 100)
+	o.lags(20000)
+	renew(60100)
+	want("while they are caught up with", 100)
+	o.missed[route{}][0].read = time.Now().Add(-o.cfg.Load().PodLease - 1)
+	renew(60200)
+	renew(60201)
+	want("a lease after the last of them", 60201)
+}

@@ -92,7 +92,7 @@ func (o *owners) readLog(ctx context.Context) error {
 		}
 	}
 	o.mu.Lock()
-	o.seqRead = seq
+	o.seqRead = o.resumeFromLocked(seq, route{})
 	o.awaySeq = 0 // not before the last page: the routes that any of them names are marked from there
 	o.mu.Unlock()
 	return nil
@@ -265,10 +265,12 @@ func (o *owners) missedLocked(r route, m mark, now time.Time) {
 }
 
 // lags is called while events behind the sequence since, of whatever route, are settled later than the overlap of a resume allows for:
-// until a lease after the last call, who comes resumes from there.
+// until a lease after the last call, who comes resumes from there. What is noted for gaps goes back as far: who is sent one may come
+// to a pod that has not seen the lag begin.
 func (o *owners) lags(since uint64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.seqHeld, o.seqRead = min(o.seqHeld, since), min(o.seqRead, since)
 	o.missedLocked(route{}, mark{since: since}, time.Now())
 }
 
@@ -297,6 +299,10 @@ func (o *owners) forgetMissed(seq uint64) {
 func (o *owners) resumeFrom(since uint64, r route) uint64 {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	return o.resumeFromLocked(since, r)
+}
+
+func (o *owners) resumeFromLocked(since uint64, r route) uint64 {
 	from := since
 	for _, r := range [...]route{r, {}} {
 		for _, m := range o.missed[r] {
