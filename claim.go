@@ -53,8 +53,10 @@ func (o *owners) attach(ctx context.Context, c *conn, r route) error {
 	return nil
 }
 
-// detach takes c out of the index and queues the release of r if c was its last socket here. It does not block. Where this pod
-// has had no lease for a while, others may have found nobody here: as c gets no gap any more, r is marked, for its next socket.
+// detach takes c out of the index and queues the release of r if c was its last socket here. It does not block. Where Redis has been
+// away for longer than a lease, others may have found nobody here while c went on getting what this pod pulled: as the gap
+// that follows is not for c any more, r is marked, for its next socket. (Not where the pod was suspended: c got nothing then,
+// and thousands that have long since resumed elsewhere would be told to resume.)
 func (o *owners) detach(c *conn, r route) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -62,9 +64,10 @@ func (o *owners) detach(c *conn, r route) {
 	if lr == nil {
 		return
 	}
-	if o.regap {
+	switch {
+	case o.regap && o.regapAway:
 		o.markLocked(r, mark{since: o.regapSince, reason: "owner"})
-	} else if o.heldAt.Load() != 0 && !o.fresh() {
+	case o.away.Load() && o.heldAt.Load() != 0 && !o.fresh():
 		o.markLocked(r, mark{since: o.seqHeld, reason: "owner"})
 	}
 	if i := slices.Index(lr.conns, c); i >= 0 {

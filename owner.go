@@ -143,6 +143,7 @@ type owners struct {
 	instances  map[string]bool    // run and replication ids of the Redis masters; nil before the first answer
 	regap      bool               // after a new epoch, sockets get a gap once everything is claimed again
 	regapSince uint64
+	regapAway  bool // Redis was away before
 }
 
 // Look-ups and log reads may hold up a batch of events; claims and leases only their callers.

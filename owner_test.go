@@ -606,26 +606,33 @@ func TestMarksThatRecur(t *testing.T) {
 	}
 }
 
-// TestLeavingWithoutLease: while a pod has no lease, others may have found nobody on its routes, and the gap that follows is
-// not for who has left by then: their routes are marked. A pod that has its lease marks nothing.
+// TestLeavingWithoutLease: while Redis is away for longer than a lease, other pods may have found nobody on this one's routes, and the
+// gap that follows is not for who has left by then: their routes are marked. Else nothing is: thousands would be told to resume
+// that have done so elsewhere while this pod was suspended.
 func TestLeavingWithoutLease(t *testing.T) {
 	const none = 1 << 40
 	for _, tc := range []struct {
-		name  string
-		held  time.Duration // ago; none = never
-		regap bool
-		want  uint64 // since of the mark; none = no mark
+		name      string
+		held      time.Duration // ago; none = never
+		away      bool
+		regap     bool
+		regapAway bool
+		want      uint64 // since of the mark; none = no mark
 	}{
 		{name: "lease held", held: time.Second, want: none},
-		{name: "never held", held: none, want: none},
-		{name: "lease over", held: time.Minute, want: 70},
-		{name: "new lease, gap to come", held: time.Second, regap: true, want: 60},
+		{name: "away for a moment", held: time.Second, away: true, want: none},
+		{name: "never held", held: none, away: true, want: none},
+		{name: "away for longer", held: time.Minute, away: true, want: 70},
+		{name: "suspended", held: time.Minute, want: none},
+		{name: "away before the gap to come", held: time.Second, regap: true, regapAway: true, want: 60},
+		{name: "suspended before the gap to come", held: time.Second, regap: true, want: none},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			router := newTestRouter(t)
 			o, user, chat := router.owners, route{routeGeneral, "acme", "ann", ""}, route{routeMessages, "acme", "ann", "c1"}
 			o.base = time.Now().Add(-time.Hour)
-			o.seqHeld, o.regap, o.regapSince = 70, tc.regap, 60
+			o.away.Store(tc.away)
+			o.seqHeld, o.regap, o.regapAway, o.regapSince = 70, tc.regap, tc.regapAway, 60
 			if tc.held != none {
 				o.heldAt.Store(int64(time.Hour - tc.held))
 			}
