@@ -271,7 +271,7 @@ func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error
 		if !o.regap || o.seqHeld < o.regapSince {
 			o.regapSince = o.seqHeld
 		}
-		o.regap, o.regapAway = true, o.away.Load()
+		o.regap, o.regapAway = true, o.regap && o.regapAway || o.away.Load()
 	}
 	if lostWrites {
 		o.doubtUntil = time.Now().Add(o.cfg.Load().SessionRefreshInterval)

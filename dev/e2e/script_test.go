@@ -246,5 +246,17 @@ func TestReferenceClientOwes(t *testing.T) {
 	c.send(`{"type":"event","event_type":"chat","seq":120,"payload":{}}`) // of the new stream
 	s.wantSaid("event", "")
 	c.close(1011, "")
+
+	c = s.next("120")
+	c.send(fmt.Sprintf(readyAt, 121, false))
+	c.want(`{"type":"select_chat","payload":{"chat_id":"c1","since":120}}`)
+	c.send(`{"type":"chat_selected","payload":{"chat_id":"c1","seq":121,"resumed":0,"gap":false}}`)
+	c.send(`{"type":"gap","payload":{"since":90,"reason":"owner"}}`)
+	c.want(`{"type":"resume","payload":{"since":90}}`)
+	c.send(`{"type":"resumed","payload":{"seq":119,"resumed":0,"gap":true}}`) // another one, that is beyond 90 already
+	s.wantSaid("reload", "")
+	c.send(`{"type":"event","event_type":"chat","seq":120,"payload":{}}`)
+	s.wantSaid("event", "")
+	c.close(1011, "")
 	s.next("120")
 }

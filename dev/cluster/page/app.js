@@ -132,6 +132,7 @@ const client = new Client({
   gap(p) { notice(`gap after ${p.since} (${p.reason}): resuming`); },
   reload() {
     notice("what was missed cannot be replayed: the chats are loaded again");
+    for (const row of chats.values()) row.seq = 0; // of another stream, maybe
     loadChats();
   },
   error(p) { notice(`${p.code}: ${p.message}`); },

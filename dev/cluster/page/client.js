@@ -146,7 +146,7 @@ class Client {
 
   // answered: only when nothing is under way any more has everything after owed come.
   answered(question, p) {
-    if (p.gap && this.owed !== null && p.seq < this.owed) { // the stream was made anew and counts from 1 again
+    if (p.gap) { // the page reloads, and the stream may have been made anew, and count from 1 again
       this.top = 0;
       this.fresh.clear();
       this.old.clear();
