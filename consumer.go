@@ -347,9 +347,10 @@ func (c *consumer) poll(ctx context.Context, stream jetstream.Stream, cons jetst
 	return nil
 }
 
-// noteLag tells the owners if what was not settled at the last poll, the first of it stored before the overlap of a replay,
-// may have reached its sockets late or be under way still, as after an outage: a replay from the newest sequence that a
-// client has would begin behind it. What can't be found out counts as late. The age is counted by the servers' clocks.
+// noteLag tells the owners if the first event that was not settled at the last poll is older than the overlap of a replay, as
+// after an outage: a replay from the newest sequence that a client has would begin behind it. What can't be found out counts
+// as late. What is only being retried does not, also where the overlap is as short as it may be: it may be a poll older
+// than it was then. The age is counted by the servers' clocks.
 func (c *consumer) noteLag(ctx context.Context, stream jetstream.Stream, info *jetstream.ConsumerInfo) {
 	c.mu.Lock()
 	floor := c.floor
@@ -357,10 +358,12 @@ func (c *consumer) noteLag(ctx context.Context, stream jetstream.Stream, info *j
 	if info.Delivered.Stream <= floor && info.NumPending == 0 {
 		return
 	}
+	cfg := c.cfg.Load()
+	late := max(cfg.ResumeOverlap, cfg.NATSRetryHorizon+cfg.NATSAckWait+pollEvery)
 	m, err := stream.GetMsg(ctx, floor+1, jetstream.WithGetMsgSubject(">"))
 	switch {
 	case errors.Is(err, jetstream.ErrMsgNotFound):
-	case err != nil || info.TimeStamp.Sub(m.Time) > c.cfg.Load().ResumeOverlap:
+	case err != nil || info.TimeStamp.Sub(m.Time) > late:
 		slog.Debug("events settled late", "behind", floor, "err", err)
 		c.owners.lags(floor)
 	}

@@ -167,10 +167,10 @@ func TestLateEvents(t *testing.T) {
 	notReady(pod, "nats", "consumer")
 	late, at := w.Chat("acme", "desk1"), time.Now()
 	var newest uint64
-	harness.Eventually(t, harness.Patience, "the event to be older than the overlap", func() bool {
+	harness.Eventually(t, 2*harness.Patience, "the event to be older than the overlap by more than a poll", func() bool {
 		newest = w.Chat("acme", "desk1")
 		time.Sleep(500 * time.Millisecond)
-		return time.Since(at) > shortOverlap+2*time.Second
+		return time.Since(at) > shortOverlap+7*time.Second
 	})
 	nats.Restore()
 	pod.WaitReady()
