@@ -355,7 +355,7 @@ func (c *consumer) noteLag(ctx context.Context, stream jetstream.Stream, info *j
 	c.mu.Lock()
 	floor := c.floor
 	c.mu.Unlock()
-	if info.Delivered.Stream <= floor && info.NumPending == 0 {
+	if info.Delivered.Stream <= floor && info.NumPending == 0 || info.Paused { // by an operator: nothing is settled
 		return
 	}
 	cfg := c.cfg.Load()
