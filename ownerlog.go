@@ -283,10 +283,11 @@ func (o *owners) forgetMissed(seq uint64) {
 	defer o.mu.Unlock()
 	for r, all := range o.missed {
 		all = slices.DeleteFunc(all, func(m missed) bool { return time.Since(m.read) > cfg.ResumeMaxAge+cfg.PodLease })
-		if n := len(all); n == 0 {
+		if len(all) == 0 {
 			delete(o.missed, r)
 			continue
-		} else if m := &all[n-1]; m.last == 0 && time.Since(m.read) > cfg.PodLease {
+		}
+		if m := &all[len(all)-1]; m.last == 0 && time.Since(m.read) > cfg.PodLease {
 			m.last = max(seq, 1)
 		}
 		o.missed[r] = all

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -126,21 +125,18 @@ func TestLeftAPodWithoutLease(t *testing.T) {
 	eve.WantEvent(first)
 	redis.Cut()
 	notReady(there, "redis")
-	has := func(c *harness.Client, seq uint64) bool {
-		return slices.ContainsFunc(c.Events(), func(m harness.Message) bool { return m.Seq == seq })
-	}
 	var lost, newest uint64
 	var at time.Time
 	harness.Eventually(t, 2*harness.Patience, "an event that misses a pod without lease, and is older than the overlap", func() bool {
 		newest = w.Chat("acme", "desk1")
 		eve.WaitEvent(newest)
 		time.Sleep(500 * time.Millisecond)
-		if lost == 0 && !has(bob, newest) {
+		if lost == 0 && counts(bob)[newest] == 0 {
 			lost, at = newest, time.Now()
 		}
 		return lost != 0 && time.Since(at) > shortOverlap+2*time.Second
 	})
-	if has(bob, lost) {
+	if counts(bob)[lost] > 0 {
 		t.Fatalf("event %d reached the pod without lease after all", lost)
 	}
 	bob.Abort()
@@ -179,7 +175,7 @@ func TestLateEvents(t *testing.T) {
 	resumes := func(seq uint64) (reached bool) {
 		bob := pod.Dial(harness.User("acme", "desk1", "bob").With("since", since(seq)))
 		bob.TakeType("ready")
-		return slices.ContainsFunc(bob.Events(), func(m harness.Message) bool { return m.Seq == late })
+		return counts(bob)[late] > 0
 	}
 	if !resumes(newest) {
 		t.Errorf("the replay for who has had %d does not reach back to %d", newest, late)
