@@ -57,7 +57,7 @@ func answer(w http.ResponseWriter, v any) {
 }
 
 // posted decodes the JSON that a page of ours has posted into v, or refuses the request. The content type keeps other
-// sites' forms out.
+// sites' forms out. A user name that is far too long still gets to the service, which refuses it.
 func posted(w http.ResponseWriter, r *http.Request, v any) bool {
 	if r.Method != http.MethodPost || r.Header.Get("Content-Type") != "application/json" {
 		http.Error(w, "want a POST of application/json", http.StatusUnsupportedMediaType)

@@ -68,19 +68,25 @@ func startDemo(t *testing.T, tty *os.File) *demo {
 		d.Stdin, d.Stdout, d.Stderr = tty, tty, tty
 		d.SysProcAttr.Setctty = true
 	}
+	d.start(t)
+	return d
+}
+
+// start has the demo end with the test.
+func (d *demo) start(t *testing.T) {
+	t.Helper()
 	if err := d.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if d.ProcessState == nil { // the test failed half-way; the demo notices that make is gone
-			d.Process.Kill()
+		if d.ProcessState == nil {
+			syscall.Kill(-d.Process.Pid, syscall.SIGINT)
 			d.Wait()
 		}
 		if t.Failed() {
-			t.Logf("make dev printed:\n%s", d.out)
+			t.Logf("the demo printed:\n%s", d.out)
 		}
 	})
-	return d
 }
 
 // line waits for the line that the demo prints and pattern matches.
@@ -353,15 +359,7 @@ func startAlone(t *testing.T, args ...string) *demo {
 	d.Dir, d.Stdout, d.Stderr = root, d.out, d.out
 	d.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + os.Getenv("HOME"), "TMPDIR=" + d.tmp}
 	d.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
-	if err := d.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if d.ProcessState == nil { // the test failed half-way
-			syscall.Kill(-d.Process.Pid, syscall.SIGINT)
-			d.Wait()
-		}
-	})
+	d.start(t)
 	return d
 }
 

@@ -80,7 +80,11 @@ func (v *Visitor) Wait(expression string) {
 // Mouse moves the mouse (mouseMoved), or presses and releases its left button (mousePressed, mouseReleased).
 func (v *Visitor) Mouse(event string, x, y int) {
 	v.t.Helper()
-	v.do("Input.dispatchMouseEvent", map[string]any{"type": event, "x": x, "y": y, "button": map[bool]string{true: "none", false: "left"}[event == "mouseMoved"], "clickCount": 1})
+	button := "left"
+	if event == "mouseMoved" {
+		button = "none"
+	}
+	v.do("Input.dispatchMouseEvent", map[string]any{"type": event, "x": x, "y": y, "button": button, "clickCount": 1})
 }
 
 // Finger touches the page (touchStart), or leaves it (touchEnd).

@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const now = () => performance.timeOrigin + performance.now();
 
-const list = $("chats");
+const chatList = $("chats");
 const chats = new Map();    // chat id -> row, li, button, messages by sequence
 const unpulled = new Map(); // sequence -> elements that will say which pod pulled the event
 const latencies = [];       // of the last 200 events
@@ -35,7 +35,7 @@ function applyChat(id, name, text, unread, seq, at) {
     }
     button.dataset.chat = id;
     li.append(button);
-    list.append(li);
+    chatList.append(li);
     row = { li, button, messages: new Map() };
     chats.set(id, row);
   }
@@ -47,15 +47,15 @@ function applyChat(id, name, text, unread, seq, at) {
 }
 
 let hovered = false; // by a pointer; :hover would stay after a finger's tap
-list.onpointerenter = () => { hovered = true; };
-list.onpointerleave = () => { hovered = false; };
+chatList.onpointerenter = () => { hovered = true; };
+chatList.onpointerleave = () => { hovered = false; };
 
 // sortChats puts the latest chat first; the rows slide to their new places. While a pointer or the keyboard is in the list,
 // it keeps its order.
 function sortChats() {
-  if (hovered || list.querySelector(":focus-visible")) return;
+  if (hovered || chatList.querySelector(":focus-visible")) return;
   const before = new Map([...chats.values()].map((r) => [r, r.li.offsetTop]));
-  list.append(...[...chats.values()].sort((a, b) => b.at - a.at).map((r) => r.li));
+  chatList.append(...[...chats.values()].sort((a, b) => b.at - a.at).map((r) => r.li));
   for (const [row, top] of before) {
     const by = top - row.li.offsetTop;
     if (by === 0) continue;
@@ -68,8 +68,8 @@ function sortChats() {
 // A click opens the chat that was pressed: a row may still slide when the pointer comes, and the release hit another one.
 let pressed = "";
 const chatAt = (e) => e.target.closest("button")?.dataset.chat;
-list.onpointerdown = (e) => { pressed = chatAt(e); };
-list.onclick = (e) => {
+chatList.onpointerdown = (e) => { pressed = chatAt(e); };
+chatList.onclick = (e) => {
   const id = e.detail === 0 ? chatAt(e) : pressed; // 0: by the keyboard
   if (id) select(id);
 };
@@ -104,7 +104,7 @@ function onEvent(m, known) {
     by.push(chats.get(id).button.children[3]);
   } else if (m.event_type === "message" && chat) {
     const small = document.createElement("small");
-    small.append(m.replay ? "replayed" : latency === null ? "no time" : latency.toFixed(1) + " ms", ` · ${m.seq} · pulled by `, by[0]);
+    small.append(m.replay ? "replayed" : latency === null ? "no latency" : latency.toFixed(1) + " ms", ` · ${m.seq} · pulled by `, by[0]);
     showMessage(chat, m.seq, row.message_obj?.conversation ?? row.text, row.flow === "OUT", small);
   }
   unpulled.set(m.seq, by);
