@@ -146,6 +146,9 @@ func (d *demo) announce(ctx context.Context) error {
 	fmt.Printf("curl -sS -X POST -H 'X-API-Key: %s' -d '%s' http://%s/generate-token\n", d.keys.general, ask, address)
 	fmt.Println("# a socket in the terminal; it reads commands, such as: select " + d.book.chats[0].ID)
 	fmt.Printf("%s 'ws://%s/ws/%s/%s?x-api-key=%s&token=%s'\n", filepath.Join(d.dir, "ws"), address, company, agent, d.keys.public, token.Token)
-	fmt.Println("# all three speak to whatever pod is next; the page shows the pods and ends one; ^C ends it all")
+	fmt.Println("# publish into the demo (the command: go install github.com/nats-io/natscli/nats@latest); the page shows a chat named You:")
+	fmt.Printf(`nats -s %s pub -J wa.%s.%s.chats '{"event_id":"e1","company_id":%q,"chat_id":"you","row_data":`+
+		`{"push_name":"You","unread_count":1,"last_message":{"text":"Hello from the terminal"}}}'`+"\n", d.nats.URL(), company, agent, company)
+	fmt.Println("# page, curl and ws speak to whatever pod is next; the page shows the pods and ends one; ^C ends it all")
 	return nil
 }

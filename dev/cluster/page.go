@@ -4,6 +4,7 @@ import (
 	"context"
 	"embed"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -56,13 +57,13 @@ func answer(w http.ResponseWriter, v any) {
 }
 
 // posted decodes the JSON that a page of ours has posted into v, or refuses the request. The content type keeps other
-// sites' forms out.
+// sites' forms out. A user name that is far too long still gets to the service, which refuses it.
 func posted(w http.ResponseWriter, r *http.Request, v any) bool {
 	if r.Method != http.MethodPost || r.Header.Get("Content-Type") != "application/json" {
 		http.Error(w, "want a POST of application/json", http.StatusUnsupportedMediaType)
 		return false
 	}
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1024)).Decode(v); err != nil {
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 32<<10)).Decode(v); err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return false
 	}
@@ -79,6 +80,10 @@ func (d *demo) serveToken(w http.ResponseWriter, r *http.Request) {
 	}
 	ask, _ := json.Marshal(map[string]any{"company_id": company, "agent_id": agent, "user_id": who.User, "expires_in_seconds": 3600})
 	token, err := d.mint(r.Context(), string(ask))
+	if errors.Is(err, errBadRequest) { // with another status the browser would print an error of its own
+		answer(w, map[string]string{"refused": "Choose another user name: this one is empty, too long or has unusual characters"})
+		return
+	}
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadGateway)
 		return
@@ -135,6 +140,8 @@ func (d *demo) mint(ctx context.Context, ask string) (minted, error) {
 	return m, d.ask(ctx, "POST", "/generate-token", d.keys.general, ask, &m)
 }
 
+var errBadRequest = errors.New("400 Bad Request")
+
 // ask sends a request to some pod and decodes its answer into v.
 func (d *demo) ask(ctx context.Context, method, path, key, body string, v any) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -150,6 +157,9 @@ func (d *demo) ask(ctx context.Context, method, path, key, body string, v any) e
 	}
 	defer resp.Body.Close()
 	text, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	if resp.StatusCode == http.StatusBadRequest {
+		return fmt.Errorf("%s %s: %w %s", method, path, errBadRequest, text)
+	}
 	if err == nil && (resp.StatusCode != http.StatusOK || json.Unmarshal(text, v) != nil) {
 		err = fmt.Errorf("%s %s: %s %s", method, path, resp.Status, text)
 	}

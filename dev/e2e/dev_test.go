@@ -68,19 +68,25 @@ func startDemo(t *testing.T, tty *os.File) *demo {
 		d.Stdin, d.Stdout, d.Stderr = tty, tty, tty
 		d.SysProcAttr.Setctty = true
 	}
+	d.start(t)
+	return d
+}
+
+// start has the demo end with the test.
+func (d *demo) start(t *testing.T) {
+	t.Helper()
 	if err := d.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if d.ProcessState == nil { // the test failed half-way; the demo notices that make is gone
-			d.Process.Kill()
+		if d.ProcessState == nil {
+			syscall.Kill(-d.Process.Pid, syscall.SIGINT)
 			d.Wait()
 		}
 		if t.Failed() {
-			t.Logf("make dev printed:\n%s", d.out)
+			t.Logf("the demo printed:\n%s", d.out)
 		}
 	})
-	return d
 }
 
 // line waits for the line that the demo prints and pattern matches.
@@ -152,6 +158,11 @@ func TestMakeDev(t *testing.T) {
 	curl := d.line(t, `curl .*`)
 
 	wantPage(t, page)
+	if _, err := exec.LookPath("nats"); err == nil {
+		if line := d.line(t, `nats -s .*`); !strings.Contains(shell(t, line), "Stored in Stream: wa_stream") {
+			t.Errorf("%s: not stored", line)
+		}
+	}
 	if _, err := exec.LookPath("curl"); err == nil {
 		if got := shell(t, curl); !strings.Contains(got, `"token":"`) {
 			t.Errorf("%s: %s", curl, got)
@@ -333,9 +344,9 @@ func TestMakeDevInterrupted(t *testing.T) {
 	}
 }
 
-// TestDemoAlone: the demo's own status after a SIGINT to its whole group is 0.
-func TestDemoAlone(t *testing.T) {
-	t.Parallel()
+// startAlone runs the demo without make.
+func startAlone(t *testing.T, args ...string) *demo {
+	t.Helper()
 	root, err := rig.Root()
 	if err != nil {
 		t.Fatal(err)
@@ -344,13 +355,18 @@ func TestDemoAlone(t *testing.T) {
 	if out, err := exec.Command("go", "-C", filepath.Join(root, "dev"), "build", "-buildvcs=false", "-o", bin, "./cluster").CombinedOutput(); err != nil {
 		t.Fatalf("build the demo: %v\n%s", err, out)
 	}
-	d := &demo{Cmd: exec.Command(bin), out: &output{}, tmp: t.TempDir()}
+	d := &demo{Cmd: exec.Command(bin, args...), out: &output{}, tmp: t.TempDir()}
 	d.Dir, d.Stdout, d.Stderr = root, d.out, d.out
 	d.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + os.Getenv("HOME"), "TMPDIR=" + d.tmp}
 	d.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
-	if err := d.Start(); err != nil {
-		t.Fatal(err)
-	}
+	d.start(t)
+	return d
+}
+
+// TestDemoAlone: the demo's own status after a SIGINT to its whole group is 0.
+func TestDemoAlone(t *testing.T) {
+	t.Parallel()
+	d := startAlone(t)
 	d.line(t, `http://127\.0\.0\.1:\d+/`)
 	syscall.Kill(-d.Process.Pid, syscall.SIGINT)
 	d.wantGone(t, 0)

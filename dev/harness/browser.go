@@ -29,6 +29,7 @@ type Browser struct {
 	id      int
 	waiting map[int]chan devtools
 	pages   map[string]chan json.RawMessage // by session
+	errors  map[string][]string             // that a page's console shows, by session
 	closed  bool
 }
 
@@ -43,7 +44,7 @@ type devtools struct {
 	rawParams json.RawMessage
 }
 
-// UnmarshalJSON leaves the parameters as they are: only those of one event are looked at.
+// UnmarshalJSON leaves the parameters as they are: only those of few events are looked at.
 func (d *devtools) UnmarshalJSON(b []byte) error {
 	type plain devtools
 	var in struct {
@@ -81,7 +82,7 @@ func StartBrowser(t testing.TB) *Browser {
 	if err != nil {
 		t.Fatalf("chromium does not start: %v", err)
 	}
-	b := &Browser{p: p, waiting: map[int]chan devtools{}, pages: map[string]chan json.RawMessage{}}
+	b := &Browser{p: p, waiting: map[int]chan devtools{}, pages: map[string]chan json.RawMessage{}, errors: map[string][]string{}}
 	if b.ws, _, err = coder.Dial(ctx, strings.TrimPrefix(line, says), nil); err != nil {
 		t.Fatalf("chromium's DevTools: %v", err)
 	}
@@ -106,15 +107,22 @@ func (b *Browser) read() {
 }
 
 func (b *Browser) take(m devtools) {
-	var said struct{ Payload string }
+	var said struct {
+		Payload string                 // of a call of say
+		Type    string                 // of a line that the page writes to its console
+		Entry   struct{ Level string } // of a line that the browser writes there
+	}
+	json.Unmarshal(m.rawParams, &said) // other events have other parameters
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
 	case m.ID != 0:
 		b.waiting[m.ID] <- m // has room for the one answer
 		delete(b.waiting, m.ID)
-	case m.Method == "Runtime.bindingCalled" && b.pages[m.Session] != nil && json.Unmarshal(m.rawParams, &said) == nil:
+	case m.Method == "Runtime.bindingCalled" && b.pages[m.Session] != nil:
 		b.pages[m.Session] <- json.RawMessage(said.Payload)
+	case m.Method == "Runtime.exceptionThrown", m.Method == "Runtime.consoleAPICalled" && said.Type == "error", m.Method == "Log.entryAdded" && said.Entry.Level == "error":
+		b.errors[m.Session] = append(b.errors[m.Session], string(m.rawParams))
 	}
 }
 
@@ -139,6 +147,7 @@ func (b *Browser) forget(session string) {
 		close(said)
 	}
 	delete(b.pages, session)
+	delete(b.errors, session)
 }
 
 // ask sends a request and decodes the answer's result into result, which may be nil.
@@ -174,29 +183,37 @@ func (b *Browser) ask(ctx context.Context, session, method string, params, resul
 	}
 }
 
-// evaluate runs JavaScript in a page; an exception is an error.
-func (b *Browser) evaluate(ctx context.Context, session, expression string) error {
+// evaluate runs JavaScript in a page and decodes its value into result, unless that is nil; an exception is an error.
+func (b *Browser) evaluate(ctx context.Context, session, expression string, result any) error {
 	var out struct {
+		Result           struct{ Value json.RawMessage }
 		ExceptionDetails *struct {
 			Exception struct{ Description string }
 		}
 	}
-	err := b.ask(ctx, session, "Runtime.evaluate", map[string]any{"expression": expression}, &out)
+	err := b.ask(ctx, session, "Runtime.evaluate", map[string]any{"expression": expression, "returnByValue": result != nil}, &out)
 	if err == nil && out.ExceptionDetails != nil {
 		err = fmt.Errorf("the page throws %s", out.ExceptionDetails.Exception.Description)
 	}
-	return err
+	if err != nil || result == nil {
+		return err
+	}
+	return json.Unmarshal(out.Result.Value, result)
+}
+
+// newPage makes an empty page and returns its id, and that of a session with it.
+func (b *Browser) newPage(ctx context.Context) (target, session string, err error) {
+	var made struct{ TargetID string }
+	var attached struct{ SessionID string }
+	if err = b.ask(ctx, "", "Target.createTarget", map[string]any{"url": "about:blank"}, &made); err == nil {
+		err = b.ask(ctx, "", "Target.attachToTarget", map[string]any{"targetId": made.TargetID, "flatten": true}, &attached)
+	}
+	return made.TargetID, attached.SessionID, err
 }
 
 // Open opens a page and runs scripts in it, which say what happens by a function say and are told by one named command.
 func (b *Browser) Open(ctx context.Context, address string, scripts ...string) (*Actor, error) {
-	var target struct{ TargetID string }
-	var attached struct{ SessionID string }
-	err := b.ask(ctx, "", "Target.createTarget", map[string]any{"url": "about:blank"}, &target)
-	if err == nil {
-		err = b.ask(ctx, "", "Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &attached)
-	}
-	session := attached.SessionID
+	target, session, err := b.newPage(ctx)
 	said := make(chan json.RawMessage, 1<<14) // more than any page says unheard; closed with the browser
 	b.mu.Lock()
 	b.pages[session] = said
@@ -210,7 +227,7 @@ func (b *Browser) Open(ctx context.Context, address string, scripts ...string) (
 			text, err = os.ReadFile(path)
 		}
 		if err == nil {
-			err = b.evaluate(ctx, session, string(text))
+			err = b.evaluate(ctx, session, string(text), nil)
 		}
 	}
 	if err != nil {
@@ -222,14 +239,14 @@ func (b *Browser) Open(ctx context.Context, address string, scripts ...string) (
 		tell: func(line []byte) error {
 			ctx, cancel := context.WithTimeout(context.Background(), Patience)
 			defer cancel()
-			return b.evaluate(ctx, session, fmt.Sprintf("command(%s)", line))
+			return b.evaluate(ctx, session, fmt.Sprintf("command(%s)", line), nil)
 		},
 		freeze: func(on bool) { b.p.SignalGroup(stopOrGo(on)) },
 		end: sync.OnceFunc(func() {
 			b.forget(session)
 			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second) // the browser may stand still
 			defer cancel()
-			b.ask(ctx, "", "Target.closeTarget", map[string]any{"targetId": target.TargetID}, nil)
+			b.ask(ctx, "", "Target.closeTarget", map[string]any{"targetId": target}, nil)
 		}),
 	}, nil
 }
@@ -249,7 +266,7 @@ func (b *Browser) load(ctx context.Context, session, address string) error {
 		err = errors.New(went.ErrorText)
 	}
 	if err == nil {
-		err = b.evaluate(ctx, session, script)
+		err = b.evaluate(ctx, session, script, nil)
 	}
 	if err != nil {
 		return err

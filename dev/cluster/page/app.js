@@ -4,11 +4,13 @@
 const $ = (id) => document.getElementById(id);
 const now = () => performance.timeOrigin + performance.now();
 
-const chats = new Map();    // chat id -> row, li, messages by sequence
+const chatList = $("chats");
+const chats = new Map();    // chat id -> row, li, button, messages by sequence
 const unpulled = new Map(); // sequence -> elements that will say which pod pulled the event
 const latencies = [];       // of the last 200 events
 const near = { n: 0 }, far = { n: 0 }; // events pulled by the pod that serves this page, and by the others
 let selected = "";
+let user = "";              // of this page's socket
 let serving = "";           // pod of this page's socket
 let podsShown = "";
 let came = 0, twice = 0;
@@ -25,27 +27,35 @@ function applyChat(id, name, text, unread, seq, at) {
   let row = chats.get(id);
   if (row && seq < row.seq) return;
   if (!row) {
-    const li = document.createElement("li");
+    const li = document.createElement("li"), button = document.createElement("button");
     for (const part of ["name", "unread", "text", "by"]) {
       const span = document.createElement("span");
       span.className = part;
-      li.append(span);
+      button.append(span);
     }
-    li.onclick = () => select(id);
-    row = { li, messages: new Map() };
+    button.dataset.chat = id;
+    li.append(button);
+    chatList.append(li);
+    row = { li, button, messages: new Map() };
     chats.set(id, row);
   }
   Object.assign(row, { id, name, text, unread, seq, at });
-  const [nameSpan, unreadSpan, textSpan] = row.li.children;
+  const [nameSpan, unreadSpan, textSpan] = row.button.children;
   nameSpan.textContent = name;
-  unreadSpan.textContent = unread || "";
+  unreadSpan.textContent = unread ? unread + " new" : "";
   textSpan.textContent = text || "no message yet";
 }
 
-// sortChats puts the latest chat first; the rows slide to their new places.
+let hovered = false; // by a pointer; :hover would stay after a finger's tap
+chatList.onpointerenter = () => { hovered = true; };
+chatList.onpointerleave = () => { hovered = false; };
+
+// sortChats puts the latest chat first; the rows slide to their new places. While a pointer or the keyboard is in the list,
+// it keeps its order.
 function sortChats() {
+  if (hovered || chatList.querySelector(":focus-visible")) return;
   const before = new Map([...chats.values()].map((r) => [r, r.li.offsetTop]));
-  $("chats").append(...[...chats.values()].sort((a, b) => b.at - a.at).map((r) => r.li));
+  chatList.append(...[...chats.values()].sort((a, b) => b.at - a.at).map((r) => r.li));
   for (const [row, top] of before) {
     const by = top - row.li.offsetTop;
     if (by === 0) continue;
@@ -55,13 +65,23 @@ function sortChats() {
   }
 }
 
+// A click opens the chat that was pressed: a row may still slide when the pointer comes, and the release hit another one.
+let pressed = "";
+const chatAt = (e) => e.target.closest("button")?.dataset.chat;
+chatList.onpointerdown = (e) => { pressed = chatAt(e); };
+chatList.onclick = (e) => {
+  const id = e.detail === 0 ? chatAt(e) : pressed; // 0: by the keyboard
+  if (id) select(id);
+};
+
 // select asks for the last messages of a chat too: this page has no other place to load them from.
 function select(id) {
   selected = id;
   const row = chats.get(id);
   $("messages").replaceChildren(...sortedBySeq(row.messages));
   $("messages").scrollTop = $("messages").scrollHeight;
-  for (const r of chats.values()) r.li.classList.toggle("selected", r === row);
+  $("messages").parentElement.scrollIntoView({ block: "nearest" }); // on a phone it is below the list
+  for (const r of chats.values()) r.button.ariaCurrent = r === row ? "true" : null;
   $("title").textContent = row.name + " · " + id;
   client.select(id, Math.max(0, client.top - 400));
 }
@@ -73,18 +93,19 @@ function onEvent(m, known) {
     if (!m.replay) $("twice").textContent = ++twice;
     return;
   }
-  const latency = m.replay || m.seq <= readySeq ? null : now() - Date.parse(m.payload.event_time);
+  const at = Date.parse(m.payload.event_time); // NaN without one: whoever publishes by hand may leave anything out
+  const latency = m.replay || m.seq <= readySeq || isNaN(at) ? null : now() - at;
   count(latency);
-  const row = m.payload.row_data, by = [document.createElement("b")];
-  const chat = chats.get(m.payload.chat_id);
-  if (m.event_type === "chat") {
-    applyChat(m.payload.chat_id, row.push_name, row.last_message.text, row.unread_count, m.seq, Date.parse(m.payload.event_time));
+  const row = m.payload.row_data ?? {}, by = [document.createElement("b")];
+  const id = m.payload.chat_id ?? row.chat_id, chat = chats.get(id);
+  if (m.event_type === "chat" && id) {
+    applyChat(id, row.push_name ?? id, row.last_message?.text, row.unread_count, m.seq, at || now());
     sortChats();
-    by.push(chats.get(m.payload.chat_id).li.children[3]);
+    by.push(chats.get(id).button.children[3]);
   } else if (m.event_type === "message" && chat) {
     const small = document.createElement("small");
-    small.append(latency === null ? "replayed" : latency.toFixed(1) + " ms", ` · ${m.seq} · pulled by `, by[0]);
-    showMessage(chat, m.seq, row.message_obj.conversation, row.flow === "OUT", small);
+    small.append(m.replay ? "replayed" : latency === null ? "no latency" : latency.toFixed(1) + " ms", ` · ${m.seq} · pulled by `, by[0]);
+    showMessage(chat, m.seq, row.message_obj?.conversation ?? row.text, row.flow === "OUT", small);
   }
   unpulled.set(m.seq, by);
   if (unpulled.size > 300) unpulled.delete(unpulled.keys().next().value);
@@ -116,7 +137,11 @@ function count(latency) {
 
 const client = new Client({
   async access() {
-    const { key, token, expires_at } = await (await post("token", { user: $("user").value })).json();
+    const { refused, key, token, expires_at } = await (await post("token", { user })).json();
+    if (refused) {
+      disconnect(refused); // the next answer would be no better
+      throw new Error(refused);
+    }
     return { url: `ws://${location.host}/ws/acme/desk1?x-api-key=${encodeURIComponent(key)}`, token, expires_at };
   },
   ready(m) {
@@ -129,19 +154,39 @@ const client = new Client({
     if (first) loadChats(); // from now on the page lives on events, and on what is resumed
   },
   event: onEvent,
-  gap(p) { notice(`gap after ${p.since} (${p.reason}): resuming`); },
+  gap() { notice("Some events were missed and are on their way."); },
   reload() {
-    notice("what was missed cannot be replayed: the chats are loaded again");
+    notice("What was missed is no longer there: the chats are loaded again.");
     for (const row of chats.values()) row.seq = 0; // of another stream, maybe
     loadChats();
   },
-  error(p) { notice(`${p.code}: ${p.message}`); },
+  error(p) { notice(p.message); },
   state(cls, text, code) {
-    state(cls, text);
+    state(cls, inWords(cls, code));
     if (cls !== "on") setServing("");
     if (code === 4402) notice("Another tab took this session. Reconnect takes it back.");
   },
 });
+
+// inWords says what a visitor wants to know of a state of the client.
+function inWords(cls, code) {
+  if (cls === "on") return "Connected";
+  if (cls === "off") return code === 4402 ? "Open in another tab" : "Access refused";
+  if (code === undefined) return "Connecting …";
+  if (code === 0) return "The demo does not answer, trying again …";
+  return code === 1001 ? "Moving to another pod …" : "Connection lost, trying again …";
+}
+
+function connect() {
+  user = $("user").value;
+  client.connect();
+}
+
+function disconnect(why) {
+  client.disconnect();
+  state("off", why);
+  setServing("");
+}
 
 async function post(path, body) {
   const resp = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
@@ -182,6 +227,7 @@ function podRow(pod) {
   for (const [text, kill] of [["SIGTERM", false], ["kill -9", true]]) {
     const button = document.createElement("button");
     button.textContent = text;
+    button.ariaLabel = `${text} to ${pod.name}`;
     button.disabled = pod.state !== "ready";
     button.onclick = () => post("end", { pod: pod.name, kill }).catch((err) => notice(err.message));
     span.append(button);
@@ -199,8 +245,8 @@ function notice(text) {
   $("notice").textContent = text;
 }
 
-$("connect").onclick = () => client.connect();
-$("disconnect").onclick = () => { client.disconnect(); state("off", "not connected"); setServing(""); };
+$("who").onsubmit = (e) => { e.preventDefault(); connect(); };
+$("disconnect").onclick = () => disconnect("Not connected");
 $("tab").onclick = () => window.open(location.href);
-loadChats().then(() => client.connect());
+loadChats().then(connect);
 watchPods();
