@@ -23,7 +23,7 @@ func migrateCommand(in *invocation) int {
 	for _, note := range notes {
 		fmt.Fprintln(in.stderr, note)
 	}
-	fmt.Fprintln(in.stderr, "choose before the start, see docs/migrating.md: the subjects' prefix, the consumer's name, allowed origins, the public key")
+	fmt.Fprintln(in.stderr, "choose before the start, see docs/migrating.md: the prefix of subjects, the name of the consumer, origins, switches for old clients")
 	if !whole {
 		return in.fail(errors.New("the settings are not whole: complete them by hand"))
 	}
