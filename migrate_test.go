@@ -89,7 +89,7 @@ func TestMigrateEssentials(t *testing.T) {
 	for _, test := range []struct{ old, note string }{
 		{"REDIS_ADDRESS=redis://redis:6379", `line 5: REDIS_ADDRESS is left out: "redis://redis:6379" is not an address (write it as host:port); set DAISI_WS_REDIS_ADDRESS by hand`},
 		{"REDIS_ADDRESS=a:1,b:2", "line 5: REDIS_ADDRESS is left out: DAISI_WS_REDIS_ADDRESS (a:1,b:2) must be one address with DAISI_WS_REDIS_MODE (single); set DAISI_WS_REDIS_ADDRESS by hand"},
-		{"WEBSOCKET_ALLOWED_ORIGINS=https://a.example", `line 5: WEBSOCKET_ALLOWED_ORIGINS is left out: "https://a.example" is not a glob on host[:port] (such as *.example.com or localhost:*); set DAISI_WS_WEBSOCKET_ALLOWED_ORIGINS by hand`},
+		{"NATS_URL=http://hush@h:1", "line 5: NATS_URL is left out: not a URL of a NATS server (write it as nats://host:4222, or with tls, ws or wss); set DAISI_WS_NATS_URL by hand"},
 		{"REDIS_PASSWORD='hush", "line 5: REDIS_PASSWORD is left out: DAISI_WS_REDIS_PASSWORD: the value starts with a quote; write it without quotes (systemd would take them off, docker would not); set DAISI_WS_REDIS_PASSWORD by hand"},
 	} {
 		if _, notes, whole := migrated(t, test.old); whole || notes != test.note {
