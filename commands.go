@@ -32,6 +32,7 @@ const usage = `daisi-ws-service delivers events from a NATS JetStream stream to 
   daisi-ws-service admin-token -admin ID [-company C] [-agent A] [-restrict C] [-ttl 1h] [-config FILE]
                                                    mint a token offline, from the settings
   daisi-ws-service healthcheck [-config FILE]      ask the local /ready: exit status 0 or 1
+  daisi-ws-service migrate < OLD > FILE            translate the earlier service's environment file into settings
 
 Settings come from the environment and from FILE, whose lines are NAME=VALUE or comments (#); the environment wins.
 `
@@ -42,14 +43,15 @@ type invocation struct {
 	args           []string // behind the subcommand's name
 	file           *string  // -config
 	environ        []string
+	stdin          io.Reader
 	stdout, stderr io.Writer
 }
 
 // command does what args (without the program's name) ask for. serve says that this is to run the service, with the
 // settings of file and environ; else everything is done, and code is the exit status: 2 for bad usage.
-func command(args, environ []string, stdout, stderr io.Writer) (code int, serve bool, file string) {
+func command(args, environ []string, stdin io.Reader, stdout, stderr io.Writer) (code int, serve bool, file string) {
 	in := &invocation{flags: flag.NewFlagSet("daisi-ws-service", flag.ContinueOnError), args: args,
-		environ: environ, stdout: stdout, stderr: stderr}
+		environ: environ, stdin: stdin, stdout: stdout, stderr: stderr}
 	in.file = in.flags.String("config", "", "")
 	showVersion := in.flags.Bool("version", false, "")
 	if code, done := in.parse(); done {
@@ -65,7 +67,7 @@ func command(args, environ []string, stdout, stderr io.Writer) (code int, serve 
 	name := in.flags.Arg(0)
 	run := map[string]func(*invocation) int{
 		"check": checkCommand, "keygen": keygenCommand, "token": tokenCommand,
-		"admin-token": adminTokenCommand, "healthcheck": healthcheckCommand,
+		"admin-token": adminTokenCommand, "healthcheck": healthcheckCommand, "migrate": migrateCommand,
 	}[name]
 	if run == nil {
 		return in.badUsage("there is no command %q", name), false, ""

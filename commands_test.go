@@ -17,7 +17,7 @@ import (
 // runCommand runs a command line and returns its exit status and what it printed.
 func runCommand(environ []string, args ...string) (code int, stdout, stderr string) {
 	var out, errs strings.Builder
-	code, serve, _ := command(args, environ, &out, &errs)
+	code, serve, _ := command(args, environ, strings.NewReader(""), &out, &errs)
 	if serve {
 		code = -1
 	}
@@ -27,7 +27,7 @@ func runCommand(environ []string, args ...string) (code int, stdout, stderr stri
 func TestServeUnlessTold(t *testing.T) {
 	for _, args := range [][]string{nil, {"-config", "x.conf"}, {"--config=x.conf"}} {
 		var out strings.Builder
-		code, serve, file := command(args, nil, &out, &out)
+		code, serve, file := command(args, nil, nil, &out, &out)
 		want := ""
 		if args != nil {
 			want = "x.conf"

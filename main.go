@@ -35,7 +35,7 @@ import (
 )
 
 func main() {
-	code, serve, file := command(os.Args[1:], os.Environ(), os.Stdout, os.Stderr)
+	code, serve, file := command(os.Args[1:], os.Environ(), os.Stdin, os.Stdout, os.Stderr)
 	if !serve {
 		os.Exit(code)
 	}

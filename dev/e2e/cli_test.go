@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,11 +20,17 @@ import (
 // without DAISI_WS_.
 func program(t *testing.T, settings []string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
+	return programReads(t, "", settings, args...)
+}
+
+// programReads is program with a standard input.
+func programReads(t *testing.T, stdin string, settings []string, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), harness.Patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, harness.Binaries().Service, args...)
 	var out, errs bytes.Buffer
-	cmd.Env, cmd.Stdout, cmd.Stderr = rig.ServiceEnv(settings), &out, &errs
+	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = rig.ServiceEnv(settings), strings.NewReader(stdin), &out, &errs
 	err := cmd.Run()
 	if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
 		t.Fatalf("%v: %v", args, err)
@@ -179,6 +186,62 @@ func TestKeygen(t *testing.T) {
 	p.Connect(d).WantNothingElse()
 }
 
+// TestMigrate: an environment file of the earlier service becomes settings that check accepts and a service runs with; what is
+// essential and missing is status 1.
+func TestMigrate(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	old := strings.Join([]string{
+		"# The gateway, production.", "",
+		`AUTH_SECRET_TOKEN="general-of-old"  # rotated in May`,
+		"DAISI_WS_AUTH_TOKEN_AES_KEY=" + harness.TokenKey,
+		"export AUTH_ADMIN_SECRET_TOKEN='admin-of-old'",
+		"DAISI_WS_AUTH_ADMIN_TOKEN_AES_KEY=" + harness.AdminKey,
+		"REDIS_ADDRESS=" + w.Redis.Address(),
+		"DAISI_WS_WEBSOCKET_PING_INTERVAL_SECONDS=10",
+		"SESSION_TTL_SECONDS=15", "APP_NAME=gateway",
+	}, "\n")
+	code, stdout, stderr := programReads(t, old, nil, "migrate")
+	if code != 0 {
+		t.Fatalf("migrate: status %d, %s", code, stderr)
+	}
+	for i, name := range []string{3: "AUTH_SECRET_TOKEN", 7: "REDIS_ADDRESS", 8: "DAISI_WS_WEBSOCKET_PING_INTERVAL_SECONDS", 9: "SESSION_TTL_SECONDS", 10: "APP_NAME"} {
+		if name != "" && !strings.Contains(stderr, fmt.Sprintf("line %d: %s is ", i, name)) {
+			t.Errorf("migrate does not tell what became of %s in line %d: %s", name, i, stderr)
+		}
+	}
+	if strings.Contains(stderr, "of-old") || strings.Contains(stderr, harness.TokenKey) {
+		t.Errorf("migrate tells a secret: %s", stderr)
+	}
+	lines := strings.Split(stdout, "\n")
+	for i, want := range []string{"# The gateway, production.", "", "# rotated in May", "DAISI_WS_AUTH_SECRET_TOKEN=general-of-old"} {
+		if lines[i] != want {
+			t.Errorf("line %d is %q, want %q", i+1, lines[i], want)
+		}
+	}
+	conf := filepath.Join(t.TempDir(), "new.conf")
+	writeFile(t, conf, lines...)
+	code, checked, stderr := program(t, nil, "check", "-config", conf)
+	if code != 0 || !holds(checked, "DAISI_WS_WEBSOCKET_PING_INTERVAL=10s\n", "DAISI_WS_SESSION_TTL=30s\n", "DAISI_WS_REDIS_ADDRESS="+w.Redis.Address()+"\n") {
+		t.Errorf("check of what migrate printed: status %d, %s%s", code, checked, stderr)
+	}
+	var settings []string
+	for _, line := range lines {
+		if s, ok := strings.CutPrefix(line, "DAISI_WS_"); ok {
+			settings = append(settings, s)
+		}
+	}
+	d := harness.User("acme", "desk1", "ann")
+	d.Key = "general-of-old"
+	c := w.Start(settings...).Connect(d)
+	c.WantEvent(w.Chat("acme", "desk1"))
+
+	code, _, stderr = programReads(t, "AUTH_SECRET_TOKEN=x\nREDIS_ADDRESS=redis://redis\n", nil, "migrate")
+	if code != 1 || !holds(stderr, "set DAISI_WS_REDIS_ADDRESS by hand", "no line sets DAISI_WS_AUTH_TOKEN_AES_KEY, which is required") {
+		t.Errorf("migrate without keys: status %d, %s", code, stderr)
+	}
+}
+
 // TestOfflineTokens: a running service accepts what token and admin-token print, for what they say and as long as they say.
 func TestOfflineTokens(t *testing.T) {
 	t.Parallel()
@@ -254,7 +317,7 @@ func TestUsage(t *testing.T) {
 			t.Errorf("-help does not name %s", name)
 		}
 	}
-	for _, command := range []string{"check", "keygen", "token", "admin-token", "healthcheck", "-config FILE", "-version"} {
+	for _, command := range []string{"check", "keygen", "token", "admin-token", "healthcheck", "migrate", "-config FILE", "-version"} {
 		if !strings.Contains(help, "daisi-ws-service "+command) && !strings.Contains(help, "["+command+"]") {
 			t.Errorf("-help does not name %s", command)
 		}
@@ -262,7 +325,7 @@ func TestUsage(t *testing.T) {
 	if code, version, stderr := program(t, nil, "-version"); code != 0 || stderr != "" || !regexp.MustCompile(`^daisi-ws-service \S+ \(go\S+, \w+/\w+\)\n$`).MatchString(version) {
 		t.Errorf("-version: status %d, %q %s", code, version, stderr)
 	}
-	for _, args := range []string{"serve", "-port 80", "check more", "keygen -x", "token", "token -company a.b -agent A -user U", "admin-token -admin ID -ttl 0s"} {
+	for _, args := range []string{"serve", "-port 80", "check more", "keygen -x", "migrate old.env", "token", "token -company a.b -agent A -user U", "admin-token -admin ID -ttl 0s"} {
 		code, stdout, stderr := program(t, keySettings(), strings.Fields(args)...)
 		if code != 2 || stdout != "" || strings.Count(stderr, "\n") != 1 || !strings.HasPrefix(stderr, "daisi-ws-service") {
 			t.Errorf("%s: status %d, %q %q", args, code, stdout, stderr)
