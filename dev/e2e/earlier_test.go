@@ -89,15 +89,15 @@ func TestEarlierClient(t *testing.T) {
 		if m := other.WantEvent(seq); string(m.Payload) != `{"event_type":"chat","event_id":"e-91","company_id":"acme","agent_id":"7","row_data":`+chat+`}` {
 			t.Fatalf("the payload is %s", m.Payload)
 		}
-		publish("contacts", `{"event_id":"e-92","company_id":"acme","row_data":{}}`)
+		seq = publish("contacts", `{"event_id":"e-92","company_id":"acme","row_data":{}}`)
 		wantSaid(t, a, earlierNews{Got: "contact", Row: []byte(`{}`)})
+		other.WantEvent(seq)
 		last = publish("agents", ` { "event_id":"e-93","company_id":"acme","row_data":{"status":"connected"} } `)
 		wantSaid(t, a, earlierNews{Got: "agent", Row: []byte(`{"status":"connected"}`)})
 		if m := admin.WantEvent(last); string(m.Payload) != `{"event_type":"agent", "event_id":"e-93","company_id":"acme","row_data":{"status":"connected"} }` {
 			t.Fatalf("the payload is %s", m.Payload)
 		}
-		other.WaitEvent(last)
-		other.Forget()
+		other.WantEvent(last)
 	}
 
 	publish("messages.628111@c.us", `{"row_data":{"text":"of a chat that is not selected"}}`)
