@@ -17,50 +17,58 @@ func (e *idError) Error() string { return strings.ReplaceAll(e.field, "_", " ") 
 
 // idRule is what ids of one kind may be.
 type idRule struct {
-	most   int // bytes
-	allows func(rune) bool
-	text   string
+	most  int                // bytes
+	fault func(s string) int // where the first sign stands that is not allowed, -1 = nowhere
+	text  string
 }
 
 var (
 	// A company's and an agent's id are tokens of a NATS subject and parts of Redis keys: they hold nothing that means
 	// something there.
-	tokenIDs = idRule{128, plainSign, "1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -"}
+	tokenIDs = idRule{128, func(s string) int { return firstOther(plainSign, s) }, "1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -"}
 	// A user's and an admin's id are names that other systems have given. They enter no subject, and escapeID writes them
 	// into keys and paths.
-	nameIDs = idRule{256, unicode.IsPrint, "1 to 256 bytes of printable UTF-8"}
+	nameIDs = idRule{256, func(s string) int { return strings.IndexFunc(s, unprintable) }, "1 to 256 bytes of printable UTF-8"}
 	// A chat's id is the end of a NATS subject, dots included.
-	chatIDs = idRule{256, func(r rune) bool { return r > ' ' && r <= '~' && r != '*' && r != '>' }, "1 to 256 bytes of printable ASCII without blank, * and >"}
+	chatIDs = idRule{256, func(s string) int { return firstOther(chatSign, s) }, "1 to 256 bytes of printable ASCII without blank, * and >"}
 )
 
-func plainSign(r rune) bool {
+func plainSign(c byte) bool {
 	switch {
-	case 'a' <= r && r <= 'z', 'A' <= r && r <= 'Z', '0' <= r && r <= '9':
-	case r == '_', r == '@', r == '+', r == '=', r == '~', r == '-':
+	case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+	case c == '_', c == '@', c == '+', c == '=', c == '~', c == '-':
 	default:
 		return false
 	}
 	return true
 }
 
-// check returns nil if s may be an id. Invalid UTF-8 is refused whatever the rule says: JSON decoders write U+FFFD for it, so two
-// ids would become one.
+func chatSign(c byte) bool { return c > ' ' && c <= '~' && c != '*' && c != '>' }
+
+// unprintable also holds for what is no UTF-8: JSON decoders write U+FFFD for it, so two ids would become one.
+func unprintable(r rune) bool { return r == utf8.RuneError || !unicode.IsPrint(r) }
+
+func firstOther(sign func(byte) bool, s string) int {
+	for i := range len(s) {
+		if !sign(s[i]) {
+			return i
+		}
+	}
+	return -1
+}
+
+// check returns nil if s may be an id.
 func (rule *idRule) check(field, s string) *idError {
 	why := ""
-	switch {
+	switch at := rule.fault(s); {
 	case s == "":
 		why = "is empty"
 	case len(s) > rule.most:
 		why = fmt.Sprintf("%.64q has %d bytes", s, len(s))
+	case at >= 0:
+		r, _ := utf8.DecodeRuneInString(s[at:])
+		why = fmt.Sprintf("%.64q holds %q", s, r)
 	default:
-		for _, r := range s {
-			if r == utf8.RuneError || !rule.allows(r) {
-				why = fmt.Sprintf("%.64q holds %q", s, r)
-				break
-			}
-		}
-	}
-	if why == "" {
 		return nil
 	}
 	return &idError{field, why + " (" + rule.text + ")"}
@@ -78,7 +86,7 @@ func checkChatID(s string) *idError {
 	if err := chatIDs.check("chat_id", s); err != nil {
 		return err
 	}
-	if strings.HasPrefix(s, ".") || strings.HasSuffix(s, ".") || strings.Contains(s, "..") {
+	if s[0] == '.' || s[len(s)-1] == '.' || strings.Contains(s, "..") {
 		return &idError{"chat_id", fmt.Sprintf("%.64q has a dot at its end or two in a row, which no NATS subject can hold", s)}
 	}
 	return nil
@@ -89,7 +97,7 @@ func checkChatID(s string) *idError {
 func escapeID(s string) string {
 	var b strings.Builder
 	for i := range len(s) {
-		if plainSign(rune(s[i])) {
+		if plainSign(s[i]) {
 			b.WriteByte(s[i])
 		} else {
 			fmt.Fprintf(&b, "%%%02X", s[i])
