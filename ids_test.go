@@ -44,7 +44,7 @@ func TestIDs(t *testing.T) {
 	} {
 		for _, kind := range strings.Fields(c.kinds) {
 			err := check[kind](c.id)
-			if (err == nil) != (c.why == "") || err != nil && !strings.HasPrefix(err.Error(), kind+" id"+c.why) && !strings.Contains(err.Error(), c.why) {
+			if (err == nil) != (c.why == "") || err != nil && (!strings.HasPrefix(err.Error(), kind+" id ") || !strings.Contains(err.Error(), c.why)) {
 				t.Errorf("%s %q: %v, want %s", kind, c.id, err, c.why)
 			}
 		}

@@ -82,6 +82,26 @@ func TestOriginEntries(t *testing.T) {
 	}
 }
 
+// FuzzOriginEntry: whatever entry is accepted, some origin matches it.
+func FuzzOriginEntry(f *testing.F) {
+	for _, s := range []string{"*.example.com", "localhost:*", "[2001:DB8::1]:84?3", "*.bücher.example:443", "null", "FILE://", "10.0.?.*", "例。jp", "a:b:c", "[[::1]]"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, entry string) {
+		pattern, err := originPattern(entry)
+		if err != nil {
+			return
+		}
+		origin := strings.NewReplacer(`\`, "", "*", "1", "?", "1").Replace(pattern)
+		if origin != "null" && origin != "file://" {
+			origin = "https://" + origin
+		}
+		if !originAllowed(origin, "me.test", entry) {
+			t.Errorf("%q does not match %q, as which %q is read", origin, pattern, entry)
+		}
+	})
+}
+
 // A refused origin is counted each time, and logged once a second; the next line says how many were not.
 func TestRefusedOriginIsCountedAndLogged(t *testing.T) {
 	log := captureLog(t)
