@@ -13,6 +13,7 @@ type apiError struct {
 	reason string // of the close frame
 	label  string // reason in dws_auth_failure_total; of InvalidToken only
 	shown  bool   // by the close code, whatever the request says of errors: a browser takes an HTTP error for a reason to come again
+	badID  bool   // what was refused is an id: the server logs it
 }
 
 func (e *apiError) Error() string { return e.Code + ": " + e.Message }
@@ -25,6 +26,13 @@ func invalidAPIKey() *apiError {
 
 func invalidToken(label, message string) *apiError {
 	return &apiError{Code: "InvalidToken", Message: message, status: 403, close: 4403, reason: "invalid-token", label: label}
+}
+
+// tokenBadID is for a token that opens and holds an id which is none.
+func tokenBadID(id *idError) *apiError {
+	e := invalidToken("id", "token: "+id.Error())
+	e.badID = true
+	return e
 }
 
 // tokenExpired has the reason that an open socket is closed with when its token ends.
@@ -57,6 +65,13 @@ func badRequest(field, message string) *apiError {
 	if field != "" {
 		e.Details = map[string]string{"field": field}
 	}
+	return e
+}
+
+// badRequestID names the id and what is wrong with it.
+func badRequestID(id *idError) *apiError {
+	e := badRequest(id.field, id.Error())
+	e.badID = true
 	return e
 }
 

@@ -39,9 +39,9 @@ type claims struct {
 // sessionKey names the session that the bearer needs.
 func (c *claims) sessionKey() string {
 	if c.admin != "" {
-		return "admin:" + c.admin
+		return "admin:" + escapeID(c.admin)
 	}
-	return c.company + ":" + c.agent + ":" + c.user
+	return c.company + ":" + c.agent + ":" + escapeID(c.user)
 }
 
 // userType is the bounded label of metrics: user or admin.
@@ -61,17 +61,12 @@ type userToken struct {
 	IssuedAt  time.Time `json:"issued_at,omitzero"`
 }
 
-// badField names the first field whose value cannot be an id, "" if there is none.
-func (t userToken) badField() string {
-	switch {
-	case !validID(t.CompanyID):
-		return "company_id"
-	case !validID(t.AgentID):
-		return "agent_id"
-	case !validID(t.UserID):
-		return "user_id"
+// badID is the first of its ids that can't be one.
+func (t userToken) badID() *idError {
+	if err := checkPair(t.CompanyID, t.AgentID); err != nil {
+		return err
 	}
-	return ""
+	return nameIDs.check("user_id", t.UserID)
 }
 
 // adminToken is the plaintext of an admin's token. The three ids that narrow what it sees may be empty or "*": any.
@@ -84,29 +79,27 @@ type adminToken struct {
 	CompanyIDRestriction string    `json:"company_id_restriction,omitempty"`
 }
 
-// badField names the first field whose value can be neither an id nor, where that means any, "*" or empty.
-func (t adminToken) badField() string {
-	switch {
-	case !validID(t.AdminID):
-		return "admin_id"
-	case !validScope(t.SubscribedCompanyID):
-		return "subscribed_company_id"
-	case !validScope(t.SubscribedAgentID):
-		return "subscribed_agent_id"
-	case !validScope(t.CompanyIDRestriction):
-		return "company_id_restriction"
+// badID is the first of its ids that can be neither an id nor, where that means any, "*" or empty.
+func (t adminToken) badID() *idError {
+	if err := nameIDs.check("admin_id", t.AdminID); err != nil {
+		return err
 	}
-	return ""
+	for _, id := range []struct{ field, value string }{
+		{"subscribed_company_id", t.SubscribedCompanyID}, {"subscribed_agent_id", t.SubscribedAgentID}, {"company_id_restriction", t.CompanyIDRestriction},
+	} {
+		if id.value == "" || id.value == "*" {
+			continue
+		}
+		if err := tokenIDs.check(id.field, id.value); err != nil {
+			return err
+		}
+	}
+	return nil
 }
-
-func validScope(s string) bool { return s == "" || s == "*" || validID(s) }
 
 // scope is what the admin sees, "*" = any: the intersection of subscription and restriction. A contradiction is
 // refused and not narrowed to nothing: an admin who sees no events would look for the fault elsewhere.
 func (t adminToken) scope() (company, agent string, err *apiError) {
-	if field := t.badField(); field != "" {
-		return "", "", invalidToken("malformed", "token has an invalid "+field)
-	}
 	wide := func(s string) string {
 		if s == "" {
 			return "*"
@@ -173,7 +166,7 @@ func newKeyring(setting string) (*keyring, error) {
 }
 
 // sealToken makes a token of plaintext under the first key of the setting keys:
-// base64url(nonce || AES-256-GCM || tag) without padding. Any goroutine may call.
+// base64url(nonce || AES-256-GCM || tag), padded. Any goroutine may call.
 func sealToken(keys string, plaintext any) (string, error) {
 	r, err := newKeyring(keys)
 	if err != nil {
@@ -190,7 +183,8 @@ func (r *keyring) seal(plaintext any) (string, error) {
 	if len(r.keys) == 0 {
 		return "", errors.New("seal token: no usable key")
 	}
-	return base64.RawURLEncoding.EncodeToString(r.keys[0].aead.Seal(nil, nil, b, nil)), nil
+	// Padded, because other services that share the key may open nothing else.
+	return base64.URLEncoding.EncodeToString(r.keys[0].aead.Seal(nil, nil, b, nil)), nil
 }
 
 // open returns the plaintext of token and the key that opened it, or nil. Base64 is taken strictly, so that no two
@@ -320,8 +314,11 @@ func (a *auth) open(ctx context.Context, token string, k tokenKind) (*claims, *a
 
 func parseUser(plain []byte) (*claims, *apiError) {
 	var t userToken
-	if json.Unmarshal(plain, &t) != nil || t.badField() != "" {
+	if json.Unmarshal(plain, &t) != nil {
 		return nil, invalidToken("malformed", "token does not hold a user's claims")
+	}
+	if err := t.badID(); err != nil {
+		return nil, tokenBadID(err)
 	}
 	if !time.Now().Before(t.ExpiresAt) {
 		return nil, tokenExpired()
@@ -331,8 +328,11 @@ func parseUser(plain []byte) (*claims, *apiError) {
 
 func parseAdmin(plain []byte) (*claims, *apiError) {
 	var t adminToken
-	if json.Unmarshal(plain, &t) != nil || t.badField() != "" {
+	if json.Unmarshal(plain, &t) != nil {
 		return nil, invalidToken("malformed", "token does not hold an admin's claims")
+	}
+	if err := t.badID(); err != nil {
+		return nil, tokenBadID(err)
 	}
 	if !time.Now().Before(t.ExpiresAt) {
 		return nil, tokenExpired()

@@ -227,8 +227,8 @@ func tokenCommand(in *invocation) int {
 	if code, done := in.parseAll(); done {
 		return code
 	}
-	if field := t.badField(); field != "" {
-		return in.badUsage("-%s must be %s", strings.TrimSuffix(field, "_id"), idRule)
+	if err := t.badID(); err != nil {
+		return in.badUsage("%v", err)
 	}
 	if problem := checkTTL(*ttl); problem != "" {
 		return in.badUsage("%s", problem)
@@ -249,10 +249,8 @@ func adminTokenCommand(in *invocation) int {
 	if code, done := in.parseAll(); done {
 		return code
 	}
-	if field := t.badField(); field != "" {
-		rule := map[string]string{"admin_id": "-admin must be " + idRule, "subscribed_company_id": "-company must be " + idRule + ", or * for any",
-			"subscribed_agent_id": "-agent must be " + idRule + ", or * for any", "company_id_restriction": "-restrict must be " + idRule + ", or * for none"}
-		return in.badUsage("%s", rule[field])
+	if err := t.badID(); err != nil {
+		return in.badUsage("%v", err)
 	}
 	if _, _, err := t.scope(); err != nil {
 		return in.badUsage("-company %s contradicts -restrict %s: the admin would see nothing", t.SubscribedCompanyID, t.CompanyIDRestriction)

@@ -45,13 +45,13 @@ func TestBadUsage(t *testing.T) {
 		{"-config", `daisi-ws-service: flag needs an argument: -config`},
 		{"check x", `daisi-ws-service check: unexpected argument "x"`},
 		{"keygen -n 2", `daisi-ws-service keygen: flag provided but not defined: -n`},
-		{"token -company a.b -agent A -user U", `daisi-ws-service token: -company must be 1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -`},
-		{"token -company C -agent A", `daisi-ws-service token: -user must be 1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -`},
+		{"token -company a.b -agent A -user U", `daisi-ws-service token: company id "a.b" holds '.' (1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -)`},
+		{"token -company C -agent A", `daisi-ws-service token: user id is empty (1 to 256 bytes of printable UTF-8)`},
 		{"token -company C -agent A -user U -ttl 0s", `daisi-ws-service token: -ttl must be 1s to 31536000s`},
 		{"token -company C -agent A -user U -ttl 8761h", `daisi-ws-service token: -ttl must be 1s to 31536000s`},
 		{"token -company C -agent A -user U -ttl 1", `daisi-ws-service token: invalid value "1" for flag -ttl: parse error`},
-		{"admin-token", `daisi-ws-service admin-token: -admin must be 1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -`},
-		{"admin-token -admin ID -agent *x", `daisi-ws-service admin-token: -agent must be 1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -, or * for any`},
+		{"admin-token", `daisi-ws-service admin-token: admin id is empty (1 to 256 bytes of printable UTF-8)`},
+		{"admin-token -admin ID -agent *x", `daisi-ws-service admin-token: subscribed agent id "*x" holds '*' (1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -)`},
 		{"admin-token -admin ID -company C -restrict D", `daisi-ws-service admin-token: -company C contradicts -restrict D: the admin would see nothing`},
 	} {
 		code, stdout, stderr := runCommand(env(), strings.Fields(test.args)...)

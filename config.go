@@ -107,8 +107,11 @@ type Config struct {
 	WebsocketRateBurst            int           `set:"WEBSOCKET_RATE_BURST" default:"40" min:"1" live:"true" help:"inbound messages at once"`
 	WebsocketCompression          string        `set:"WEBSOCKET_COMPRESSION" default:"disabled" oneof:"disabled,no_context_takeover,context_takeover" help:"permessage-deflate: disabled or no_context_takeover (context_takeover is taken as that)"`
 	WebsocketCompressionThreshold byteSize      `set:"WEBSOCKET_COMPRESSION_THRESHOLD" default:"1KiB" min:"0" help:"smallest message that is compressed"`
-	WebsocketAllowedOrigins       string        `set:"WEBSOCKET_ALLOWED_ORIGINS" default:"" list:"true" check:"origin" live:"true" help:"globs on host[:port] of origins, comma-separated; the request's own host is always allowed"`
+	WebsocketAllowedOrigins       string        `set:"WEBSOCKET_ALLOWED_ORIGINS" default:"" list:"true" check:"origin" live:"true" help:"globs on host[:port] of origins, or null, or file://, comma-separated; the request's own host is always allowed"`
 	WebsocketInsecureSkipVerify   bool          `set:"WEBSOCKET_INSECURE_SKIP_VERIFY" default:"false" live:"true" help:"accept any origin; for development"`
+
+	EventsTypeInPayload bool `set:"EVENTS_TYPE_IN_PAYLOAD" default:"false" help:"payloads without event_type get one, for clients of the earlier service"`
+	EventsAgentsToUsers bool `set:"EVENTS_AGENTS_TO_USERS" default:"false" help:"agents events go to the agent's users too, for clients of the earlier service"`
 
 	ResumeMaxEvents   int           `set:"RESUME_MAX_EVENTS" default:"1000" min:"1" help:"missed events that a resume replays at most"`
 	ResumeMaxAge      time.Duration `set:"RESUME_MAX_AGE" default:"1h" min:"1ms" help:"oldest point to resume from"`

@@ -213,7 +213,7 @@ func TestCompressedSlowClient(t *testing.T) {
 	const events = 60
 	for seq := range uint64(events) {
 		ev := &event{seq: seq + 1, kind: kindChat, payload: fmt.Appendf(nil, `{"x":"%s"}`, noise[seq:])}
-		ev.frame = newEventFrame(ev, false)
+		ev.frame = newEventFrame(ev, false, false)
 		d := &delivery{event: ev, count: 1, src: &l}
 		d.open.Store(1)
 		conn.push(d)

@@ -19,6 +19,7 @@ var rooms = map[string][]string{
 	"github.com/redis/go-redis/v9":       {"auth.go", "claim.go", "lease.go", "lock.go", "main.go", "owner.go", "ownerlog.go", "redis.go", "session.go"},
 	"google.golang.org/grpc":             {"link.go", "peer.go", "pool.go", "trust.go"},
 	"golang.org/x/net/websocket":         {"inbound.go", "upgrade.go"},
+	"golang.org/x/net/idna":              {"origin.go"},
 	"github.com/VictoriaMetrics/metrics": {"hub.go", "metrics.go", "peer.go", "pool.go"},
 	"daisi-ws-service/proto":             {"link.go", "peer.go", "pool.go", "roster.go", "trust.go"},
 }
@@ -30,7 +31,7 @@ var requirements = map[string]string{
 	"github.com/redis/go-redis/v9":       "Redis single, cluster and sentinel behind one client",
 	"google.golang.org/grpc":             "streams between pods, with health service and mTLS",
 	"google.golang.org/protobuf":         "the messages generated from proto/peer.proto",
-	"golang.org/x/net":                   "its websocket package: handshake and frame reading",
+	"golang.org/x/net":                   "its websocket package: handshake and frame reading; its idna for names of origins",
 	"github.com/VictoriaMetrics/metrics": "counters and Prometheus histograms without a dependency tree",
 }
 

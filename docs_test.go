@@ -110,13 +110,13 @@ func TestDocsTokenVector(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, token := range []string{field("token"), field("token") + strings.Repeat("=", -len(field("token"))&3)} {
+	for _, token := range []string{field("token"), strings.TrimRight(field("token"), "=")} {
 		if plain, _ := ring.open(token); string(plain) != field("plaintext") {
 			t.Errorf("%s opens to %q, want %q", token, plain, field("plaintext"))
 		}
 	}
 	cl, apiErr := parseUser([]byte(field("plaintext")))
-	if apiErr != nil || cl.sessionKey() != "acme:7:u1" {
+	if apiErr != nil || cl.sessionKey() != "acme:7:user%3A17" {
 		t.Fatalf("the plaintext gives %+v, %v", cl, apiErr)
 	}
 }

@@ -86,6 +86,8 @@ var effects = map[string]string{
 	"WEBSOCKET_COMPRESSION_THRESHOLD": "TestCompression",
 	"WEBSOCKET_ALLOWED_ORIGINS":       "TestOriginsOfPages",
 	"WEBSOCKET_INSECURE_SKIP_VERIFY":  "TestOriginsOfPages",
+	"EVENTS_TYPE_IN_PAYLOAD":          "TestEarlierClient",
+	"EVENTS_AGENTS_TO_USERS":          "TestEarlierClient",
 	"RESUME_MAX_EVENTS":               "TestResumeTooFar",
 	"RESUME_MAX_AGE":                  "TestResumeTooFar",
 	"RESUME_OVERLAP":                  "TestRelations",

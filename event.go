@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -50,8 +51,11 @@ func parseSubject(prefix, subject string) (event, error) {
 	}
 	company, rest, _ := strings.Cut(rest[1:], ".")
 	agent, what, ok := strings.Cut(rest, ".")
-	if !ok || !validID(company) || !validID(agent) {
+	if !ok {
 		return event{}, errSubject
+	}
+	if err := checkPair(company, agent); err != nil {
+		return event{}, fmt.Errorf("%w: %w", errSubject, err)
 	}
 	ev := event{company: company, agent: agent}
 	switch what {
@@ -63,8 +67,11 @@ func parseSubject(prefix, subject string) (event, error) {
 		ev.kind = kindAgent
 	default:
 		chat, ok := strings.CutPrefix(what, "messages.")
-		if !ok || !validChatID(chat) {
-			return event{}, errSubject
+		if !ok {
+			return event{}, fmt.Errorf("%w: %.64q follows the agent id %.64q", errSubject, what, agent)
+		}
+		if err := checkChatID(chat); err != nil {
+			return event{}, fmt.Errorf("%w: %w", errSubject, err)
 		}
 		ev.kind, ev.chat = kindMessage, chat
 	}
@@ -84,39 +91,6 @@ func checkPayload(p []byte) error {
 		return nil
 	}
 	return errPayload
-}
-
-// validID says whether s may name a company, agent, user or admin: 1 to 128 bytes that mean nothing in
-// a NATS subject or a Redis key.
-func validID(s string) bool {
-	if len(s) == 0 || len(s) > 128 {
-		return false
-	}
-	for i := 0; i < len(s); i++ {
-		c := s[i]
-		switch {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
-		case c == '_', c == '@', c == '+', c == '=', c == '~', c == '-':
-		default:
-			return false
-		}
-	}
-	return true
-}
-
-// validChatID says whether s may name a chat: 1 to 256 printable ASCII bytes without blank, '*' and '>'.
-// Dots are allowed, but not where a NATS subject could not hold them (first, last or doubled).
-func validChatID(s string) bool {
-	if len(s) == 0 || len(s) > 256 || s[0] == '.' || s[len(s)-1] == '.' {
-		return false
-	}
-	for i := 0; i < len(s); i++ {
-		c := s[i]
-		if c <= ' ' || c > '~' || c == '*' || c == '>' || (c == '.' && s[i-1] == '.') {
-			return false
-		}
-	}
-	return true
 }
 
 // outcome is what became of a delivery at one target. The order is from best to worst: the worst of

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"strconv"
@@ -54,8 +55,9 @@ type frame struct {
 	z      []byte      // the same frame compressed (RFC 7692), once a socket needed it; immutable
 }
 
-// newEventFrame encodes the json.v1 message of an event around its payload, which stays byte for byte as published.
-func newEventFrame(ev *event, replay bool) *frame {
+// newEventFrame encodes the json.v1 message of an event around its payload, which stays byte for byte as published. typed
+// (EVENTS_TYPE_IN_PAYLOAD) adds a first member event_type to a payload that has none.
+func newEventFrame(ev *event, replay, typed bool) *frame {
 	tail := "}"
 	if replay {
 		tail = `,"replay":true}`
@@ -68,11 +70,32 @@ func newEventFrame(ev *event, replay bool) *frame {
 	h = strconv.AppendUint(h, ev.seq, 10)
 	h = append(h, `,"payload":`...)
 
-	n := len(h) + len(ev.payload) + len(tail)
+	opening, member := 0, ""
+	if typed && !hasEventType(ev.payload) {
+		opening, member = bytes.IndexByte(ev.payload, '{')+1, `"event_type":"`+kind+`"`
+		if rest := bytes.TrimLeft(ev.payload[opening:], " \t\r\n"); rest[0] != '}' {
+			member += ","
+		}
+	}
+	n := len(h) + len(member) + len(ev.payload) + len(tail)
 	b := appendHeader(make([]byte, 0, 10+n), opText, n)
 	b = append(b, h...)
-	b = append(b, ev.payload...)
+	b = append(b, ev.payload[:opening]...)
+	b = append(b, member...)
+	b = append(b, ev.payload[opening:]...)
 	return &frame{b: append(b, tail...), label: kind}
+}
+
+// hasEventType says whether a payload that checkPayload has passed has a member event_type at its top. The name is spelled out or
+// written with \u; few payloads hold either, and only those are decoded.
+func hasEventType(payload []byte) bool {
+	if !bytes.Contains(payload, []byte("event_type")) && !bytes.Contains(payload, []byte(`\u`)) {
+		return false
+	}
+	var members map[string]json.RawMessage
+	json.Unmarshal(payload, &members)
+	_, has := members["event_type"]
+	return has
 }
 
 // newReply encodes a json.v1 message other than an event. payload may be nil; it must be something json can encode.

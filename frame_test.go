@@ -14,7 +14,7 @@ func TestEventFrame(t *testing.T) {
 		payload := `{ "a":"` + strings.Repeat("é", size) + `" }`
 		ev := &event{seq: 1<<63 + 5, kind: kindMessage, payload: []byte(payload)}
 		for _, replay := range []bool{false, true} {
-			f := newEventFrame(ev, replay)
+			f := newEventFrame(ev, replay, false)
 			c := &testClient{t: t, br: newBufReader(f.b)}
 			op, p, err := c.frame()
 			if op != opText || err != nil || c.br.Buffered() != 0 {
@@ -26,6 +26,38 @@ func TestEventFrame(t *testing.T) {
 			}
 			if string(p) != want+"}" || !json.Valid(p) {
 				t.Fatalf("got %.200q", p)
+			}
+		}
+	}
+}
+
+// TestTypeInPayload: an object that has no event_type at its top gets one, and stays the same otherwise.
+func TestTypeInPayload(t *testing.T) {
+	for payload, want := range map[string]string{
+		`{}`:                                   `{"event_type":"chat"}`,
+		" {\n} ":                               " {\"event_type\":\"chat\"\n} ",
+		"\t{ \"a\" : 1 }":                      "\t{\"event_type\":\"chat\", \"a\" : 1 }",
+		`{"a":{"event_type":"x"}}`:             `{"event_type":"chat","a":{"event_type":"x"}}`,
+		`{"a":"event_type"}`:                   `{"event_type":"chat","a":"event_type"}`,
+		`{"a":"{\"event_type\":1}"}`:           `{"event_type":"chat","a":"{\"event_type\":1}"}`,
+		`{"Event_Type":"x"}`:                   `{"event_type":"chat","Event_Type":"x"}`,
+		`{"a":"\u00e9"}`:                       `{"event_type":"chat","a":"\u00e9"}`,
+		`{"event_type":"chats","a":1}`:         "",
+		`{"a":1, "event_type" : null}`:         "",
+		`{"a":[{}],"event\u005ftype":"chats"}`: "",
+		`{"\u0065vent_type":"chats"}`:          "",
+	} {
+		if err := checkPayload([]byte(payload)); err != nil {
+			t.Fatalf("%s: %v", payload, err)
+		}
+		if want == "" {
+			want = payload
+		}
+		for tail, replay := range map[string]bool{"}": false, `,"replay":true}`: true} {
+			f := newEventFrame(&event{seq: 7, kind: kindChat, payload: []byte(payload)}, replay, true)
+			_, p, err := (&testClient{t: t, br: newBufReader(f.b)}).frame()
+			if whole := `{"type":"event","event_type":"chat","seq":7,"payload":` + want + tail; err != nil || string(p) != whole || !json.Valid(p) {
+				t.Errorf("%s becomes %s, %v, want %s", payload, p, err, whole)
 			}
 		}
 	}

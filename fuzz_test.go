@@ -343,7 +343,7 @@ func FuzzClientMessage(f *testing.F) {
 			t.Fatalf("%q is answered by %q", message, reply)
 		}
 		chat := c.ring.selection()
-		if m.Type != "chat_selected" && chat != "before" || m.Type == "chat_selected" && (chat != m.Payload.ChatID || chat != "" && !validChatID(chat)) {
+		if m.Type != "chat_selected" && chat != "before" || m.Type == "chat_selected" && (chat != m.Payload.ChatID || chat != "" && checkChatID(chat) != nil) {
 			t.Fatalf("%q is answered by %q and selects %q", message, reply, chat)
 		}
 	})

@@ -191,18 +191,8 @@ func requestIDOf(msg jetstream.Msg, seq uint64) string {
 
 // refuse terminates a malformed event, which no redelivery would mend.
 func (r *router) refuse(p *pulled, err error) {
-	if r.mayLog(time.Now()) {
-		slog.Warn("malformed event terminated", "subject", fmt.Sprintf("%.200q", p.msg.Subject()), "seq", p.seq, "err", err)
+	if suppressed, ok := r.malformed.turn(time.Now()); ok {
+		slog.Warn("malformed event terminated", "subject", fmt.Sprintf("%.200q", p.msg.Subject()), "seq", p.seq, "err", err, "suppressed", suppressed)
 	}
 	p.end(term, "malformed")
-}
-
-func (r *router) mayLog(now time.Time) bool {
-	r.acceptMu.Lock()
-	defer r.acceptMu.Unlock()
-	if now.Sub(r.logged) < time.Second {
-		return false
-	}
-	r.logged = now
-	return true
 }

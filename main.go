@@ -9,7 +9,7 @@
 //	owner.go     who owns a route; ownerlog.go the log that keeps the cache exact; claim.go this pod's claims; lease.go its lease
 //	frame.go     the outbound frame, encoded once; deflate.go compressed once; inbound.go messages of clients; buffer.go the send ring and the shared writers
 //	conn.go      one socket: read loop, json.v1, heartbeat, closing
-//	session.go   exclusive sessions in Redis; auth.go keys and tokens; server.go HTTP
+//	session.go   exclusive sessions in Redis; auth.go keys and tokens; ids.go what may be an id; server.go HTTP; origin.go whose pages may come
 //	peer.go      the talk among pods; roster.go their sessions, for operators
 //	config.go    settings; commands.go the command line; metrics.go every metric
 package main

@@ -109,6 +109,7 @@ type Metrics struct {
 	messagesSentTotal             *counters
 	authSuccessTotal              *counters
 	authFailureTotal              *counters
+	originsRefusedTotal           *counters
 	sessionConflictsTotal         *counters
 	sessionLockAttemptsTotal      *counters
 	sessionLockSuccessTotal       *counters
@@ -189,6 +190,7 @@ func (m *Metrics) declareSockets() {
 	m.messagesSentTotal = m.counter("messages_sent_total", "Messages written to clients.", "message_type")
 	m.authSuccessTotal = m.counter("auth_success_total", "Tokens accepted.", "token_type")
 	m.authFailureTotal = m.counter("auth_failure_total", "Keys and tokens refused.", "token_type", "reason")
+	m.originsRefusedTotal = m.counter("origins_refused_total", "Upgrades refused for their origin.")
 	m.sessionConflictsTotal = m.counter("session_conflicts_total", "Sockets that found their session held by another.", "user_type")
 	m.sessionLockAttemptsTotal = m.counter("session_lock_attempts_total", "Attempts to take a session's lock; lock_type is new or takeover.", "user_type", "lock_type")
 	m.sessionLockSuccessTotal = m.counter("session_lock_success_total", "Session locks taken.")

@@ -15,7 +15,7 @@ import (
 const documentedMetrics = `
 active_connections{type} upgrades_waiting connections_total{type} connection_duration_seconds closes_total{code}
 messages_received_total{message_type} messages_sent_total{message_type}
-auth_success_total{token_type} auth_failure_total{token_type,reason} session_conflicts_total{user_type}
+auth_success_total{token_type} auth_failure_total{token_type,reason} origins_refused_total session_conflicts_total{user_type}
 session_lock_attempts_total{user_type,lock_type} session_lock_success_total session_lock_failure_total{reason}
 session_lock_renewal_attempts_total session_lock_renewal_success_total session_lock_renewal_failure_total{reason}
 nats_messages_received_total{kind} events_total{kind,outcome} events_in_hand event_delivery_seconds redelivered_total
@@ -39,7 +39,7 @@ func labelsOf(m *Metrics) []string {
 		return make([]string, len(labels))
 	}
 	for _, f := range []*counters{m.connectionsTotal, m.closesTotal, m.messagesReceivedTotal, m.messagesSentTotal, m.authSuccessTotal,
-		m.authFailureTotal, m.sessionConflictsTotal, m.sessionLockAttemptsTotal, m.sessionLockSuccessTotal, m.sessionLockFailureTotal,
+		m.authFailureTotal, m.originsRefusedTotal, m.sessionConflictsTotal, m.sessionLockAttemptsTotal, m.sessionLockSuccessTotal, m.sessionLockFailureTotal,
 		m.sessionLockRenewalAttempts, m.sessionLockRenewalSuccess, m.sessionLockRenewalFailure, m.natsMessagesReceivedTotal,
 		m.eventsTotal, m.redeliveredTotal, m.ownerCacheHitsTotal, m.ownerCacheMissesTotal, m.grpcMessagesSentTotal,
 		m.grpcMessagesReceivedTotal, m.grpcForwardRetryAttempts, m.grpcForwardRetrySuccess, m.grpcForwardRetryFailure,

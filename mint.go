@@ -15,7 +15,6 @@ const (
 	maxBody = 64 << 10
 	// maxTokenTTL is the longest life of a minted token, one year.
 	maxTokenTTL = 31536000 * time.Second
-	idRule      = "1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -"
 )
 
 // minted is the answer of both token endpoints.
@@ -38,8 +37,8 @@ func (s *server) generateToken(w http.ResponseWriter, r *http.Request) *apiError
 		return err
 	}
 	t := userToken{CompanyID: req.CompanyID, AgentID: req.AgentID, UserID: req.UserID}
-	if field := t.badField(); field != "" {
-		return badRequest(field, field+" must be "+idRule)
+	if err := t.badID(); err != nil {
+		return badRequestID(err)
 	}
 	var err *apiError
 	if t.IssuedAt, t.ExpiresAt, err = lifetime(req.ExpiresIn); err != nil {
@@ -64,8 +63,8 @@ func (s *server) generateAdminToken(w http.ResponseWriter, r *http.Request) *api
 		return err
 	}
 	t := adminToken{AdminID: req.AdminID, SubscribedCompanyID: req.Company, SubscribedAgentID: req.Agent, CompanyIDRestriction: req.Restriction}
-	if field := t.badField(); field != "" {
-		return badRequest(field, field+" must be "+idRule)
+	if err := t.badID(); err != nil {
+		return badRequestID(err)
 	}
 	var err *apiError
 	if t.IssuedAt, t.ExpiresAt, err = lifetime(req.ExpiresIn); err != nil {

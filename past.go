@@ -330,7 +330,7 @@ func (p *past) decode(msg *jetstream.RawStreamMsg) (*event, error) {
 		return nil, err
 	}
 	ev.seq, ev.stored, ev.payload = msg.Sequence, msg.Time, msg.Data
-	ev.frame = newEventFrame(&ev, true)
+	ev.frame = newEventFrame(&ev, true, p.cfg.Load().EventsTypeInPayload)
 	return &ev, nil
 }
 

@@ -70,7 +70,7 @@ type peers struct {
 	server     *grpc.Server
 	health     *health.Server
 	up         atomic.Bool
-	refused    atomic.Int64  // when a refused stream was logged last, Unix seconds
+	refused    sparse
 	stopping   chan struct{} // closed by stop
 	stopOnce   sync.Once
 	wg         sync.WaitGroup // every goroutine of this file and pool.go
@@ -225,9 +225,8 @@ func (p *peers) Deliver(stream peerpb.Peer_DeliverServer) error {
 
 // refuse logs, once per second at most, that a stream was not let in, and returns err.
 func (p *peers) refuse(ctx context.Context, err error) error {
-	now := time.Now().Unix()
-	if last := p.refused.Load(); now != last && p.refused.CompareAndSwap(last, now) {
-		slog.Warn("stream of a stranger refused", "remote", remoteAddr(ctx), "err", err)
+	if suppressed, ok := p.refused.turn(time.Now()); ok {
+		slog.Warn("stream of a stranger refused", "remote", remoteAddr(ctx), "err", err, "suppressed", suppressed)
 	}
 	return err
 }
@@ -403,20 +402,26 @@ func (p *peers) eventFromWire(e *peerpb.Event) (*event, error) {
 		return nil, fmt.Errorf("unknown kind %d", e.GetKind())
 	case e.GetSeq() == 0 || e.GetCount() == 0:
 		return nil, errors.New("no sequence or delivery count")
-	case !validID(e.GetCompany()) || !validID(e.GetAgent()):
-		return nil, errors.New("invalid company or agent")
-	case kind(k) == kindMessage && !validChatID(e.GetChat()), kind(k) != kindMessage && e.GetChat() != "":
-		return nil, errors.New("invalid chat")
+	case kind(k) != kindMessage && e.GetChat() != "":
+		return nil, errors.New("a chat that is none of a message")
 	case len(e.GetRequestId()) > 128:
 		return nil, errors.New("request id too long")
 	case int64(len(e.GetPayload())) > p.maxPayload.Load():
 		return nil, fmt.Errorf("payload of %d bytes", len(e.GetPayload()))
+	}
+	if err := checkPair(e.GetCompany(), e.GetAgent()); err != nil {
+		return nil, err
+	}
+	if kind(k) == kindMessage {
+		if err := checkChatID(e.GetChat()); err != nil {
+			return nil, err
+		}
 	}
 	if err := checkPayload(e.GetPayload()); err != nil {
 		return nil, err
 	}
 	ev := &event{seq: e.GetSeq(), kind: kind(k), company: e.GetCompany(), agent: e.GetAgent(), chat: e.GetChat(),
 		stored: time.Unix(0, e.GetStored()), requestID: e.GetRequestId(), payload: e.GetPayload()}
-	ev.frame = newEventFrame(ev, false)
+	ev.frame = newEventFrame(ev, false, p.cfg.Load().EventsTypeInPayload)
 	return ev, nil
 }

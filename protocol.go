@@ -75,7 +75,7 @@ func (c *conn) message(_ byte, p []byte) {
 	err := json.Unmarshal(p, &req)
 	label := "invalid"
 	switch req.Type {
-	case "ping", "select_chat", "resume", "refresh_token":
+	case "ping", "select_chat", "resume", "refresh_token", "ready":
 		label = req.Type
 	}
 	c.h.m.messagesReceivedTotal.with(label).Inc()
@@ -84,6 +84,8 @@ func (c *conn) message(_ byte, p []byte) {
 		c.fault(rateLimitExceeded())
 	case err != nil:
 		c.fault(badRequest("", "not a message of json.v1"))
+	case req.Type == "ready", req.Type == "select_chat" && c.claims.admin != "":
+		// Clients of the earlier service say that they are ready too, and admins' pages select chats like any other.
 	case req.Type == "ping":
 		c.reply("pong", nil)
 	case req.Type == "select_chat":
@@ -107,16 +109,15 @@ func (c *conn) selectChat(req *request) {
 	if id == nil {
 		id = req.ChatID
 	}
-	switch {
-	case c.claims.admin != "":
-		c.fault(badRequest("", "an admin has no chats to select"))
-		return
-	case id == nil:
+	if id == nil {
 		c.fault(badRequest("chat_id", "select_chat without chat_id"))
 		return
-	case *id != "" && !validChatID(*id):
-		c.fault(badRequest("chat_id", "invalid chat_id"))
-		return
+	}
+	if *id != "" {
+		if err := checkChatID(*id); err != nil {
+			c.fault(badRequestID(err))
+			return
+		}
 	}
 	chat, now := *id, c.ring.selection()
 	fresh := chat != "" && chat != now

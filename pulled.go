@@ -15,8 +15,8 @@ type pulled struct {
 	r          *router
 	msg        jetstream.Msg
 	deliveries uint64     // JetStream's count
-	here       [4][]*conn // sockets of this pod on that route that have been given the event
-	owned      [4]bool    // that route has a live owner, or may have one
+	here       [5][]*conn // sockets of this pod on that route that have been given the event
+	owned      [5]bool    // that route has a live owner, or may have one
 	served     bool       // the sockets of this pod have been given it
 	others     bool       // other pods have owners of it, or may have, as far as was known then
 	second     bool       // its owners are looked up a second time, since a peer had no socket for it
@@ -28,6 +28,9 @@ func (p *pulled) wants() int {
 	case kindMessage:
 		return 2
 	case kindAgent:
+		if p.r.cfg.Load().EventsAgentsToUsers {
+			return 5
+		}
 		return 4
 	default:
 		return 1
@@ -40,7 +43,7 @@ func (p *pulled) wanted(i int) route {
 	switch {
 	case p.kind == kindMessage && i == 0:
 		r.kind, r.chat = routeMessages, p.chat
-	case p.kind == kindAgent:
+	case p.kind == kindAgent && i < 4: // the fifth is that of the agent's users
 		r.kind = routeAgents
 		if i&1 != 0 {
 			r.agent = "*"
@@ -63,7 +66,7 @@ func (p *pulled) ways() int {
 // give queues the event for sockets of this pod.
 func (p *pulled) give(conns []*conn) {
 	if len(conns) > 0 && p.frame == nil {
-		p.frame = newEventFrame(p.event, false)
+		p.frame = newEventFrame(p.event, false, p.r.cfg.Load().EventsTypeInPayload)
 	}
 	p.push(conns)
 }

@@ -46,7 +46,11 @@ func (c *conn) subjects() []string {
 	if r.kind == routeAgents {
 		return []string{base + ".agents"}
 	}
-	return []string{base + ".chats", base + ".contacts"}
+	subjects := []string{base + ".chats", base + ".contacts"}
+	if c.h.cfg.Load().EventsAgentsToUsers {
+		subjects = append(subjects, base+".agents")
+	}
+	return subjects
 }
 
 func (c *conn) chatSubject(chat string) string {

@@ -126,8 +126,8 @@ func (s *server) revokeSession(w http.ResponseWriter, r *http.Request) *apiError
 		return s.refuseKey("admin")
 	}
 	cl := claims{company: r.PathValue("company"), agent: r.PathValue("agent"), user: r.PathValue("user")}
-	if !validID(cl.company) || !validID(cl.agent) || !validID(cl.user) {
-		return badRequest("", "company, agent and user must be "+idRule)
+	if err := (userToken{CompanyID: cl.company, AgentID: cl.agent, UserID: cl.user}).badID(); err != nil {
+		return badRequestID(err)
 	}
 	found, err := s.roster.sessions.revoke(r.Context(), cl.sessionKey())
 	switch {

@@ -43,10 +43,11 @@ type router struct {
 	stopping chan struct{} // closed by stop
 	routes   []route       // owned by run: room for those of a batch
 
-	acceptMu sync.Mutex // guards accepted, waits and logged
+	malformed sparse
+
+	acceptMu sync.Mutex // guards accepted and waits
 	accepted int
-	waits    []wait    // those that messages to come may have arrived during
-	logged   time.Time // when a malformed event was last logged
+	waits    []wait // those that messages to come may have arrived during
 
 	mu    sync.Mutex // guards all below
 	queue []*pulled  // to be dispatched
@@ -209,7 +210,7 @@ func (r *router) dispatch(p *pulled, now time.Time) {
 		p.settle(written)
 	case !believed || p.second: // a socket that was there a moment ago is on its way to somewhere
 		p.settle(failed)
-	case p.kind == kindAgent:
+	case p.kind == kindAgent && !r.cfg.Load().EventsAgentsToUsers:
 		p.end(ack, "unselected")
 	case p.kind == kindMessage:
 		r.unselected(p, now)
@@ -305,7 +306,7 @@ func (r *router) fromPeer(d *delivery) {
 	// network holds it up; 2. the peer gives it up, and the redelivery is written; 3. the network lets it through.
 	d.count = max(d.count, 2)
 	d.open.Store(1)
-	var p pulled
+	p := pulled{r: r}
 	p.event = d.event
 	found := false
 	for i := range p.ways() {

@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
-	"path"
 	"reflect"
 	"slices"
 	"strconv"
@@ -312,10 +311,10 @@ func checkAESKey(s string) error {
 	return nil
 }
 
-// checkOriginGlob: the globs match host[:port]; one with a scheme or a path would silently match nothing.
+// checkOriginGlob refuses what would silently match nothing.
 func checkOriginGlob(s string) error {
-	if _, err := path.Match(s, ""); err != nil || strings.Contains(s, "/") {
-		return fmt.Errorf("%q is not a glob on host[:port] (such as *.example.com or localhost:*)", s)
+	if _, err := originPattern(s); err != nil {
+		return fmt.Errorf("%q matches no origin (write it as *.example.com, localhost:*, [::1]:8080, null or file://): %w", s, err)
 	}
 	return nil
 }
@@ -461,6 +460,9 @@ func (l *loader) warn(c *Config) {
 	}
 	if c.WebsocketInsecureSkipVerify {
 		l.warning("DAISI_WS_WEBSOCKET_INSECURE_SKIP_VERIFY IS ON: any web page may open sockets; for development only")
+	}
+	if slices.Contains(splitList(strings.ToLower(c.WebsocketAllowedOrigins)), "null") {
+		l.warning("DAISI_WS_WEBSOCKET_ALLOWED_ORIGINS lists null: any web page can have that origin, in a sandboxed frame")
 	}
 	if c.WebsocketCompression == "context_takeover" {
 		l.warning("DAISI_WS_WEBSOCKET_COMPRESSION: context_takeover is taken as no_context_takeover: a window of its own costs 1.2 MB per socket")

@@ -46,6 +46,8 @@ type server struct {
 
 	cert atomic.Pointer[tls.Certificate]
 
+	refusedOrigins, refusedIDs sparse
+
 	// startDrain makes /ready answer 503 and refuses upgrades from now on; everything else is served on. It ends draining.
 	startDrain context.CancelFunc
 	draining   context.Context
@@ -84,7 +86,9 @@ type endpoint func(http.ResponseWriter, *http.Request) *apiError
 func (s *server) handler() http.Handler {
 	mux := http.NewServeMux()
 	handle := func(methods, pattern string, f endpoint) {
-		mux.Handle(pattern, endpointHandler(onlyMethod(methods, f)))
+		mux.Handle(pattern, endpointHandler(onlyMethod(methods, func(w http.ResponseWriter, r *http.Request) *apiError {
+			return s.noted(w, f(w, r))
+		})))
 	}
 	handle("GET", "/ws/admin", s.adminSocket)
 	handle("GET", "/ws/{company}/{agent}", s.userSocket)
@@ -109,6 +113,16 @@ func onlyMethod(allow string, f endpoint) endpoint {
 		}
 		return f(w, r)
 	}
+}
+
+// noted logs what was refused because of an id, and returns err. Whoever minted the token, or built the path, is to be told.
+func (s *server) noted(w http.ResponseWriter, err *apiError) *apiError {
+	if err != nil && err.badID {
+		if suppressed, ok := s.refusedIDs.turn(time.Now()); ok {
+			slog.Warn("id refused", "request_id", requestID(w), "err", err.Message, "suppressed", suppressed)
+		}
+	}
+	return err
 }
 
 func endpointHandler(f endpoint) http.Handler {
@@ -142,7 +156,7 @@ func middleware(next *http.ServeMux) http.Handler {
 			slog.Debug("request", "request_id", id, "method", r.Method, "path", r.URL.Path, "status", sw.status, "took", time.Since(start))
 		}()
 		// The mux would redirect /ws//agent to another resource; no client of ours means that.
-		if p := r.URL.Path; !strings.HasPrefix(p, "/") || path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {
+		if p := r.URL.EscapedPath(); !strings.HasPrefix(p, "/") || path.Clean(p) != strings.TrimSuffix(p, "/") && p != "/" {
 			writeError(sw, notFound())
 			return
 		}
@@ -312,8 +326,8 @@ func (s *server) userSocket(w http.ResponseWriter, r *http.Request) *apiError {
 			return nil, s.refuseKey("user")
 		}
 		company, agent := r.PathValue("company"), r.PathValue("agent")
-		if !validID(company) || !validID(agent) {
-			return nil, badRequest("", "company and agent must be "+idRule)
+		if err := checkPair(company, agent); err != nil {
+			return nil, badRequestID(err)
 		}
 		return s.auth.openUserFor(r.Context(), bearerToken(r), company, agent)
 	})
@@ -335,12 +349,12 @@ func (s *server) socket(w http.ResponseWriter, r *http.Request, authenticate fun
 	if err := checkUpgrade(w, r); err != nil {
 		return err
 	}
-	if err := checkOrigin(s.cfg.Load(), r); err != nil {
+	if err := s.checkOrigin(w, r); err != nil {
 		return err
 	}
 	err := s.admit(w, r, authenticate)
 	if err != nil && err.close != 0 && (err.shown || r.URL.Query().Get("errors") == "close") {
-		s.hub.reject(w, r, err)
+		s.hub.reject(w, r, s.noted(w, err))
 		return nil
 	}
 	return err

@@ -138,7 +138,7 @@ func badField(field, message string) string {
 
 func TestMintErrors(t *testing.T) {
 	s := newTestServer(func(c *Config) { c.AuthPublicKey = "public-1" })
-	const ids, life = " must be " + idRule, "expires_in_seconds must be a whole number, 1 to 31536000"
+	const tokenIDs, nameIDs, life = " (1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -)", " (1 to 256 bytes of printable UTF-8)", "expires_in_seconds must be a whole number, 1 to 31536000"
 	const notObject = `{"code":"BadRequest","message":"body is not a JSON object"}`
 	for _, c := range []struct {
 		target, key, body string
@@ -155,13 +155,13 @@ func TestMintErrors(t *testing.T) {
 		{"/generate-token", "general-1", `"x"`, 400, notObject},
 		{"/generate-token", "general-1", `{"company_id":"c"`, 400, notObject},
 		{"/generate-token", "general-1", `{"company_id":"c"} {}`, 400, notObject},
-		{"/generate-token", "general-1", `null`, 400, badField("company_id", "company_id"+ids)},
-		{"/generate-token", "general-1", `{}`, 400, badField("company_id", "company_id"+ids)},
+		{"/generate-token", "general-1", `null`, 400, badField("company_id", "company id is empty"+tokenIDs)},
+		{"/generate-token", "general-1", `{}`, 400, badField("company_id", "company id is empty"+tokenIDs)},
 		{"/generate-token", "general-1", `{"company_id":7}`, 400, badField("company_id", "company_id must not be a JSON number")},
-		{"/generate-token", "general-1", `{"company_id":"c d"}`, 400, badField("company_id", "company_id"+ids)},
-		{"/generate-token", "general-1", "{\"company_id\":\"c\xff\"}", 400, badField("company_id", "company_id"+ids)},
-		{"/generate-token", "general-1", `{"company_id":"c","agent_id":"*"}`, 400, badField("agent_id", "agent_id"+ids)},
-		{"/generate-token", "general-1", `{"company_id":"c","agent_id":"a","user_id":null}`, 400, badField("user_id", "user_id"+ids)},
+		{"/generate-token", "general-1", `{"company_id":"c d"}`, 400, badField("company_id", `company id \"c d\" holds ' '`+tokenIDs)},
+		{"/generate-token", "general-1", "{\"company_id\":\"c\xff\"}", 400, badField("company_id", `company id \"c�\" holds '�'`+tokenIDs)},
+		{"/generate-token", "general-1", `{"company_id":"c","agent_id":"*"}`, 400, badField("agent_id", `agent id \"*\" holds '*'`+tokenIDs)},
+		{"/generate-token", "general-1", `{"company_id":"c","agent_id":"a","user_id":null}`, 400, badField("user_id", "user id is empty"+nameIDs)},
 		{"/generate-token", "general-1", `{"company_id":"c","agent_id":"a","user_id":"u"}`, 400, badField("expires_in_seconds", life)},
 		{"/generate-token", "general-1", `{"company_id":"c","agent_id":"a","user_id":"u","expires_in_seconds":0}`, 400, badField("expires_in_seconds", life)},
 		{"/generate-token", "general-1", `{"company_id":"c","agent_id":"a","user_id":"u","expires_in_seconds":-1}`, 400, badField("expires_in_seconds", life)},
@@ -169,11 +169,11 @@ func TestMintErrors(t *testing.T) {
 		{"/generate-token", "general-1", `{"company_id":"c","agent_id":"a","user_id":"u","expires_in_seconds":31536001}`, 400, badField("expires_in_seconds", life)},
 		{"/generate-token", "general-1", `{"company_id":"c","agent_id":"a","user_id":"u","expires_in_seconds":"60"}`, 400, badField("expires_in_seconds", "expires_in_seconds must not be a JSON string")},
 		{"/generate-token", "general-1", `{"company_id":"` + strings.Repeat("c", maxBody) + `"}`, 413, `{"code":"PayloadTooLarge","message":"body is larger than 65536 bytes"}`},
-		{"/admin/generate-token", "admin-1", `{"expires_in_seconds":60}`, 400, badField("admin_id", "admin_id"+ids)},
-		{"/admin/generate-token", "admin-1", `{"admin_id":"*","expires_in_seconds":60}`, 400, badField("admin_id", "admin_id"+ids)},
-		{"/admin/generate-token", "admin-1", `{"admin_id":"r","subscribed_company_id":"c.*","expires_in_seconds":60}`, 400, badField("subscribed_company_id", "subscribed_company_id"+ids)},
+		{"/admin/generate-token", "admin-1", `{"expires_in_seconds":60}`, 400, badField("admin_id", "admin id is empty"+nameIDs)},
+		{"/admin/generate-token", "admin-1", `{"admin_id":"a\tb","expires_in_seconds":60}`, 400, badField("admin_id", `admin id \"a\\tb\" holds '\\t'`+nameIDs)},
+		{"/admin/generate-token", "admin-1", `{"admin_id":"r","subscribed_company_id":"c.*","expires_in_seconds":60}`, 400, badField("subscribed_company_id", `subscribed company id \"c.*\" holds '.'`+tokenIDs)},
 		{"/admin/generate-token", "admin-1", `{"admin_id":"r","subscribed_agent_id":[],"expires_in_seconds":60}`, 400, badField("subscribed_agent_id", "subscribed_agent_id must not be a JSON array")},
-		{"/admin/generate-token", "admin-1", `{"admin_id":"r","company_id_restriction":"d d","expires_in_seconds":60}`, 400, badField("company_id_restriction", "company_id_restriction"+ids)},
+		{"/admin/generate-token", "admin-1", `{"admin_id":"r","company_id_restriction":"d d","expires_in_seconds":60}`, 400, badField("company_id_restriction", `company id restriction \"d d\" holds ' '`+tokenIDs)},
 		{"/admin/generate-token", "admin-1", `{"admin_id":"r","subscribed_company_id":"c","company_id_restriction":"d","expires_in_seconds":60}`, 403,
 			`{"code":"InvalidToken","message":"subscribed_company_id contradicts company_id_restriction"}`},
 	} {
@@ -232,6 +232,7 @@ func TestUpgradeRefusals(t *testing.T) {
 	contrary := mustSeal(t, vectorKey, adminToken{AdminID: "r", ExpiresAt: later, SubscribedCompanyID: "c", CompanyIDRestriction: "d"})
 	admin := mustSeal(t, vectorKey, adminToken{AdminID: "r", ExpiresAt: later})
 	invalid := func(message string) string { return `{"code":"InvalidToken","message":"` + message + `"}` }
+	const tokenIDs, nameIDs = " (1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -)", " (1 to 256 bytes of printable UTF-8)"
 	const away = `{"code":"Unavailable","message":"redis is away"}`
 	for _, c := range []struct {
 		target  string
@@ -245,12 +246,12 @@ func TestUpgradeRefusals(t *testing.T) {
 		{"/ws/c/a?x-api-key=public-1&token=" + user, []string{"X-API-Key: wrong"}, 401, bodyKey},
 		{"/ws/c/a?x-api-key=public-1", nil, 403, invalid("token is missing")},
 		{"/ws/c/a?x-api-key=public-1&token=%00", nil, 403, invalid("token cannot be opened")},
-		{"/ws/c/a?x-api-key=public-1&token=" + admin, nil, 403, invalid("token does not hold a user's claims")},
+		{"/ws/c/a?x-api-key=public-1&token=" + admin, nil, 403, invalid("token: company id is empty" + tokenIDs)},
 		{"/ws/c/a?x-api-key=public-1&token=" + expired, nil, 403, invalid("token has expired")},
 		{"/ws/c/b?x-api-key=public-1&token=" + user, nil, 403, invalid("token is for another company or agent")},
 		{"/ws/d/a?x-api-key=public-1&token=" + user, nil, 403, invalid("token is for another company or agent")},
-		{"/ws/c.d/a?x-api-key=public-1&token=" + user, nil, 400, `{"code":"BadRequest","message":"company and agent must be ` + idRule + `"}`},
-		{"/ws/c/a%2Fb?x-api-key=public-1&token=" + user, nil, 400, `{"code":"BadRequest","message":"company and agent must be ` + idRule + `"}`},
+		{"/ws/c.d/a?x-api-key=public-1&token=" + user, nil, 400, badField("company_id", `company id \"c.d\" holds '.'`+tokenIDs)},
+		{"/ws/c/a%2Fb?x-api-key=public-1&token=" + user, nil, 400, badField("agent_id", `agent id \"a/b\" holds '/'`+tokenIDs)},
 		{"/ws/c/a?x-api-key=public-1&since=x&token=" + user, nil, 400, badField("since", "since must be a stream sequence")},
 		{"/ws/c/a?x-api-key=public-1&since=&token=" + user, nil, 400, badField("since", "since must be a stream sequence")},
 		{"/ws/c/a?x-api-key=public-1&since=-1&token=" + user, nil, 400, badField("since", "since must be a stream sequence")},
@@ -262,7 +263,7 @@ func TestUpgradeRefusals(t *testing.T) {
 		{"/ws/c/a", []string{"X-API-Key: public-1", "Sec-WebSocket-Protocol: json.v1", "Sec-WebSocket-Protocol: bearer." + user}, 503, away},
 		{"/ws/admin?token=" + admin, []string{"X-API-Key: public-1"}, 401, bodyKey},
 		{"/ws/admin?token=" + admin, []string{"X-API-Key: general-1"}, 401, bodyKey},
-		{"/ws/admin?token=" + user, []string{"X-API-Key: admin-1"}, 403, invalid("token does not hold an admin's claims")},
+		{"/ws/admin?token=" + user, []string{"X-API-Key: admin-1"}, 403, invalid("token: admin id is empty" + nameIDs)},
 		{"/ws/admin?token=" + contrary, []string{"X-API-Key: admin-1"}, 403, invalid("subscribed_company_id contradicts company_id_restriction")},
 		{"/ws/admin?x-api-key=admin-1&token=" + admin, nil, 503, away},
 	} {

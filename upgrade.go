@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"path"
 	"strings"
 	"time"
 
@@ -91,38 +90,6 @@ func hasToken(h http.Header, name, want string) bool {
 		}
 	}
 	return false
-}
-
-// checkOrigin allows an absent origin, the request's own host and the allowed globs, which are matched against host or
-// host:port as the browser sends it, without regard to case.
-func checkOrigin(cfg *Config, r *http.Request) *apiError {
-	origins := r.Header.Values("Origin")
-	if len(origins) == 0 || cfg.WebsocketInsecureSkipVerify {
-		return nil
-	}
-	u, err := url.Parse(origins[0])
-	if len(origins) > 1 || err != nil || u.Host == "" {
-		return originNotAllowed()
-	}
-	if sameHost(u, r.Host) {
-		return nil
-	}
-	host := strings.ToLower(u.Host)
-	for glob := range strings.SplitSeq(cfg.WebsocketAllowedOrigins, ",") {
-		if ok, err := path.Match(strings.ToLower(strings.TrimSpace(glob)), host); ok && err == nil {
-			return nil
-		}
-	}
-	return originNotAllowed()
-}
-
-// sameHost compares an origin with a Host header; a browser leaves the scheme's own port out of both, others may not.
-func sameHost(origin *url.URL, host string) bool {
-	port := ":80"
-	if origin.Scheme == "https" {
-		port = ":443"
-	}
-	return strings.EqualFold(strings.TrimSuffix(origin.Host, port), strings.TrimSuffix(host, port))
 }
 
 // upgrade is a connection taken over from net/http, with what the handshake still needs of its request. Nothing else of

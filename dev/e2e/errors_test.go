@@ -20,6 +20,7 @@ const (
 	bodyMethod   = `{"code":"MethodNotAllowed","message":"method is not allowed here"}`
 	bodyFull     = `{"code":"Unavailable","message":"no room for further sockets on this pod"}`
 	idRule       = "1 to 128 bytes of A-Z a-z 0-9 _ @ + = ~ -"
+	nameRule     = "1 to 256 bytes of printable UTF-8"
 )
 
 func bodyToken(message string) string { return `{"code":"InvalidToken","message":"` + message + `"}` }
@@ -183,7 +184,7 @@ func badTokens(t *testing.T) map[string]string {
 		"no expiry":     harness.Seal(t, harness.TokenKey, ids),
 		"no json":       harness.SealBytes(t, harness.TokenKey, []byte("acme/desk1/ann")),
 		"no user":       harness.Seal(t, harness.TokenKey, with(ids, map[string]any{"expires_at": later, "user_id": ""})),
-		"dotted user":   harness.Seal(t, harness.TokenKey, with(ids, map[string]any{"expires_at": later, "user_id": "a.b"})),
+		"bad user":      harness.Seal(t, harness.TokenKey, with(ids, map[string]any{"expires_at": later, "user_id": "a\nb"})),
 		"admin's":       harness.Seal(t, harness.TokenKey, map[string]any{"admin_id": "root", "expires_at": later}),
 		"user's":        harness.Seal(t, harness.AdminKey, with(ids, map[string]any{"expires_at": later})),
 		"contradiction": harness.AdminToken(t, "root", "acme", "", "rival", time.Hour),
@@ -209,7 +210,7 @@ func TestErrorTable(t *testing.T) {
 	if got := after.Sum("dws_auth_failure_total") - before.Sum("dws_auth_failure_total"); got != byToken {
 		t.Errorf("dws_auth_failure_total counted %v refusals, want %v", got, byToken)
 	}
-	for _, label := range []string{`reason="expired"`, `reason="malformed"`, `reason="missing"`, `reason="path"`, `reason="scope"`, `reason="key"`} {
+	for _, label := range []string{`reason="expired"`, `reason="id"`, `reason="malformed"`, `reason="missing"`, `reason="path"`, `reason="scope"`, `reason="key"`} {
 		if after.Sum("dws_auth_failure_total", label) == 0 {
 			t.Errorf("no dws_auth_failure_total with %s", label)
 		}
@@ -240,7 +241,9 @@ func refusedUpgrades(tokens map[string]string) []refusal {
 	key := func(k string) func(*harness.Dial) { return func(d *harness.Dial) { d.Key = k } }
 	path := func(p string) func(*harness.Dial) { return func(d *harness.Dial) { d.Path = p } }
 	noToken := func(d *harness.Dial) { d.Token = harness.None }
-	ids := bodyBad("company and agent must be " + idRule)
+	id := func(field, why string) string {
+		return bodyField(field, strings.ReplaceAll(field, "_", " ")+why+" ("+idRule+")")
+	}
 	since := bodyField("since", "since must be a stream sequence")
 	foreign := func(d *harness.Dial) { d.Protocols = []string{"chat.v2", "graphql-ws"} }
 	return []refusal{
@@ -253,10 +256,10 @@ func refusedUpgrades(tokens map[string]string) []refusal {
 		{"admin key for a user", user(key(harness.AdminAPIKey)), 401, bodyKey, 4401, "invalid-api-key"},
 		{"no key for an admin", admin(key(harness.None)), 401, bodyKey, 4401, "invalid-api-key"},
 		{"general key for an admin", admin(key(harness.APIKey)), 401, bodyKey, 4401, "invalid-api-key"},
-		{"company with a dot", user(path("/ws/ac.me/desk1")), 400, ids, 4400, "bad-request"},
-		{"agent with a wildcard", user(path("/ws/acme/desk*")), 400, ids, 4400, "bad-request"},
-		{"company of 129 bytes", user(path("/ws/" + strings.Repeat("c", 129) + "/desk1")), 400, ids, 4400, "bad-request"},
-		{"escaped blank", user(path("/ws/acme/desk%201")), 400, ids, 4400, "bad-request"},
+		{"company with a dot", user(path("/ws/ac.me/desk1")), 400, id("company_id", ` \"ac.me\" holds '.'`), 4400, "bad-request"},
+		{"agent with a wildcard", user(path("/ws/acme/desk*")), 400, id("agent_id", ` \"desk*\" holds '*'`), 4400, "bad-request"},
+		{"company of 129 bytes", user(path("/ws/" + strings.Repeat("c", 129) + "/desk1")), 400, id("company_id", ` \"`+strings.Repeat("c", 64)+`\" has 129 bytes`), 4400, "bad-request"},
+		{"escaped blank", user(path("/ws/acme/desk%201")), 400, id("agent_id", ` \"desk 1\" holds ' '`), 4400, "bad-request"},
 		{"no token", user(noToken), 403, bodyToken("token is missing"), 4403, "invalid-token"},
 		{"no admin token", admin(noToken), 403, bodyToken("token is missing"), 4403, "invalid-token"},
 		{"token not base64", user(func(d *harness.Dial) { d.Token = "not!a!token!" }), 403, bodyToken(cannot), 4403, "invalid-token"},
@@ -266,11 +269,11 @@ func refusedUpgrades(tokens map[string]string) []refusal {
 		{"token above 4096 bytes", user(token("long")), 403, bodyToken("token is too long"), 4403, "invalid-token"},
 		{"admin token for a user", user(token("admin")), 403, bodyToken(cannot), 4403, "invalid-token"},
 		{"user token for an admin", admin(token("good")), 403, bodyToken(cannot), 4403, "invalid-token"},
-		{"admin's claims for a user", user(token("admin's")), 403, bodyToken(noClaims), 4403, "invalid-token"},
-		{"user's claims for an admin", admin(token("user's")), 403, bodyToken("token does not hold an admin's claims"), 4403, "invalid-token"},
+		{"admin's claims for a user", user(token("admin's")), 403, bodyToken("token: company id is empty (" + idRule + ")"), 4403, "invalid-token"},
+		{"user's claims for an admin", admin(token("user's")), 403, bodyToken("token: admin id is empty (" + nameRule + ")"), 4403, "invalid-token"},
 		{"token without JSON", user(token("no json")), 403, bodyToken(noClaims), 4403, "invalid-token"},
-		{"token without user", user(token("no user")), 403, bodyToken(noClaims), 4403, "invalid-token"},
-		{"token with a bad user", user(token("dotted user")), 403, bodyToken(noClaims), 4403, "invalid-token"},
+		{"token without user", user(token("no user")), 403, bodyToken("token: user id is empty (" + nameRule + ")"), 4403, "invalid-token"},
+		{"token with a bad user", user(token("bad user")), 403, bodyToken(`token: user id \"a\\nb\" holds '\\n' (` + nameRule + ")"), 4403, "invalid-token"},
 		{"token without expiry", user(token("no expiry")), 403, bodyToken("token has expired"), 4403, "token-expired"},
 		{"expired token", user(token("expired")), 403, bodyToken("token has expired"), 4403, "token-expired"},
 		{"expired admin token", admin(token("expired admin")), 403, bodyToken("token has expired"), 4403, "token-expired"},
@@ -310,8 +313,8 @@ func TestRequestErrors(t *testing.T) {
 		{"POST", "/generate-token", harness.AdminAPIKey, good, 401, bodyKey, ""},
 		{"POST", "/admin/generate-token", harness.APIKey, good, 401, bodyKey, ""},
 		{"POST", "/generate-token", harness.APIKey, "no json", 400, bodyBad("body is not a JSON object"), ""},
-		{"POST", "/generate-token", harness.APIKey, `{"company_id":"acme","agent_id":"desk1","expires_in_seconds":60}`, 400, bodyField("user_id", "user_id must be "+idRule), ""},
-		{"POST", "/generate-token", harness.APIKey, `{"company_id":"a.b"}`, 400, bodyField("company_id", "company_id must be "+idRule), ""},
+		{"POST", "/generate-token", harness.APIKey, `{"company_id":"acme","agent_id":"desk1","expires_in_seconds":60}`, 400, bodyField("user_id", "user id is empty ("+nameRule+")"), ""},
+		{"POST", "/generate-token", harness.APIKey, `{"company_id":"a.b"}`, 400, bodyField("company_id", `company id \"a.b\" holds '.' (`+idRule+")"), ""},
 		{"POST", "/generate-token", harness.APIKey, strings.Replace(good, "60", "0", 1), 400, bodyField("expires_in_seconds", ttl), ""},
 		{"POST", "/generate-token", harness.APIKey, strings.Replace(good, "60", "31536001", 1), 400, bodyField("expires_in_seconds", ttl), ""},
 		{"POST", "/generate-token", harness.APIKey, good + strings.Repeat(" ", 64<<10), 413, `{"code":"PayloadTooLarge","message":"body is larger than 65536 bytes"}`, ""},
@@ -413,8 +416,24 @@ func TestOriginsOfPages(t *testing.T) {
 	page := d.Origin("https://chat.example.com")
 	page.Key = "not-the-general-key"
 	refusal{"allowed page, wrong key", page, 401, bodyKey, 4401, "invalid-api-key"}.wantRefused(p)
+	refused := 0.0
 	for _, bad := range []string{"https://example.com", "https://chat.example.com:444", "https://chat.example.com.evil.example", "https://app.test", "http://localhost", "null"} {
 		refusal{"origin " + bad, d.Origin(bad), 403, bodyOrigin, 0, ""}.wantRefused(p)
+		refused += 4
+	}
+	if n := p.Metric("dws_origins_refused_total"); n != refused {
+		t.Errorf("%v refused origins counted, want %v", n, refused)
+	}
+	if l := wantLogged(p, "origin refused"); l["origin"] != "https://example.com" || l["host"] != p.HTTP || l["suppressed"] != 0.0 {
+		t.Errorf("logged %v", l)
+	}
+	apps := w.Start("WEBSOCKET_ALLOWED_ORIGINS=[::1]:*,[2001:DB8:0::1]:8443,bücher.example,null,file://")
+	for _, good := range []string{"http://[::1]:3000", "https://[2001:db8::1]:8443", "https://xn--bcher-kva.example", "null", "file://"} {
+		apps.Connect(d.Origin(good)).WantNothingElse()
+	}
+	refusal{"another IPv6 address", d.Origin("http://[::2]:3000"), 403, bodyOrigin, 0, ""}.wantRefused(apps)
+	if !strings.Contains(apps.Log.Text(), "DAISI_WS_WEBSOCKET_ALLOWED_ORIGINS lists null") {
+		t.Error("no word about null, which is the origin of any page that wants it")
 	}
 	if !strings.Contains(lax.Log.Text(), "DAISI_WS_WEBSOCKET_INSECURE_SKIP_VERIFY IS ON") {
 		t.Error("no loud word about the check that is off")

@@ -143,14 +143,17 @@ func TestPoisonIsLoggedSparingly(t *testing.T) {
 	c.WantEvent(w.Chat("acme", "desk1"))
 	wantAtRest(pod, map[string]float64{"malformed": float64(n)})
 	var times []time.Time
+	counted, last := 0, 0 // by the lines and by what they say of those before them; the sequence of the last one
 	for line := range strings.Lines(pod.Log.Text()) {
 		var l struct {
 			Time         time.Time
 			Msg, Subject string
 			Seq          uint64
+			Suppressed   int
 		}
 		if json.Unmarshal([]byte(line), &l) == nil && strings.Contains(l.Msg, "malformed") {
 			times = append(times, l.Time)
+			counted, last = counted+1+l.Suppressed, int(l.Seq)
 			if l.Seq == 0 || !strings.Contains(l.Subject, w.Prefix+".acme.desk1.chats") {
 				t.Errorf("line %s does not name the event", line)
 			}
@@ -158,6 +161,9 @@ func TestPoisonIsLoggedSparingly(t *testing.T) {
 	}
 	if len(times) < 2 || n < 10 {
 		t.Errorf("%d malformed events in 2.5 s made %d lines", n, len(times))
+	}
+	if counted != last { // the stream holds nothing else until then
+		t.Errorf("the lines tell of %d malformed events up to the sequence %d", counted, last)
 	}
 	for i := 1; i < len(times); i++ {
 		if d := times[i].Sub(times[i-1]); d < 990*time.Millisecond { // the log's clock is read after the decision

@@ -151,7 +151,7 @@ func TestFaultyMessages(t *testing.T) {
 		c.SelectChat("c1")
 		n := 0
 		for _, text := range []string{
-			"", " ", "hello", "{", "[]", "null", "7", `"ping"`, "{}", `{"type":""}`, `{"type":null}`, `{"type":7}`, `{"type":"Ping"}`, `{"type":"pong"}`, `{"type":"ready"}`,
+			"", " ", "hello", "{", "[]", "null", "7", `"ping"`, "{}", `{"type":""}`, `{"type":null}`, `{"type":7}`, `{"type":"Ping"}`, `{"type":"pong"}`, `{"type":"Ready"}`,
 			`{"type":"event","seq":1,"payload":{}}`, `{"type":"ping"}{"type":"ping"}`, `{"type":"ping"} x`, `{"type":"ping",}`,
 			`{"type":"refresh_token"}`, `{"type":"refresh_token","payload":{}}`, `{"type":"refresh_token","payload":{"token":7}}`, `{"type":"resume"}`, `{"type":"select_chat"}`,
 			`{"type":"` + strings.Repeat("x", 60_000) + `"}`, strings.Repeat("[", 30_000),
@@ -164,6 +164,7 @@ func TestFaultyMessages(t *testing.T) {
 		}
 		c.SendRaw(true, []byte(`{"type":"refresh_token","payload":{"token":"nonsense"}}`))
 		c.WantError("InvalidToken")
+		c.SendRaw(true, []byte(`{"type":"ready"}`)) // of clients of the earlier service: ignored
 		c.SendRaw(true, []byte(" {\"future\":[1], \"type\" : \"ping\", \"payload\":{\"more\":true}}\n"))
 		if m := c.Next(); m.Raw != `{"type":"pong"}` {
 			t.Errorf("ping is answered by %s", m.Raw)

@@ -103,7 +103,7 @@ func (d Dial) dialer(address string) dialer {
 		q.Set("x-api-key", d.Key)
 	}
 	if d.Token != None && d.Bearer {
-		protocols = append([]string{"json.v1"}, "bearer."+d.Token)
+		protocols = append([]string{"json.v1"}, "bearer."+strings.TrimRight(d.Token, "="))
 	} else if d.Token != None {
 		q.Set("token", d.Token)
 	}
