@@ -6,7 +6,9 @@ import (
 )
 
 func newTestParked(maxPending, budget, pods int) *parked {
-	p := newParked(&Config{NATSMaxAckPending: maxPending, NATSParkedBudget: budget, NATSNakDelay: time.Second}, newMetrics())
+	cfg := &settings{}
+	cfg.Store(&Config{NATSMaxAckPending: maxPending, NATSParkedBudget: budget, NATSNakDelay: time.Second})
+	p := newParked(cfg, newMetrics())
 	p.pods.Store(int64(pods))
 	return p
 }
