@@ -39,9 +39,12 @@ type consumer struct {
 	stop     chan struct{} // closed by drain
 	stopped  chan struct{} // closed when run has returned
 
-	// Owned by run: what was warned of last, and the creation of a consumer that was found not to deliver what it should.
+	// Owned by run: what was warned of last; the creation of a consumer that was found not to deliver what it should; whether the
+	// last one seen did not, and since when there is none.
 	saidVersion, saidRetention, saidLimits string
 	skipped                                time.Time
+	misfit                                 bool
+	missing                                time.Time
 
 	mu      sync.Mutex // guards state, refusal, created and floor
 	state   string     // "active", or why not
@@ -440,11 +443,10 @@ func (c *consumer) noteLag(ctx context.Context, stream jetstream.Stream, info *j
 // raiseFloor notes up to where all was settled. It fails where another pod has seen the consumer skip events behind the floor
 // noted then.
 func (c *consumer) raiseFloor(ctx context.Context, info *jetstream.ConsumerInfo) error {
-	cfg := c.cfg.Load()
 	c.mu.Lock()
 	created, floor := c.created, max(c.floor, info.AckFloor.Stream)
 	c.mu.Unlock()
-	noted, skipped, err := c.owners.noteFloor(ctx, cfg.NATSStreamName, cfg.NATSConsumerName, created, floor, info.Created)
+	noted, skipped, err := c.owners.noteFloor(ctx, created, floor, info.Created)
 	if skipped {
 		floor, c.skipped = noted, info.Created
 	}
@@ -453,7 +455,7 @@ func (c *consumer) raiseFloor(ctx context.Context, info *jetstream.ConsumerInfo)
 	c.mu.Unlock()
 	switch {
 	case skipped:
-		return fmt.Errorf("consumer %s has skipped events behind %d", cfg.NATSConsumerName, floor)
+		return fmt.Errorf("consumer %s has skipped events behind %d", info.Name, floor)
 	case err != nil:
 		slog.Debug("ack floor not noted", "seq", floor, "err", err)
 	}

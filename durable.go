@@ -29,6 +29,9 @@ func (c *consumer) ensureConsumer(ctx context.Context, s jetstream.Stream) (jets
 	want := wanted(cfg)
 	cons, err := s.Consumer(ctx, want.Durable)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		if err := c.leave(); err != nil {
+			return nil, err
+		}
 		if err := c.startOf(ctx, s.CachedInfo(), &want); err != nil {
 			return nil, err
 		}
@@ -57,6 +60,19 @@ func (c *consumer) ensureConsumer(ctx context.Context, s jetstream.Stream) (jets
 	return cons, nil
 }
 
+// leave keeps a pod that the last consumer did not fit from making the next one, while others may be about to.
+func (c *consumer) leave() error {
+	switch {
+	case !c.misfit || c.owners.livePods() == 1:
+		return nil
+	case c.missing.IsZero():
+		c.missing = time.Now()
+	case time.Since(c.missing) > 2*pollEvery:
+		return nil
+	}
+	return fmt.Errorf("consumer %s does not exist any more: it is left to the pods that it fitted to make it", c.cfg.Load().NATSConsumerName)
+}
+
 // otherConsumer is the way out where JetStream lets nobody change what differs.
 const otherConsumer = "set NATS_CONSUMER_NAME to another name, or delete that consumer if nothing else uses it"
 
@@ -83,8 +99,7 @@ func (c *consumer) startOf(ctx context.Context, info *jetstream.StreamInfo, want
 // lastFloor is the highest ack floor known, and the creation of its stream; found is false where there is none, or, with an
 // error, maybe.
 func (c *consumer) lastFloor(ctx context.Context) (created time.Time, floor uint64, found bool, err error) {
-	cfg := c.cfg.Load()
-	created, floor, found, err = c.owners.floor(ctx, cfg.NATSStreamName, cfg.NATSConsumerName)
+	created, floor, found, err = c.owners.floor(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.created.IsZero() && (!found || c.created.Equal(created)) {
@@ -119,11 +134,18 @@ func compare(have, want jetstream.ConsumerConfig) (fixed, delivered, limits []di
 	note(&delivered, "filter_subject", orEmpty(strings.Join(filters, ", ")), want.FilterSubject)
 	note(&delivered, "headers_only", strconv.FormatBool(have.HeadersOnly), "false")
 	note(&delivered, "max_deliver", limitText(have.MaxDeliver), limitText(want.MaxDeliver))
-	note(&delivered, "backoff", fmt.Sprint(have.BackOff), fmt.Sprint(want.BackOff))
+	note(&delivered, "backoff", backoffText(have.BackOff), "none")
 
 	note(&limits, "ack_wait", have.AckWait.String(), want.AckWait.String())
 	note(&limits, "max_ack_pending", limitText(have.MaxAckPending), limitText(want.MaxAckPending))
 	return fixed, delivered, limits
+}
+
+func backoffText(delays []time.Duration) string {
+	if len(delays) == 0 {
+		return "none"
+	}
+	return fmt.Sprint(delays)
 }
 
 func limitText(n int) string {
@@ -142,8 +164,8 @@ func tell(format string, differ []difference) string {
 	return strings.Join(all, ", ")
 }
 
-// misfit is why this pod does without the consumer.
-func misfit(consumer string, differ []difference, advice string) error {
+// misfitError is why this pod does without the consumer.
+func misfitError(consumer string, differ []difference, advice string) error {
 	return fmt.Errorf("consumer %s does not fit: %s; %s", consumer, tell("%s is %s, want %s", differ), advice)
 }
 
@@ -154,14 +176,15 @@ func (c *consumer) reconcile(ctx context.Context, s jetstream.Stream, cons jetst
 	info := cons.CachedInfo()
 	fixed, delivered, limits := compare(info.Config, want)
 	if len(fixed) > 0 {
-		return nil, misfit(want.Durable, fixed, otherConsumer)
+		return nil, misfitError(want.Durable, fixed, otherConsumer)
 	}
 	if len(delivered) > 0 {
 		c.noteSkipping(ctx, info.Created)
 	}
+	c.misfit, c.missing = len(delivered) > 0, time.Time{}
 	used := c.owners.livePods() > 1 || info.NumWaiting > 0
 	if used && len(delivered) > 0 {
-		return nil, misfit(want.Durable, delivered, "it is left as it is while others use it: set this pod's NATS_SUBJECT_PREFIX or NATS_CONSUMER_NAME, "+
+		return nil, misfitError(want.Durable, delivered, "it is left as it is while others use it: set this pod's NATS_SUBJECT_PREFIX or NATS_CONSUMER_NAME, "+
 			"or change the consumer, or stop all pods and start one")
 	}
 	if err := c.readAgain(ctx, s, info, want.Durable); err != nil {
@@ -204,8 +227,9 @@ func (c *consumer) adopt(have jetstream.ConsumerConfig, differ []difference) {
 	c.cfg.own.Store(&ownLimits{effective.NATSAckWait, effective.NATSMaxAckPending})
 	rules := &loader{cfg: &effective}
 	rules.checkRelations(&effective)
-	c.warn(&c.saidLimits, tell("%s is %s, want %s", differ), "the consumer's own limits are in force, until a pod starts while no other lives",
-		"consumer", have.Durable, "err", rules.err())
+	differs := tell("%s is %s, want %s", differ)
+	c.warn(&c.saidLimits, differs, "the consumer's own limits are in force, until a pod starts while no other lives",
+		"consumer", have.Durable, "differ", differs, "err", rules.err())
 }
 
 // stillFits is nil while a consumer that is in use delivers what it should. Its limits may have changed: they are adopted.
@@ -213,7 +237,7 @@ func (c *consumer) stillFits(ctx context.Context, info *jetstream.ConsumerInfo) 
 	fixed, delivered, limits := compare(info.Config, wanted(c.cfg.Load()))
 	if differ := slices.Concat(fixed, delivered); len(differ) > 0 {
 		c.noteSkipping(ctx, info.Created)
-		return misfit(info.Name, differ, "somebody has changed it")
+		return misfitError(info.Name, differ, "somebody has changed it")
 	}
 	c.adopt(info.Config, limits)
 	return nil
@@ -223,9 +247,8 @@ func (c *consumer) stillFits(ctx context.Context, info *jetstream.ConsumerInfo) 
 // behind the last good ack floor is to be read again.
 func (c *consumer) noteSkipping(ctx context.Context, made time.Time) {
 	c.skipped = made
-	cfg := c.cfg.Load()
-	if err := c.owners.noteSkipped(ctx, cfg.NATSStreamName, cfg.NATSConsumerName, made); err != nil {
-		slog.Debug("not noted that the consumer skips events", "consumer", cfg.NATSConsumerName, "err", err)
+	if err := c.owners.noteSkipped(ctx, made); err != nil {
+		slog.Debug("not noted that the consumer skips events", "err", err)
 	}
 }
 
