@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -232,11 +231,6 @@ func (c *consumer) consume(ctx context.Context) error {
 		return c.errDisconnected()
 	}
 	c.limit(int(c.nc.MaxPayload()))
-	old := ""
-	if v := c.nc.ConnectedServerVersion(); olderThan(v, 2, 11) {
-		old = v
-	}
-	c.warn(&c.saidVersion, old, "NATS is older than 2.11: it does not find messages by time, so clients that resume may have to reload", "version", old)
 	stream, err := c.ensureStream(ctx)
 	if err != nil {
 		return err
@@ -264,15 +258,6 @@ func (c *consumer) consume(ctx context.Context) error {
 	c.seen()
 	c.setState("active")
 	return c.watch(ctx, flow, &bound{stream: stream, cons: cons, made: made}, missed)
-}
-
-// olderThan compares a server's version, such as 2.10.29; one that can't be read is not old.
-func olderThan(version string, major, minor int) bool {
-	var is [2]int
-	if n, _ := fmt.Sscanf(version, "%d.%d", &is[0], &is[1]); n < 2 {
-		return false
-	}
-	return slices.Compare(is[:], []int{major, minor}) < 0
 }
 
 // warn says something that is so as long as about is not empty, and again only when about has changed.
@@ -392,7 +377,7 @@ func (c *consumer) poll(ctx context.Context, w *bound) error {
 	}
 	c.seen()
 	if info.Paused {
-		c.setState("paused by someone until " + info.TimeStamp.Add(info.PauseRemaining).UTC().Format(time.RFC3339))
+		c.setState(fmt.Sprintf("paused by someone until %v", info.Config.PauseUntil))
 		c.m.consumerPaused.with().Set(1)
 	} else {
 		c.setState("active")

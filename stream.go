@@ -33,6 +33,12 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 	if err := holdsPrefix(info.Config, cfg.NATSSubjectPrefix); err != nil {
 		return nil, err
 	}
+	old := ""
+	if info.Config.Metadata["_nats.ver"] == "" { // the stream's server adds it from 2.11 on; this pod may be connected to another
+		old = "yes"
+	}
+	c.warn(&c.saidVersion, old, "NATS is older than 2.11: it does not find messages by time, so clients that resume may have to reload",
+		"stream", cfg.NATSStreamName, "connected_to", c.nc.ConnectedServerVersion())
 	retention := ""
 	if info.Config.Retention != jetstream.LimitsPolicy {
 		retention = info.Config.Retention.String()

@@ -56,6 +56,16 @@ func setStream(w *harness.World, change func(*jetstream.StreamConfig)) {
 	}
 }
 
+// waitNoted waits until a poll has noted in Redis that all published so far is settled.
+func waitNoted(w *harness.World) {
+	w.T.Helper()
+	rdb, key := w.RedisClient(), "ack_floor:"+w.Stream+":"+w.Consumer+":"+w.Prefix
+	harness.Eventually(w.T, harness.Patience, "the floor to be noted", func() bool {
+		words := strings.Fields(rdb.Get(harness.Within(w.T, harness.Patience), key).Val())
+		return len(words) == 2 && words[1] == since(w.LastSeq())
+	})
+}
+
 // TestPodWithAnotherPrefix: a pod with another prefix than the others, at the same stream and consumer, changes nothing for
 // them. It is not ready and says why, until it is alone.
 func TestPodWithAnotherPrefix(t *testing.T) {
@@ -96,6 +106,7 @@ func TestConsumerSkipsEvents(t *testing.T) {
 	before := w.Chat("acme", "desk1")
 	ann.WaitEvent(before)
 	w.Settled()
+	waitNoted(w)
 	made := w.ConsumerInfo().Created
 	setFilter(w, w.Prefix+".nobody.>")
 	skipped := []uint64{w.Chat("acme", "desk1")}
@@ -152,12 +163,7 @@ func TestSkippedEventsOutliveThePods(t *testing.T) {
 	ann := pods[0].Connect(harness.User("acme", "desk1", "ann"))
 	ann.WaitEvent(w.Chat("acme", "desk1"))
 	w.Settled()
-	// A poll has noted that.
-	rdb, key := w.RedisClient(), "ack_floor:"+w.Stream+":"+w.Consumer+":"+w.Prefix
-	harness.Eventually(t, harness.Patience, "the floor to be noted", func() bool {
-		words := strings.Fields(rdb.Get(harness.Within(t, harness.Patience), key).Val())
-		return len(words) == 2 && words[1] == since(w.LastSeq())
-	})
+	waitNoted(w)
 	setFilter(w, w.Prefix+".nobody.>")
 	for _, p := range pods {
 		wantMisfit(p, "filter_subject")
@@ -296,7 +302,7 @@ func TestPausedConsumer(t *testing.T) {
 	}
 	until := time.Now().Add(time.Hour)
 	pause(until)
-	wantMisfit(pod, "paused by someone until "+until.UTC().Format("2006-01-02T15:"))
+	wantMisfit(pod, "paused by someone until "+until.UTC().Format("2006-01-02 15:"))
 	pod.WaitMetric(func(v float64) bool { return v == 1 }, "dws_consumer_paused")
 	seq := w.Chat("acme", "desk0")
 	if _, err := w.JS.ResumeConsumer(harness.Within(t, harness.Patience), w.Stream, w.Consumer); err != nil {
