@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -199,8 +200,8 @@ func TestPodWithOtherLimits(t *testing.T) {
 		t.Errorf("the consumer was changed: ack wait %v, %d unacked", c.AckWait, c.MaxAckPending)
 	}
 	// For agents who are absent, more than the consumer may have unacked: each waits for 20 s.
-	for range 60 {
-		w.Chat("acme", "absent")
+	for i := range 60 {
+		w.Chat("acme", fmt.Sprintf("absent%d", i))
 	}
 	d := harness.User("acme", "desk1", "ann")
 	d.RcvBuf = 4096

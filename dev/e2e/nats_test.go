@@ -241,15 +241,13 @@ func TestNATSNKey(t *testing.T) {
 	stranger.WantLine("Authorization Violation")
 }
 
-// TestLeafNode: the pods are at a leaf node, the stream is in the hub's JetStream domain. A leaf that has a stream of that name
-// itself shows that nothing asks the wrong one.
+// TestLeafNode: the pods are at a leaf node that has a JetStream of its own, the stream is in the hub's domain.
 func TestLeafNode(t *testing.T) {
 	t.Parallel()
 	for _, setting := range []string{"NATS_JS_DOMAIN=hub", "NATS_JS_API_PREFIX=$JS.hub.API"} {
 		t.Run(setting, func(t *testing.T) {
 			t.Parallel()
 			w := harness.New(t, harness.LeafNATS())
-			w.MakeDecoy()
 			a, b := w.Start(setting), w.Start(setting)
 			wantEverything(w, a, b, "desk1")
 			made := w.ConsumerInfo().Created

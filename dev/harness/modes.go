@@ -55,24 +55,6 @@ func (w *World) startNATSLeaf() {
 	})
 }
 
-// MakeDecoy makes a stream of the World's name at the leaf, with no subject of the events.
-func (w *World) MakeDecoy() {
-	w.T.Helper()
-	nc, err := w.leaf.Connect()
-	if err != nil {
-		w.T.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		w.T.Fatal(err)
-	}
-	cfg := jetstream.StreamConfig{Name: w.Stream, Subjects: []string{"decoy.>"}}
-	if _, err := js.CreateStream(Within(w.T, Patience), cfg); err != nil {
-		w.T.Fatalf("make decoy: %v", err)
-	}
-}
-
 // natsURL is where pods connect.
 func (w *World) natsURL() string {
 	if w.leaf != nil {
