@@ -372,7 +372,7 @@ func (c *consumer) poll(ctx context.Context, w *bound) error {
 	if !info.Created.Equal(w.made) { // maybe with its stream, while this pod was disconnected
 		return fmt.Errorf("consumer %s was made anew by someone", c.cfg.Load().NATSConsumerName)
 	}
-	if err := c.stillFits(ctx, info); err != nil {
+	if err := c.stillFits(ctx, w.stream, info); err != nil {
 		return err
 	}
 	c.seen()

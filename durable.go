@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -179,7 +178,7 @@ func (c *consumer) reconcile(ctx context.Context, s jetstream.Stream, cons jetst
 		return nil, misfitError(want.Durable, fixed, otherConsumer)
 	}
 	if len(delivered) > 0 {
-		c.noteSkipping(ctx, info.Created)
+		c.noteSkipping(ctx, s, info.Created)
 	}
 	c.misfit, c.missing = len(delivered) > 0, time.Time{}
 	used := c.owners.livePods() > 1 || info.NumWaiting > 0
@@ -233,19 +232,23 @@ func (c *consumer) adopt(have jetstream.ConsumerConfig, differ []difference) {
 }
 
 // stillFits is nil while a consumer that is in use delivers what it should. Its limits may have changed: they are adopted.
-func (c *consumer) stillFits(ctx context.Context, info *jetstream.ConsumerInfo) error {
-	fixed, delivered, limits := compare(info.Config, wanted(c.cfg.Load()))
-	if differ := slices.Concat(fixed, delivered); len(differ) > 0 {
-		c.noteSkipping(ctx, info.Created)
-		return misfitError(info.Name, differ, "somebody has changed it")
+func (c *consumer) stillFits(ctx context.Context, s jetstream.Stream, info *jetstream.ConsumerInfo) error {
+	_, delivered, limits := compare(info.Config, wanted(c.cfg.Load()))
+	if len(delivered) > 0 {
+		c.noteSkipping(ctx, s, info.Created)
+		return misfitError(info.Name, delivered, "somebody has changed it")
 	}
 	c.adopt(info.Config, limits)
 	return nil
 }
 
 // noteSkipping remembers, for all pods, that the consumer made at this time does not deliver what it should: once it does, all
-// behind the last good ack floor is to be read again.
-func (c *consumer) noteSkipping(ctx context.Context, made time.Time) {
+// behind the last good ack floor is to be read again. Not from a stream with interest retention: what no consumer was for is
+// gone from it, and to delete the consumer would lose what waits for it.
+func (c *consumer) noteSkipping(ctx context.Context, s jetstream.Stream, made time.Time) {
+	if s.CachedInfo().Config.Retention == jetstream.InterestPolicy {
+		return
+	}
 	c.skipped = made
 	if err := c.owners.noteSkipped(ctx, made); err != nil {
 		slog.Debug("not noted that the consumer skips events", "err", err)
@@ -253,19 +256,18 @@ func (c *consumer) noteSkipping(ctx context.Context, made time.Time) {
 }
 
 // readAgain deletes a consumer that has skipped events, and says so by an error: the next attempt makes it anew behind the last
-// ack floor that was polled while it delivered what it should, since JetStream lets no consumer go back. One of a stream with
-// interest retention stays: what it was not for is gone from the stream, and with it would go what waits for it.
+// ack floor that was polled while it delivered what it should, since JetStream lets no consumer go back.
 func (c *consumer) readAgain(ctx context.Context, s jetstream.Stream, info *jetstream.ConsumerInfo, name string) error {
-	stream := s.CachedInfo()
-	if !c.skipped.Equal(info.Created) || stream.Config.Retention == jetstream.InterestPolicy {
+	if !c.skipped.Equal(info.Created) {
 		return nil
 	}
 	created, floor, found, err := c.lastFloor(ctx)
 	switch {
 	case !found && err != nil:
 		return fmt.Errorf("from where consumer %s has skipped events is not known: %w", name, err)
-	case !found || !created.Equal(stream.Created):
-		return nil // it was never ours
+	case !found || !created.Equal(s.CachedInfo().Created): // it was never ours
+		c.skipped = time.Time{}
+		return nil
 	}
 	if err := s.DeleteConsumer(ctx, name); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
 		return fmt.Errorf("consumer %s has skipped events behind %d and must be made anew: delete it: %w", name, floor, err)

@@ -89,6 +89,15 @@ func TestPodWithAnotherPrefix(t *testing.T) {
 		t.Error("the pod that is right is not ready")
 	}
 	w.Settled()
+	// Deleted by somebody, it is made again by the pod that it fitted.
+	made := w.ConsumerInfo().Created
+	if err := w.JS.DeleteConsumer(harness.Within(t, harness.Patience), w.Stream, w.Consumer); err != nil {
+		t.Fatal(err)
+	}
+	consumerBack(w, made)
+	pod.WaitReady()
+	ann.WaitEvent(w.Chat("acme", "desk1"))
+	w.Settled()
 	pod.WantLedgers()
 	pod.Terminate()
 	pod.WantExit(0, 2*harness.Patience)
@@ -319,8 +328,8 @@ func TestPausedConsumer(t *testing.T) {
 	}
 }
 
-// TestRetentions: live delivery works whatever the stream's retention is, also after somebody has deleted the consumer. A
-// retention with which clients can't resume is warned of once.
+// TestRetentions: live delivery works whatever the stream's retention is, also after somebody has deleted the consumer or changed
+// its filter. A retention with which clients can't resume is warned of once.
 func TestRetentions(t *testing.T) {
 	t.Parallel()
 	for _, retention := range []jetstream.RetentionPolicy{jetstream.LimitsPolicy, jetstream.InterestPolicy, jetstream.WorkQueuePolicy} {
@@ -337,6 +346,15 @@ func TestRetentions(t *testing.T) {
 			}
 			consumerBack(w, made)
 			pod.WaitReady()
+			ann.WaitEvent(w.Chat("acme", "desk0"))
+			w.Settled()
+			setFilter(w, w.Prefix+".nobody.>")
+			skipped := w.Chat("acme", "desk0")
+			findLine(pod, "filter_subject is "+w.Prefix+".nobody.>")
+			pod.WaitReady()
+			if retention != jetstream.InterestPolicy { // which did not keep it
+				ann.WaitEvent(skipped)
+			}
 			ann.WaitEvent(w.Chat("acme", "desk0"))
 			w.Settled()
 			pod.WantLedgers()
