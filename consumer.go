@@ -38,12 +38,11 @@ type consumer struct {
 	stop     chan struct{} // closed by drain
 	stopped  chan struct{} // closed when run has returned
 
-	// Owned by run: what was warned of last; the creation of a consumer that was found not to deliver what it should; whether the
-	// last one seen did not, and since when there is none.
-	saidVersion, saidRetention, saidLimits string
-	skipped                                time.Time
-	misfit                                 bool
-	missing                                time.Time
+	// Owned by run.
+	saidVersion, saidRetention, saidLimits string    // what the last warning was about
+	skipped                                time.Time // creation of a consumer that did not deliver what it should
+	misfit                                 bool      // the last consumer seen does not deliver what it should
+	missing                                time.Time // since when there is no consumer, after one that did not fit
 
 	mu      sync.Mutex // guards state, refusal, created and floor
 	state   string     // "active", or why not
@@ -255,12 +254,10 @@ func (c *consumer) consume(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("consume %s: %w", cfg.NATSConsumerName, err)
 	}
-	c.seen()
-	c.setState("active")
 	return c.watch(ctx, flow, &bound{stream: stream, cons: cons, made: made}, missed)
 }
 
-// warn says something that is so as long as about is not empty, and again only when about has changed.
+// warn logs a warning about something that is so while about is not empty, and again only when about has changed.
 func (c *consumer) warn(said *string, about, msg string, args ...any) {
 	if *said == about {
 		return

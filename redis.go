@@ -73,7 +73,7 @@ func clientTLS(ca, cert, key string) (*tls.Config, error) {
 
 // floorKey holds the consumer's ack floor, for making it again: the stream's creation in nanoseconds of 19 digits, which compare
 // as text, and the floor. A third word is the creation of a consumer that has skipped events behind it. The prefix is part of
-// the name: what a pod with another one takes for skipped is no business of the others.
+// the key, so that a pod with another prefix marks nothing for the others.
 func floorKey(cfg *Config) string {
 	return "ack_floor:" + cfg.NATSStreamName + ":" + cfg.NATSConsumerName + ":" + cfg.NATSSubjectPrefix
 }

@@ -33,11 +33,11 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 	if err := holdsPrefix(info.Config, cfg.NATSSubjectPrefix); err != nil {
 		return nil, err
 	}
-	old := ""
+	older := ""
 	if info.Config.Metadata["_nats.ver"] == "" { // the stream's server adds it from 2.11 on; this pod may be connected to another
-		old = "yes"
+		older = "than 2.11"
 	}
-	c.warn(&c.saidVersion, old, "NATS is older than 2.11: it does not find messages by time, so clients that resume may have to reload",
+	c.warn(&c.saidVersion, older, "NATS is older than 2.11: it does not find messages by time, so clients that resume may have to reload",
 		"stream", cfg.NATSStreamName, "connected_to", c.nc.ConnectedServerVersion())
 	retention := ""
 	if info.Config.Retention != jetstream.LimitsPolicy {
@@ -57,8 +57,8 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 	return s, nil
 }
 
-// holdsPrefix says why no event can ever be in a stream of these settings, if that is so. Other subjects beside the events' are
-// their publishers' business.
+// holdsPrefix returns an error for a stream that can never hold an event under this prefix. Subjects of other publishers beside
+// those of events are fine.
 func holdsPrefix(cfg jetstream.StreamConfig, prefix string) error {
 	stored := storedSubjects(cfg)
 	if slices.ContainsFunc(stored, func(s string) bool { return mayHoldEvents(s, prefix) }) {
@@ -72,7 +72,7 @@ func holdsPrefix(cfg jetstream.StreamConfig, prefix string) error {
 			likely = "set NATS_SUBJECT_PREFIX=" + head + ", or "
 		}
 	}
-	return fmt.Errorf("stream %s stores %.200s, and no event with NATS_SUBJECT_PREFIX %q is among that: %shave its owner add %q to its subjects",
+	return fmt.Errorf("stream %s stores only %.200s, which no event under NATS_SUBJECT_PREFIX %q matches: %shave its owner add %q to its subjects",
 		cfg.Name, strings.Join(quoted, ", "), prefix, likely, prefix+".>")
 }
 
@@ -113,7 +113,7 @@ func storedSubjects(cfg jetstream.StreamConfig) (stored []string) {
 	return stored
 }
 
-// transformed is a pattern of what a transform makes, as exact as a prefix needs it: of what it fills in on anything may follow.
+// transformed is a pattern of what a transform makes. It is exact up to the first token that is filled in.
 func transformed(t jetstream.SubjectTransformConfig) string {
 	if t.Destination == "" {
 		return cmp.Or(t.Source, ">")

@@ -35,30 +35,30 @@ func TestHoldsPrefix(t *testing.T) {
 		{subjects("wa.acme.>"), "wa", ""},
 		{subjects("wa.acme.7.messages.c1.x"), "wa", ""},
 		{subjects("wa.>"), "wa.eu", ""}, // may be in it: companies of two tokens are none, but the stream does not know that
-		{subjects("websocket.>"), "wa", `stores "websocket.>", and no event with NATS_SUBJECT_PREFIX "wa" is among that: set NATS_SUBJECT_PREFIX=websocket, or have its owner add "wa.>" to its subjects`},
-		{subjects("orders", "websocket.*.*.chats", "a.b.>"), "wa", `stores "orders", "websocket.*.*.chats", "a.b.>", and no event with NATS_SUBJECT_PREFIX "wa" is among that: set NATS_SUBJECT_PREFIX=websocket, or`},
+		{subjects("websocket.>"), "wa", `stores only "websocket.>", which no event under NATS_SUBJECT_PREFIX "wa" matches: set NATS_SUBJECT_PREFIX=websocket, or have its owner add "wa.>" to its subjects`},
+		{subjects("orders", "websocket.*.*.chats", "a.b.>"), "wa", `stores only "orders", "websocket.*.*.chats", "a.b.>", which no event under NATS_SUBJECT_PREFIX "wa" matches: set NATS_SUBJECT_PREFIX=websocket, or`},
 		{subjects("a.b.>"), "wa", "set NATS_SUBJECT_PREFIX=a.b, or"},
 		{subjects("wa.eu.>"), "wa.us", "set NATS_SUBJECT_PREFIX=wa.eu, or"},
-		{subjects("wa.*"), "wa", `"wa" is among that: have its owner`},
-		{subjects("wa.*.*.presence"), "wa", `is among that: have its owner`},
-		{subjects("*.*.x.y"), "wa", "is among that: have its owner"}, // no prefix could be set for that
+		{subjects("wa.*"), "wa", `"wa" matches: have its owner`},
+		{subjects("wa.*.*.presence"), "wa", `matches: have its owner`},
+		{subjects("*.*.x.y"), "wa", "matches: have its owner"}, // no prefix could be set for that
 
 		{mapped("raw.>", "wa.>", "raw.>"), "wa", ""},
 		{mapped("raw.*.*.>", "wa.{{wildcard(1)}}.$2.>", "raw.>"), "wa", ""},
 		{mapped("", "wa.>", "raw.>"), "wa", ""},
 		{mapped("wa.one.>", "raw.>", "wa.>"), "wa", ""}, // other companies are stored as they are
-		{mapped("wa.>", "websocket.>", "wa.>"), "wa", `stores "websocket.>"`},
+		{mapped("wa.>", "websocket.>", "wa.>"), "wa", `stores only "websocket.>"`},
 		{mapped(">", "{{wildcard(1)}}.>", "raw.>"), "wa", ""}, // maybe
-		{mapped("other.>", "wa.>", "raw.>"), "wa", `stores "raw.>"`},
+		{mapped("other.>", "wa.>", "raw.>"), "wa", `stores only "raw.>"`},
 
 		{sourced(jetstream.StreamSource{Name: "o"}), "wa", ""},
 		{sourced(jetstream.StreamSource{Name: "o", FilterSubject: "wa.>"}, "own.>"), "wa", ""},
-		{sourced(jetstream.StreamSource{Name: "o", FilterSubject: "websocket.>"}), "wa", `stores "x", "websocket.>"`},
+		{sourced(jetstream.StreamSource{Name: "o", FilterSubject: "websocket.>"}), "wa", `stores only "x", "websocket.>"`},
 		{sourced(jetstream.StreamSource{Name: "o", SubjectTransforms: []jetstream.SubjectTransformConfig{transform("websocket.>", "wa.>")}}), "wa", ""},
 		{sourced(jetstream.StreamSource{Name: "o", SubjectTransforms: []jetstream.SubjectTransformConfig{transform("wa.>", "")}}), "wa", ""},
-		{sourced(jetstream.StreamSource{Name: "o", SubjectTransforms: []jetstream.SubjectTransformConfig{transform("wa.>", "b.>")}}), "wa", `stores "x", "b.>"`},
+		{sourced(jetstream.StreamSource{Name: "o", SubjectTransforms: []jetstream.SubjectTransformConfig{transform("wa.>", "b.>")}}), "wa", `stores only "x", "b.>"`},
 		{jetstream.StreamConfig{Mirror: &jetstream.StreamSource{Name: "o"}}, "wa", ""},
-		{jetstream.StreamConfig{Mirror: &jetstream.StreamSource{Name: "o", FilterSubject: "b.>"}}, "wa", `stores "b.>"`},
+		{jetstream.StreamConfig{Mirror: &jetstream.StreamSource{Name: "o", FilterSubject: "b.>"}}, "wa", `stores only "b.>"`},
 	} {
 		err := holdsPrefix(c.cfg, c.prefix)
 		switch {

@@ -377,7 +377,7 @@ func TestPrefixThatTheStreamLacks(t *testing.T) {
 	other := "websocket." + w.Prefix
 	w.MakeStream(func(cfg *jetstream.StreamConfig) { cfg.Subjects = []string{other + ".>"} })
 	pod := w.Launch()
-	wantMisfit(pod, `stores \"`+other+`.>\"`, `NATS_SUBJECT_PREFIX \"`+w.Prefix+`\"`, "set NATS_SUBJECT_PREFIX="+other+", or", `add \"`+w.Prefix+`.>\"`)
+	wantMisfit(pod, `stores only \"`+other+`.>\"`, `NATS_SUBJECT_PREFIX \"`+w.Prefix+`\"`, "set NATS_SUBJECT_PREFIX="+other+", or", `add \"`+w.Prefix+`.>\"`)
 	w.Start("NATS_SUBJECT_PREFIX="+other, "NATS_CONSUMER_NAME="+w.Consumer+"_other")
 	setStream(w, func(cfg *jetstream.StreamConfig) { cfg.Subjects = append(cfg.Subjects, w.Prefix+".>") })
 	pod.WaitReady()
@@ -396,5 +396,5 @@ func TestTransformedSubjects(t *testing.T) {
 	ann := w.Start().Connect(agents(1)[0])
 	ev := feed.Chat("acme", "desk0", "628111@c.us", feed.Text(), 1)
 	ann.WantEvent(w.PublishRaw(raw+"."+ev.Subject, ev.Payload))
-	wantMisfit(w.Launch("NATS_SUBJECT_PREFIX="+raw, "NATS_CONSUMER_NAME="+w.Consumer+"_raw"), `stores \"`+w.Prefix+`.>\"`, "set NATS_SUBJECT_PREFIX="+w.Prefix)
+	wantMisfit(w.Launch("NATS_SUBJECT_PREFIX="+raw, "NATS_CONSUMER_NAME="+w.Consumer+"_raw"), `stores only \"`+w.Prefix+`.>\"`, "set NATS_SUBJECT_PREFIX="+w.Prefix)
 }
