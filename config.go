@@ -53,7 +53,10 @@ type Config struct {
 	NATSCreateStream   bool          `set:"NATS_CREATE_STREAM" default:"false" help:"create the stream if it does not exist"`
 	NATSStreamMaxAge   time.Duration `set:"NATS_STREAM_MAX_AGE" default:"24h" min:"1s" help:"max age of a stream created by NATS_CREATE_STREAM"`
 	NATSStreamReplicas int           `set:"NATS_STREAM_REPLICAS" default:"1" min:"1" max:"5" help:"replicas of a stream created by NATS_CREATE_STREAM"`
+	NATSJSDomain       string        `set:"NATS_JS_DOMAIN" default:"" check:"natsName" help:"JetStream domain of the stream, as behind a leaf node"`
+	NATSJSAPIPrefix    string        `set:"NATS_JS_API_PREFIX" default:"" check:"apiPrefix" help:"prefix of JetStream's API, where an account imports it under another one than $JS.API"`
 	NATSCredsFile      string        `set:"NATS_CREDS_FILE" default:"" help:"credentials file"`
+	NATSNKeyFile       string        `set:"NATS_NKEY_FILE" default:"" help:"file with the seed of the user's NKey"`
 	NATSTLSCAFile      string        `set:"NATS_TLS_CA_FILE" default:"" help:"CA (PEM) that signed the servers' certificates"`
 	NATSTLSCertFile    string        `set:"NATS_TLS_CERT_FILE" default:"" help:"client certificate (PEM)"`
 	NATSTLSKeyFile     string        `set:"NATS_TLS_KEY_FILE" default:"" help:"key (PEM) of NATS_TLS_CERT_FILE"`
@@ -62,7 +65,7 @@ type Config struct {
 	NATSMaxReconnects  int           `set:"NATS_MAX_RECONNECTS" default:"-1" min:"-1" help:"attempts to reconnect before giving up; -1 = never give up"`
 	NATSPingInterval   time.Duration `set:"NATS_PING_INTERVAL" default:"20s" min:"1ms" help:"pause between pings to the server"`
 	NATSAckWait        time.Duration `set:"NATS_ACK_WAIT" default:"30s" min:"1ms" help:"the consumer's ack wait: JetStream gives an event out again after it"`
-	NATSMaxAckPending  int           `set:"NATS_MAX_ACK_PENDING" default:"16384" min:"2" help:"the consumer's limit of unacked events, over all pods"`
+	NATSMaxAckPending  int           `set:"NATS_MAX_ACK_PENDING" default:"65536" min:"2" help:"the consumer's limit of unacked events, over all pods"`
 	NATSNakDelay       time.Duration `set:"NATS_NAK_DELAY" default:"1s" min:"1ms" help:"delay of the first redelivery; doubled each time up to 16 times it"`
 	NATSRetryHorizon   time.Duration `set:"NATS_RETRY_HORIZON" default:"60s" min:"1ms" help:"age in the stream past which a failed event is given up"`
 	NATSParkedBudget   int           `set:"NATS_PARKED_BUDGET" default:"500" min:"0" help:"events without an owner that this pod keeps waiting"`
@@ -134,6 +137,37 @@ type Config struct {
 // at run time; a value that is not live never differs from the one of the start.
 type settings struct {
 	atomic.Pointer[Config]
+	own atomic.Pointer[ownLimits] // nil until the consumer is known
+}
+
+// ownLimits are the consumer's own values of NATS_ACK_WAIT and NATS_MAX_ACK_PENDING. JetStream goes by them, so the service
+// does too, whatever its settings say.
+type ownLimits struct {
+	ackWait    time.Duration
+	maxPending int
+}
+
+// ackWait is how long JetStream waits for an ack.
+func (s *settings) ackWait() time.Duration {
+	if l := s.own.Load(); l != nil {
+		return l.ackWait
+	}
+	return s.Load().NATSAckWait
+}
+
+// lateAfter is the age from which a delivery gets no answer: JetStream may have given it out again. An ack wait that is not
+// much longer than lateSlack leaves at least half of it.
+func (s *settings) lateAfter() time.Duration {
+	wait := s.ackWait()
+	return wait - min(lateSlack, wait/2)
+}
+
+// maxAckPending is how many unacked events the consumer allows, over all pods.
+func (s *settings) maxAckPending() int {
+	if l := s.own.Load(); l != nil {
+		return l.maxPending
+	}
+	return s.Load().NATSMaxAckPending
 }
 
 // settingPrefix begins the name of every setting.

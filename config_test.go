@@ -134,6 +134,8 @@ func TestFaultsOfValues(t *testing.T) {
 		{"NATS_URL=nats://a:1,nats://u:hush@:1", `part 2 of 2: not a URL of a NATS server (write it as nats://host:4222, or with tls, ws or wss)`},
 		{"NATS_STREAM_NAME=wa.stream", `"wa.stream" is not a name for JetStream (no blanks, none of . * > / \)`},
 		{"NATS_SUBJECT_PREFIX=wa.", `"wa." is not a subject prefix (tokens joined by dots, without blanks, * and >, not beginning with $)`},
+		{"NATS_JS_API_PREFIX=$JS.hub.API.", `"$JS.hub.API." is not a prefix of subjects (tokens joined by dots, without blanks, * and >)`},
+		{"NATS_JS_DOMAIN=a.b", `"a.b" is not a name for JetStream (no blanks, none of . * > / \)`},
 		{"NATS_SUBJECT_PREFIX=$JS", `"$JS" is not a subject prefix (tokens joined by dots, without blanks, * and >, not beginning with $)`},
 		{"NATS_PREFETCH_BYTES=16MB", `"16MB" is not a size (write it as 512, 64KiB, 16MiB or 1GiB)`},
 		{"NATS_PREFETCH_BYTES=99999999999GiB", `"99999999999GiB" is not a size (write it as 512, 64KiB, 16MiB or 1GiB)`},

@@ -38,6 +38,12 @@ type consumer struct {
 	stop     chan struct{} // closed by drain
 	stopped  chan struct{} // closed when run has returned
 
+	// Owned by run.
+	saidVersion, saidRetention, saidLimits string    // what the last warning was about
+	skipped                                time.Time // creation of a consumer that did not deliver what it should
+	misfit                                 bool      // the last consumer seen does not deliver what it should
+	missing                                time.Time // since when there is no consumer, after one that did not fit
+
 	mu      sync.Mutex // guards state, refusal, created and floor
 	state   string     // "active", or why not
 	refusal string     // why the last attempt to connect failed; "" once connected
@@ -92,6 +98,13 @@ func (c *consumer) connectNATS(cfg *Config) (*nats.Conn, error) {
 	if cfg.NATSCredsFile != "" {
 		opts = append(opts, nats.UserCredentials(cfg.NATSCredsFile))
 	}
+	if cfg.NATSNKeyFile != "" {
+		nkey, err := nats.NkeyOptionFromSeed(cfg.NATSNKeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("read NATS_NKEY_FILE %s: %w", cfg.NATSNKeyFile, err)
+		}
+		opts = append(opts, nkey)
+	}
 	if cfg.NATSTLSCAFile != "" || cfg.NATSTLSCertFile != "" {
 		t, err := clientTLS(cfg.NATSTLSCAFile, cfg.NATSTLSCertFile, cfg.NATSTLSKeyFile)
 		if err != nil {
@@ -113,10 +126,22 @@ func newConsumer(cfg *settings, m *Metrics, o *owners) (*consumer, error) {
 	if c.nc, err = c.connectNATS(cfg.Load()); err != nil {
 		return nil, err
 	}
-	if c.js, err = jetstream.New(c.nc, jetstream.WithDefaultTimeout(apiTimeout)); err != nil {
+	if c.js, err = jetstream.NewWithAPIPrefix(c.nc, apiPrefix(cfg.Load()), jetstream.WithDefaultTimeout(apiTimeout)); err != nil {
 		return nil, fmt.Errorf("JetStream: %w", err)
 	}
 	return c, nil
+}
+
+// apiPrefix is what the subjects of requests to JetStream begin with.
+func apiPrefix(cfg *Config) string {
+	switch {
+	case cfg.NATSJSAPIPrefix != "":
+		return cfg.NATSJSAPIPrefix + "."
+	case cfg.NATSJSDomain != "":
+		return "$JS." + cfg.NATSJSDomain + ".API."
+	default:
+		return jetstream.DefaultAPIPrefix
+	}
 }
 
 // noteRefusal remembers why an attempt to connect failed, without addresses: servers that fail alike are one reason, said
@@ -214,9 +239,11 @@ func (c *consumer) consume(ctx context.Context) error {
 		return err
 	}
 	cfg := c.cfg.Load()
+	made := cons.CachedInfo().Created // of this answer: each later one replaces it
 	missed := make(chan error, 1)
 	flow, err := cons.Consume(c.take,
-		jetstream.PullMaxMessagesWithBytesLimit(cfg.NATSPrefetch, int(cfg.NATSPrefetchBytes)),
+		// A consumer with a lower limit than the settings': what is asked for in advance is not to fill it.
+		jetstream.PullMaxMessagesWithBytesLimit(min(cfg.NATSPrefetch, max(1, c.cfg.maxAckPending()/4)), int(cfg.NATSPrefetchBytes)),
 		jetstream.PullExpiry(pullExpiry), jetstream.PullHeartbeat(heartbeat),
 		jetstream.ConsumeErrHandler(func(_ jetstream.ConsumeContext, err error) {
 			select {
@@ -227,9 +254,17 @@ func (c *consumer) consume(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("consume %s: %w", cfg.NATSConsumerName, err)
 	}
-	c.seen()
-	c.setState("active")
-	return c.watch(ctx, flow, stream, cons, missed)
+	return c.watch(ctx, flow, &bound{stream: stream, cons: cons, made: made}, missed)
+}
+
+// warn logs a warning about something that is so while about is not empty, and again only when about has changed.
+func (c *consumer) warn(said *string, about, msg string, args ...any) {
+	if *said == about {
+		return
+	}
+	if *said = about; about != "" {
+		slog.Warn(msg, args...)
+	}
 }
 
 // tellAge keeps the age of the last sign of life in the metrics until ctx ends.
@@ -257,9 +292,17 @@ func (c *consumer) take(msg jetstream.Msg) {
 	c.waits.Add(-1)
 }
 
+// bound is what a flow comes from.
+type bound struct {
+	stream  jetstream.Stream
+	cons    jetstream.Consumer
+	made    time.Time // when cons was
+	stalled uint64    // one more than was received at the last poll that looked like a stall
+}
+
 // watch polls the consumer while it flows: an ended or stalled flow shows nothing by itself when the stream is idle.
 // However it returns, the flow has been drained: Stop would leave its prefetch unacked until ACK_WAIT.
-func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, stream jetstream.Stream, cons jetstream.Consumer, missed <-chan error) (err error) {
+func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, w *bound, missed <-chan error) (err error) {
 	ended := flow.Closed()
 	defer func() {
 		if !c.nc.IsConnected() {
@@ -274,8 +317,7 @@ func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, str
 	poll := time.NewTicker(pollAgain)
 	defer poll.Stop()
 	polled := time.Now()
-	stalled := uint64(0) // received at the last poll that looked like a stall
-	if err := c.poll(ctx, stream, cons, &stalled); err != nil {
+	if err := c.poll(ctx, w); err != nil {
 		return err
 	}
 	for {
@@ -291,14 +333,14 @@ func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, str
 				return fmt.Errorf("flow of %s: %w", c.cfg.Load().NATSConsumerName, err)
 			}
 			c.setState(err.Error())
-			if err := c.poll(ctx, stream, cons, &stalled); err != nil {
+			if err := c.poll(ctx, w); err != nil {
 				return err
 			}
 		case now := <-poll.C:
 			if _, state := c.status(); state == "active" && now.Sub(polled) < pollEvery {
 				continue
 			}
-			if err := c.poll(ctx, stream, cons, &stalled); err != nil {
+			if err := c.poll(ctx, w); err != nil {
 				return err
 			}
 			polled = time.Now()
@@ -307,12 +349,12 @@ func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, str
 }
 
 // poll asks the server about the consumer, notes its ack floor, and returns an error when the flow must start anew: the
-// consumer is gone, or it has work waiting and no pull for it at two polls in a row (seen with the library at v1.55:
-// until twice the heartbeat).
-func (c *consumer) poll(ctx context.Context, stream jetstream.Stream, cons jetstream.Consumer, stalled *uint64) error {
+// consumer is gone, delivers something else or has skipped events, or it has work waiting and no pull for it at two polls in a
+// row (seen with the library at v1.55: until twice the heartbeat).
+func (c *consumer) poll(ctx context.Context, w *bound) error {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	info, err := cons.Info(ctx)
+	info, err := w.cons.Info(ctx)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) || errors.Is(err, jetstream.ErrStreamNotFound) {
 		return fmt.Errorf("consumer %s: %w", c.cfg.Load().NATSConsumerName, err)
 	}
@@ -324,25 +366,36 @@ func (c *consumer) poll(ctx context.Context, stream jetstream.Stream, cons jetst
 		c.setState(fmt.Sprintf("no answer about the consumer: %v", err))
 		return nil
 	}
-	if !info.Created.Equal(cons.CachedInfo().Created) { // maybe with its stream, while this pod was disconnected
+	if !info.Created.Equal(w.made) { // maybe with its stream, while this pod was disconnected
 		return fmt.Errorf("consumer %s was made anew by someone", c.cfg.Load().NATSConsumerName)
 	}
+	if err := c.stillFits(ctx, w.stream, info); err != nil {
+		return err
+	}
 	c.seen()
-	c.setState("active")
+	if info.Paused {
+		c.setState(fmt.Sprintf("paused by someone until %v", info.Config.PauseUntil))
+		c.m.consumerPaused.with().Set(1)
+	} else {
+		c.setState("active")
+		c.m.consumerPaused.with().Set(0)
+	}
 	c.m.ackPending.with().Set(float64(info.NumAckPending))
 	c.m.consumerLag.with().Set(float64(info.NumPending))
 	c.known.Store(max(c.known.Load(), info.Delivered.Stream))
-	c.noteLag(ctx, stream, info)
-	c.raiseFloor(ctx, info.AckFloor.Stream)
+	c.noteLag(ctx, w.stream, info)
+	if err := c.raiseFloor(ctx, info); err != nil {
+		return err
+	}
 	got := c.received.Load()
 	// While the callback waits for room nothing is asked for, and rightly so: a second flow would call accept beside it.
-	if info.NumPending > 0 && info.NumWaiting == 0 && info.NumAckPending < info.Config.MaxAckPending && c.waits.Load() == 0 {
-		if *stalled == got+1 {
+	if info.NumPending > 0 && info.NumWaiting == 0 && info.NumAckPending < c.cfg.maxAckPending() && c.waits.Load() == 0 {
+		if w.stalled == got+1 {
 			return errors.New("events wait in the stream and nothing asks for them: starting anew")
 		}
-		*stalled = got + 1
+		w.stalled = got + 1
 	} else {
-		*stalled = 0
+		w.stalled = 0
 	}
 	return nil
 }
@@ -359,7 +412,7 @@ func (c *consumer) noteLag(ctx context.Context, stream jetstream.Stream, info *j
 		return
 	}
 	cfg := c.cfg.Load()
-	late := max(cfg.ResumeOverlap, cfg.NATSRetryHorizon+cfg.NATSAckWait+pollEvery)
+	late := max(cfg.ResumeOverlap, cfg.NATSRetryHorizon+c.cfg.ackWait()+pollEvery)
 	m, err := stream.GetMsg(ctx, floor+1, jetstream.WithGetMsgSubject(">"))
 	switch {
 	case errors.Is(err, jetstream.ErrMsgNotFound):
@@ -369,15 +422,26 @@ func (c *consumer) noteLag(ctx context.Context, stream jetstream.Stream, info *j
 	}
 }
 
-func (c *consumer) raiseFloor(ctx context.Context, floor uint64) {
-	cfg := c.cfg.Load()
+// raiseFloor notes up to where all was settled. It fails where another pod has seen the consumer skip events behind the floor
+// noted then.
+func (c *consumer) raiseFloor(ctx context.Context, info *jetstream.ConsumerInfo) error {
 	c.mu.Lock()
-	c.floor = max(c.floor, floor)
-	created, floor := c.created, c.floor
+	created, floor := c.created, max(c.floor, info.AckFloor.Stream)
 	c.mu.Unlock()
-	if err := c.owners.noteFloor(ctx, cfg.NATSStreamName, cfg.NATSConsumerName, created, floor); err != nil {
+	noted, skipped, err := c.owners.noteFloor(ctx, created, floor, info.Created)
+	if skipped {
+		floor, c.skipped = noted, info.Created
+	}
+	c.mu.Lock()
+	c.floor = floor
+	c.mu.Unlock()
+	switch {
+	case skipped:
+		return fmt.Errorf("consumer %s has skipped events behind %d", info.Name, floor)
+	case err != nil:
 		slog.Debug("ack floor not noted", "seq", floor, "err", err)
 	}
+	return nil
 }
 
 // drain stops pulling and returns when the last message pulled has been accepted, or ctx ends.

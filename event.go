@@ -111,7 +111,7 @@ var outcomeNames = [...]string{"written", "duplicate", "replayed", "dropped", "s
 
 func (o outcome) String() string { return outcomeNames[o] }
 
-// lateSlack is how long before ACK_WAIT a delivery is too old to be answered: JetStream may have given it out again.
+// lateSlack is how long before the ack wait a delivery is too old to be answered: JetStream may have given it out again.
 const lateSlack = 2 * time.Second
 
 // source is where a delivery came from and where its end is told: JetStream (router) or a peer.

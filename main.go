@@ -3,7 +3,7 @@
 //
 // The map of the house, in the order of an event's way:
 //
-//	consumer.go  the connection to NATS and the flow; stream.go the stream, and the one durable pull consumer of all pods
+//	consumer.go  the connection to NATS and the flow; stream.go the stream; durable.go the one durable pull consumer of all pods
 //	event.go     a message's subject and payload, and the delivery that counts its targets
 //	router.go    consumer -> owners -> sockets here and peers there; pulled.go -> ack or NAK; parked.go what was NAKed
 //	owner.go     who owns a route; ownerlog.go the log that keeps the cache exact; claim.go this pod's claims; lease.go its lease

@@ -125,6 +125,7 @@ type Metrics struct {
 	parkedEvents                  *gauges
 	ackPending                    *gauges
 	consumerLag                   *gauges
+	consumerPaused                *gauges
 	consumerHeartbeatAge          *gauges
 	ownerCacheHitsTotal           *counters
 	ownerCacheMissesTotal         *counters
@@ -212,6 +213,7 @@ func (m *Metrics) declareEvents() {
 	m.parkedEvents = m.gauge("parked_events", "NAKed events that wait for their redelivery.")
 	m.ackPending = m.gauge("ack_pending", "Unacked events of the consumer, all pods.")
 	m.consumerLag = m.gauge("consumer_lag", "Events in the stream that the consumer has not given out yet.")
+	m.consumerPaused = m.gauge("consumer_paused", "1 while somebody has paused the consumer.")
 	m.consumerHeartbeatAge = m.gauge("consumer_heartbeat_age_seconds", "Since the consumer last showed life.")
 	m.ownerCacheHitsTotal = m.counter("owner_cache_hits_total", "Owner look-ups answered from memory.")
 	m.ownerCacheMissesTotal = m.counter("owner_cache_misses_total", "Owner look-ups that asked Redis.")

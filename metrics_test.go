@@ -19,7 +19,7 @@ auth_success_total{token_type} auth_failure_total{token_type,reason} origins_ref
 session_lock_attempts_total{user_type,lock_type} session_lock_success_total session_lock_failure_total{reason}
 session_lock_renewal_attempts_total session_lock_renewal_success_total session_lock_renewal_failure_total{reason}
 nats_messages_received_total{kind} events_total{kind,outcome} events_in_hand event_delivery_seconds redelivered_total
-parked_events ack_pending consumer_lag consumer_heartbeat_age_seconds owner_cache_hits_total owner_cache_misses_total
+parked_events ack_pending consumer_lag consumer_paused consumer_heartbeat_age_seconds owner_cache_hits_total owner_cache_misses_total
 grpc_messages_sent_total{target_pod_id} grpc_messages_received_total{source_pod_id} grpc_forward_retry_attempts_total
 grpc_forward_retry_success_total grpc_forward_retry_failure_total grpc_forward_seconds grpc_pool_size
 grpc_pool_connections_created_total grpc_pool_connections_closed_total{reason} grpc_circuitbreaker_tripped_total
@@ -48,7 +48,7 @@ func labelsOf(m *Metrics) []string {
 		m.resumeEventsTotal, m.resumeGapsTotal, m.configReloadsTotal} {
 		f.with(note(f.name, f.labels)...).Add(7)
 	}
-	for _, f := range []*gauges{m.activeConnections, m.upgradesWaiting, m.eventsInHand, m.parkedEvents, m.ackPending, m.consumerLag, m.consumerHeartbeatAge,
+	for _, f := range []*gauges{m.activeConnections, m.upgradesWaiting, m.eventsInHand, m.parkedEvents, m.ackPending, m.consumerLag, m.consumerPaused, m.consumerHeartbeatAge,
 		m.grpcPoolSize, m.grpcCircuitbreakerOpen, m.websocketBufferUsed, m.websocketBufferCapacity, m.buildInfo} {
 		f.with(note(f.name, f.labels)...).Set(1.5)
 	}

@@ -10,7 +10,7 @@ import (
 // with 60 events NAKed and a limit of 50 delivers nothing, measured), so each pod may hold only its share, and
 // events without an owner only a budget within that: absent agents never stall those who are there.
 type parked struct {
-	cfg  *Config
+	cfg  *settings
 	m    *Metrics
 	pods atomic.Int64 // live pods, as of the last expire
 	held atomic.Int64 // entries in queues
@@ -47,7 +47,7 @@ const (
 	nakBytes   = 256 << 10
 )
 
-func newParked(cfg *Config, m *Metrics) *parked {
+func newParked(cfg *settings, m *Metrics) *parked {
 	p := &parked{cfg: cfg, m: m, byAgent: map[route]int{}}
 	p.pods.Store(1)
 	return p
@@ -57,10 +57,12 @@ func newParked(cfg *Config, m *Metrics) *parked {
 func nakLevel(count uint64) int { return int(min(max(count, 1), nakLevels) - 1) }
 
 // nakDelay is how long JetStream is told to wait after the delivery of this count.
-func (p *parked) nakDelay(count uint64) time.Duration { return p.cfg.NATSNakDelay << nakLevel(count) }
+func (p *parked) nakDelay(count uint64) time.Duration {
+	return p.cfg.Load().NATSNakDelay << nakLevel(count)
+}
 
-// share is how many events this pod may hold, in hand and parked.
-func (p *parked) share() int64 { return int64(p.cfg.NATSMaxAckPending) / (2 * p.pods.Load()) }
+// share is how many events this pod may hold, in hand and parked. Half of it may be in hand, so it is never less than two.
+func (p *parked) share() int64 { return max(2, int64(p.cfg.maxAckPending())/(2*p.pods.Load())) }
 
 // park counts an event as waiting for its redelivery after the delivery of this count; false when the pod holds too
 // many (the caller sheds it then). inHand counts the event itself. agent is the zero route unless it has no owner.
@@ -71,7 +73,7 @@ func (p *parked) park(now time.Time, count uint64, agent route, inHand int64) bo
 		return false
 	}
 	if agent != (route{}) {
-		if p.noOwner >= p.cfg.NATSParkedBudget/int(p.pods.Load()) || p.byAgent[agent] >= parkedPerAgent {
+		if p.noOwner >= p.cfg.Load().NATSParkedBudget/int(p.pods.Load()) || p.byAgent[agent] >= parkedPerAgent {
 			return false
 		}
 		p.noOwner++

@@ -6,7 +6,9 @@ import (
 )
 
 func newTestParked(maxPending, budget, pods int) *parked {
-	p := newParked(&Config{NATSMaxAckPending: maxPending, NATSParkedBudget: budget, NATSNakDelay: time.Second}, newMetrics())
+	cfg := &settings{}
+	cfg.Store(&Config{NATSMaxAckPending: maxPending, NATSParkedBudget: budget, NATSNakDelay: time.Second})
+	p := newParked(cfg, newMetrics())
 	p.pods.Store(int64(pods))
 	return p
 }
@@ -23,7 +25,7 @@ func TestNakDelays(t *testing.T) {
 func TestParkedShareShrinksWithPods(t *testing.T) {
 	p := newTestParked(100, 100, 1)
 	now := time.Now()
-	for pods, want := range map[int]int64{1: 50, 2: 25, 5: 10} {
+	for pods, want := range map[int]int64{1: 50, 2: 25, 5: 10, 50: 2} { // half of a share may be in hand: never none
 		p.expire(now, pods)
 		if got := p.share(); got != want {
 			t.Errorf("share of one of %d pods is %d, want %d", pods, got, want)

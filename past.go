@@ -424,7 +424,7 @@ func (p *past) ask(ctx context.Context, request map[string]any) (*jetstream.RawS
 		return nil, err
 	}
 	answer, err := limited(ctx, p, func(ctx context.Context) (*nats.Msg, error) {
-		return p.nc.RequestWithContext(ctx, "$JS.API.STREAM.MSG.GET."+name, body)
+		return p.nc.RequestWithContext(ctx, apiPrefix(p.cfg.Load())+"STREAM.MSG.GET."+name, body)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("ask for a message of stream %s: %w", name, err)

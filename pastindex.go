@@ -256,7 +256,7 @@ func (p *past) readBatch(ctx context.Context, x *index, inbox string, answers <-
 	if err != nil {
 		return false, err
 	}
-	if err := p.nc.PublishRequest("$JS.API.DIRECT.GET."+p.cfg.Load().NATSStreamName, inbox, request); err != nil {
+	if err := p.nc.PublishRequest(apiPrefix(p.cfg.Load())+"DIRECT.GET."+p.cfg.Load().NATSStreamName, inbox, request); err != nil {
 		return false, err
 	}
 	for last := "0"; ; {

@@ -270,7 +270,7 @@ func (q *peer) look(now time.Time) {
 		return
 	}
 	lost := l.missedLocked(now.Add(-c.PeerTimeout))
-	lost = append(lost, l.lateLocked(now.Add(lateSlack-c.NATSAckWait))...)
+	lost = append(lost, l.lateLocked(now.Add(-q.ps.cfg.lateAfter()))...)
 	tripped := q.breaker.state == breakerOpen
 	switch {
 	case tripped:

@@ -203,7 +203,7 @@ func (p *pulled) letGo() {
 func (p *pulled) answer(v verdict, outcome string) {
 	r := p.r
 	age := time.Since(p.arrived)
-	if age > r.cfg.Load().NATSAckWait-lateSlack {
+	if age > r.cfg.lateAfter() {
 		outcome = "late"
 	} else if err := p.tell(v); err != nil {
 		slog.Debug("answer to JetStream not sent: the event comes again", "seq", p.seq, "outcome", outcome, "err", err)

@@ -71,28 +71,55 @@ func clientTLS(ca, cert, key string) (*tls.Config, error) {
 	return t, nil
 }
 
-// floorKey holds the consumer's ack floor, for making it again after someone deleted it.
-func floorKey(stream, consumer string) string { return "ack_floor:" + stream + ":" + consumer }
+// floorKey holds the consumer's ack floor, for making it again: the stream's creation in nanoseconds of 19 digits, which compare
+// as text, and the floor. A third word is the creation of a consumer that has skipped events behind it. The prefix is part of
+// the key, so that a pod with another prefix marks nothing for the others.
+func floorKey(cfg *Config) string {
+	return "ack_floor:" + cfg.NATSStreamName + ":" + cfg.NATSConsumerName + ":" + cfg.NATSSubjectPrefix
+}
 
-// raiseFloor keeps the highest floor of the newest stream of the name (ARGV: its creation, in nanoseconds of 19 digits, which
-// compare as text; floor).
+// raiseFloor keeps the highest floor of the newest stream of the name (ARGV: its creation; floor; the consumer's creation). It
+// answers with the floor noted, and raises nothing, where this consumer has skipped events.
 var raiseFloor = redis.NewScript(`
 local cur = redis.call('GET', KEYS[1])
 if cur then
-  local created, floor = cur:match('^(%S+) (%d+)$')
-  if created > ARGV[1] or created == ARGV[1] and tonumber(floor) >= tonumber(ARGV[2]) then return 0 end
+  local created, floor, skipped = cur:match('^(%S+) (%d+) ?(%S*)$')
+  if created == ARGV[1] and skipped == ARGV[3] then return floor end
+  if created > ARGV[1] or created == ARGV[1] and tonumber(floor) >= tonumber(ARGV[2]) then return false end
 end
 redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. ARGV[2])
-return 1`)
+return false`)
 
-// noteFloor notes in Redis up to where every event of the stream has been settled.
-func (o *owners) noteFloor(ctx context.Context, stream, consumer string, created time.Time, floor uint64) error {
-	return raiseFloor.Run(ctx, o.rdb, []string{floorKey(stream, consumer)}, strconv.FormatInt(created.UnixNano(), 10), floor).Err()
+// markSkipped adds the third word (ARGV: the consumer's creation), if there is a floor.
+var markSkipped = redis.NewScript(`
+local cur = redis.call('GET', KEYS[1])
+if cur then redis.call('SET', KEYS[1], cur:match('^%S+ %d+') .. ' ' .. ARGV[1]) end`)
+
+// noteFloor notes in Redis up to where every event of the stream has been settled. It says skipped, and which floor stands
+// there, where somebody found that the consumer made at this time has skipped events.
+func (o *owners) noteFloor(ctx context.Context, created time.Time, floor uint64, made time.Time) (noted uint64, skipped bool, err error) {
+	noted, err = raiseFloor.Run(ctx, o.rdb, []string{floorKey(o.cfg.Load())}, nanos(created), floor, nanos(made)).Uint64()
+	if errors.Is(err, redis.Nil) {
+		return 0, false, nil
+	}
+	return noted, err == nil, err
 }
 
+// noteSkipped tells all pods, those to come too, that the consumer made at this time has skipped events behind the floor noted.
+func (o *owners) noteSkipped(ctx context.Context, made time.Time) error {
+	err := markSkipped.Run(ctx, o.rdb, []string{floorKey(o.cfg.Load())}, nanos(made)).Err()
+	if errors.Is(err, redis.Nil) {
+		return nil
+	}
+	return err
+}
+
+func nanos(t time.Time) string { return strconv.FormatInt(t.UnixNano(), 10) }
+
 // floor reads what noteFloor noted; found is false where nothing was.
-func (o *owners) floor(ctx context.Context, stream, consumer string) (created time.Time, floor uint64, found bool, err error) {
-	s, err := o.rdb.Get(ctx, floorKey(stream, consumer)).Result()
+func (o *owners) floor(ctx context.Context) (created time.Time, floor uint64, found bool, err error) {
+	key := floorKey(o.cfg.Load())
+	s, err := o.rdb.Get(ctx, key).Result()
 	if errors.Is(err, redis.Nil) {
 		return time.Time{}, 0, false, nil
 	}
@@ -101,7 +128,7 @@ func (o *owners) floor(ctx context.Context, stream, consumer string) (created ti
 		_, err = fmt.Sscanf(s, "%d %d", &ns, &floor)
 	}
 	if err != nil {
-		return time.Time{}, 0, false, fmt.Errorf("read ack floor of %s: %w", consumer, err)
+		return time.Time{}, 0, false, fmt.Errorf("read %s: %w", key, err)
 	}
 	return time.Unix(0, ns), floor, true, nil
 }

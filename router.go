@@ -56,7 +56,7 @@ type router struct {
 
 func newRouter(cfg *settings, m *Metrics, o *owners, h *hub, p *peers) *router {
 	r := &router{cfg: cfg, m: m, owners: o, hub: h, peers: p}
-	r.parked = newParked(cfg.Load(), m)
+	r.parked = newParked(cfg, m)
 	r.more, r.some, r.room, r.stopping = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{})
 	return r
 }

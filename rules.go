@@ -189,16 +189,17 @@ func splitList(s string) []string {
 
 // checks are the rules that the tag check names, for one value or one part of a list. What checks a secret must not print it.
 var checks = map[string]func(string) error{
-	"podID":    checkPodID,
-	"host":     checkHost,
-	"hostPort": checkHostPort,
-	"dialable": checkDialable,
-	"natsURL":  checkNATSURL,
-	"natsName": checkNATSName,
-	"subject":  checkSubjectPrefix,
-	"apiKey":   checkAPIKey,
-	"aesKey":   checkAESKey,
-	"origin":   checkOriginGlob,
+	"podID":     checkPodID,
+	"host":      checkHost,
+	"hostPort":  checkHostPort,
+	"dialable":  checkDialable,
+	"natsURL":   checkNATSURL,
+	"natsName":  checkNATSName,
+	"subject":   checkSubjectPrefix,
+	"apiPrefix": checkAPIPrefix,
+	"apiKey":    checkAPIKey,
+	"aesKey":    checkAESKey,
+	"origin":    checkOriginGlob,
 }
 
 // alphanumeric is, with a few signs, what names of hosts and pods are made of.
@@ -289,8 +290,16 @@ func visibleASCII(s string) bool {
 
 // checkSubjectPrefix: with .> behind it, it is the filter of the consumer; $JS and the like are the server's own.
 func checkSubjectPrefix(s string) error {
-	if strings.ContainsAny(s, "*>") || !visibleASCII(s) || slices.Contains(strings.Split(s, "."), "") || s[0] == '$' {
+	if checkAPIPrefix(s) != nil || s[0] == '$' {
 		return fmt.Errorf("%q is not a subject prefix (tokens joined by dots, without blanks, * and >, not beginning with $)", s)
+	}
+	return nil
+}
+
+// checkAPIPrefix: names of JetStream's requests follow behind a dot.
+func checkAPIPrefix(s string) error {
+	if strings.ContainsAny(s, "*>") || !visibleASCII(s) || slices.Contains(strings.Split(s, "."), "") {
+		return fmt.Errorf("%q is not a prefix of subjects (tokens joined by dots, without blanks, * and >)", s)
 	}
 	return nil
 }
@@ -333,6 +342,10 @@ var relations = []struct {
 		"$RESUME_OVERLAP must be at least $NATS_RETRY_HORIZON + $NATS_ACK_WAIT: a resume would miss events that were still being retried"},
 	{func(c *Config) bool { return c.NATSPrefetch+c.NATSParkedBudget <= c.NATSMaxAckPending/2 },
 		"$NATS_PREFETCH + $NATS_PARKED_BUDGET must be at most half of $NATS_MAX_ACK_PENDING: waiting events would stop the flow of all pods"},
+	{func(c *Config) bool { return c.NATSJSDomain == "" || c.NATSJSAPIPrefix == "" },
+		"$NATS_JS_DOMAIN and $NATS_JS_API_PREFIX exclude each other: each says where JetStream's API is"},
+	{func(c *Config) bool { return c.NATSCredsFile == "" || c.NATSNKeyFile == "" },
+		"$NATS_CREDS_FILE and $NATS_NKEY_FILE exclude each other: each says who this service is"},
 	{func(c *Config) bool { return c.WebsocketBlockTimeout < c.WebsocketWriteTimeout },
 		"$WEBSOCKET_BLOCK_TIMEOUT must be less than $WEBSOCKET_WRITE_TIMEOUT: a socket would be closed as slow before its events stop waiting for room"},
 	{func(c *Config) bool {
@@ -414,10 +427,12 @@ func (l *loader) checkFiles(c *Config) {
 			l.checkCA(findSetting(section + "_TLS_CA_FILE"))
 		}
 	}
-	creds := findSetting("NATS_CREDS_FILE")
-	if file := creds.in(c).String(); file != "" {
-		if _, err := os.ReadFile(file); err != nil {
-			l.fault(creds, "%s: %v", creds.name, err)
+	for _, name := range []string{"NATS_CREDS_FILE", "NATS_NKEY_FILE"} {
+		s := findSetting(name)
+		if file := s.in(c).String(); file != "" {
+			if _, err := os.ReadFile(file); err != nil {
+				l.fault(s, "%s: %v", s.name, err)
+			}
 		}
 	}
 }

@@ -44,6 +44,10 @@ func TestRelations(t *testing.T) {
 			"DAISI_WS_RESUME_OVERLAP (1m29s) must be at least DAISI_WS_NATS_RETRY_HORIZON (1m) + DAISI_WS_NATS_ACK_WAIT (30s): a resume would miss events that were still being retried"},
 		{[]string{"NATS_MAX_ACK_PENDING=2000"}, []string{"NATS_MAX_ACK_PENDING=1999"},
 			"DAISI_WS_NATS_PREFETCH (500) + DAISI_WS_NATS_PARKED_BUDGET (500) must be at most half of DAISI_WS_NATS_MAX_ACK_PENDING (1999): waiting events would stop the flow of all pods"},
+		{[]string{"NATS_JS_DOMAIN=hub"}, []string{"NATS_JS_DOMAIN=hub", "NATS_JS_API_PREFIX=$JS.hub.API"},
+			"DAISI_WS_NATS_JS_DOMAIN (hub) and DAISI_WS_NATS_JS_API_PREFIX ($JS.hub.API) exclude each other: each says where JetStream's API is"},
+		{[]string{"NATS_NKEY_FILE=" + ca}, []string{"NATS_NKEY_FILE=" + ca, "NATS_CREDS_FILE=" + ca},
+			"DAISI_WS_NATS_CREDS_FILE (" + ca + ") and DAISI_WS_NATS_NKEY_FILE (" + ca + ") exclude each other: each says who this service is"},
 		{[]string{"WEBSOCKET_BLOCK_TIMEOUT=9s"}, []string{"WEBSOCKET_BLOCK_TIMEOUT=10s"},
 			"DAISI_WS_WEBSOCKET_BLOCK_TIMEOUT (10s) must be less than DAISI_WS_WEBSOCKET_WRITE_TIMEOUT (10s): a socket would be closed as slow before its events stop waiting for room"},
 		{[]string{"SERVER_SHUTDOWN_TIMEOUT=21s"}, []string{"SERVER_SHUTDOWN_TIMEOUT=20s"},
@@ -93,6 +97,7 @@ func TestFilesThatSettingsName(t *testing.T) {
 		{[]string{"NATS_TLS_CERT_FILE=" + cert, "NATS_TLS_KEY_FILE=" + otherKey},
 			[]string{"DAISI_WS_NATS_TLS_CERT_FILE and DAISI_WS_NATS_TLS_KEY_FILE: tls: private key does not match public key"}},
 		{[]string{"NATS_TLS_CA_FILE=" + key}, []string{"DAISI_WS_NATS_TLS_CA_FILE: @ holds no certificate (PEM)"}},
+		{[]string{"NATS_NKEY_FILE=/nonexistent/seed"}, []string{"DAISI_WS_NATS_NKEY_FILE: open /nonexistent/seed: no such file or directory"}},
 		{[]string{"NATS_CREDS_FILE=/nonexistent/creds"}, []string{"DAISI_WS_NATS_CREDS_FILE: open /nonexistent/creds: no such file or directory"}},
 	} {
 		_, _, err := loadConfig("", env(test.lines...))

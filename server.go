@@ -435,16 +435,19 @@ func (s *server) wait(ctx context.Context, cl *claims, came time.Time) *apiError
 	return nil
 }
 
-// refusal is why this pod takes no sockets now.
+// refusal is why this pod takes no sockets now: the conditions of /ready.
 func (s *server) refusal() *apiError {
 	if !s.available() {
 		return unavailable("redis is away")
 	}
-	if deps, _ := s.ready(); deps["nats"] != "connected" {
+	deps, ready := s.ready()
+	switch {
+	case deps["nats"] != "connected":
 		return unavailable("nats is away")
-	}
-	if s.draining.Err() != nil {
+	case s.draining.Err() != nil:
 		return unavailable("this pod is draining")
+	case !ready: // /ready says why: an operator's business
+		return unavailable("this pod cannot deliver events now")
 	}
 	return nil
 }

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -27,9 +30,21 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 		return nil, fmt.Errorf("stream %s: %w", cfg.NATSStreamName, err)
 	}
 	info := s.CachedInfo()
-	if info.Config.Retention != jetstream.LimitsPolicy {
-		slog.Warn("the stream has no limits retention: acked events are gone, clients cannot resume", "stream", cfg.NATSStreamName)
+	if err := holdsPrefix(info.Config, cfg.NATSSubjectPrefix); err != nil {
+		return nil, err
 	}
+	older := ""
+	if info.Config.Metadata["_nats.ver"] == "" { // the stream's server adds it from 2.11 on; this pod may be connected to another
+		older = "than 2.11"
+	}
+	c.warn(&c.saidVersion, older, "NATS is older than 2.11: it does not find messages by time, so clients that resume may have to reload",
+		"stream", cfg.NATSStreamName, "connected_to", c.nc.ConnectedServerVersion())
+	retention := ""
+	if info.Config.Retention != jetstream.LimitsPolicy {
+		retention = info.Config.Retention.String()
+	}
+	c.warn(&c.saidRetention, retention, "the stream has no limits retention: acked events are gone, clients cannot resume",
+		"stream", cfg.NATSStreamName, "retention", retention)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.created.Equal(info.Created) {
@@ -42,97 +57,102 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 	return s, nil
 }
 
-// ensureConsumer makes the durable consumer where there is none, and else compares it with what the service needs.
-func (c *consumer) ensureConsumer(ctx context.Context, s jetstream.Stream) (jetstream.Consumer, error) {
-	cfg := c.cfg.Load()
-	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
-	defer cancel()
-	want := jetstream.ConsumerConfig{
-		Durable: cfg.NATSConsumerName, FilterSubject: cfg.NATSSubjectPrefix + ".>", AckPolicy: jetstream.AckExplicitPolicy,
-		AckWait: cfg.NATSAckWait, MaxAckPending: cfg.NATSMaxAckPending, MaxDeliver: -1,
+// holdsPrefix returns an error for a stream that can never hold an event under this prefix. Subjects of other publishers beside
+// those of events are fine.
+func holdsPrefix(cfg jetstream.StreamConfig, prefix string) error {
+	stored := storedSubjects(cfg)
+	if slices.ContainsFunc(stored, func(s string) bool { return mayHoldEvents(s, prefix) }) {
+		return nil
 	}
-	cons, err := s.Consumer(ctx, cfg.NATSConsumerName)
-	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		if err := c.startOf(ctx, s.CachedInfo(), &want); err != nil {
-			return nil, err
-		}
-		cons, err = s.CreateConsumer(ctx, want)
-		if errors.Is(err, jetstream.ErrConsumerExists) { // another pod was faster
-			cons, err = s.Consumer(ctx, cfg.NATSConsumerName)
-		} else if err == nil {
-			slog.Info("consumer made", "consumer", want.Durable, "deliver_policy", want.DeliverPolicy.String(), "seq", want.OptStartSeq)
+	quoted, likely := make([]string, len(stored)), ""
+	for i, s := range stored {
+		quoted[i] = strconv.Quote(s)
+		head, _, _ := strings.Cut(strings.TrimSuffix(s, ">")+".", ".*.")
+		if head = strings.TrimRight(head, "."); likely == "" && checkSubjectPrefix(head) == nil && mayHoldEvents(s, head) {
+			likely = "set NATS_SUBJECT_PREFIX=" + head + ", or "
 		}
 	}
-	if err != nil {
-		return nil, fmt.Errorf("consumer %s of stream %s: %w", cfg.NATSConsumerName, cfg.NATSStreamName, err)
-	}
-	c.mu.Lock()
-	c.created = s.CachedInfo().Created
-	if c.floor == 0 { // the first poll compares with what was so before this pod took any
-		c.floor = cons.CachedInfo().AckFloor.Stream
-	}
-	c.mu.Unlock()
-	return c.reconcile(ctx, s, cons, want)
+	return fmt.Errorf("stream %s stores only %.200s, which no event under NATS_SUBJECT_PREFIX %q matches: %shave its owner add %q to its subjects",
+		cfg.Name, strings.Join(quoted, ", "), prefix, likely, prefix+".>")
 }
 
-// startOf decides where a consumer that does not exist starts: behind the highest ack floor noted for this stream, so
-// that nothing published while it was away is lost; at the beginning of a stream made anew; else by DELIVER_POLICY.
-func (c *consumer) startOf(ctx context.Context, info *jetstream.StreamInfo, want *jetstream.ConsumerConfig) error {
-	cfg := c.cfg.Load()
-	created, floor, found, err := c.owners.floor(ctx, cfg.NATSStreamName, cfg.NATSConsumerName)
-	c.mu.Lock()
-	if !c.created.IsZero() && (!found || c.created.Equal(created)) {
-		created, floor, found = c.created, max(c.floor, floor), true
+// mayHoldEvents says whether events under this prefix may have subjects that the pattern matches.
+func mayHoldEvents(pattern, prefix string) bool {
+	for _, kind := range []string{"chats", "contacts", "agents", "messages.>"} {
+		if overlap(pattern, prefix+".*.*."+kind) {
+			return true
+		}
 	}
-	c.mu.Unlock()
-	switch {
-	case !found && err != nil:
-		return fmt.Errorf("where consumer %s would start is not known: %w", cfg.NATSConsumerName, err)
-	case found && created.Equal(info.Created):
-		want.DeliverPolicy, want.OptStartSeq = jetstream.DeliverByStartSequencePolicy, floor+1
-	case found || cfg.NATSDeliverPolicy == "all":
-		want.DeliverPolicy = jetstream.DeliverAllPolicy
-	default:
-		want.DeliverPolicy = jetstream.DeliverNewPolicy
-	}
-	return nil
+	return false
 }
 
-// reconcile compares a durable with what is needed. What JetStream lets one change is changed; a conflict in what it
-// does not is named field by field, and nothing is consumed until someone deletes that consumer or changes the settings.
-func (c *consumer) reconcile(ctx context.Context, s jetstream.Stream, cons jetstream.Consumer, want jetstream.ConsumerConfig) (jetstream.Consumer, error) {
-	have := cons.CachedInfo().Config
-	var bad []string
-	differ := func(field string, have, want any) {
-		bad = append(bad, fmt.Sprintf("%s is %v, want %v", field, have, want))
+// storedSubjects lists patterns of what the stream stores: its own subjects and those of its sources, as its transforms leave them.
+func storedSubjects(cfg jetstream.StreamConfig) (stored []string) {
+	taken := slices.Clone(cfg.Subjects)
+	sources := cfg.Sources
+	if cfg.Mirror != nil {
+		sources = append(slices.Clone(sources), cfg.Mirror)
 	}
-	if have.AckPolicy != want.AckPolicy {
-		differ("ack_policy", have.AckPolicy, want.AckPolicy)
+	for _, source := range sources {
+		for _, t := range source.SubjectTransforms { // each is a filter, too
+			taken = append(taken, transformed(t))
+		}
+		if len(source.SubjectTransforms) == 0 {
+			taken = append(taken, cmp.Or(source.FilterSubject, ">"))
+		}
 	}
-	switch have.DeliverPolicy {
-	case jetstream.DeliverNewPolicy, jetstream.DeliverAllPolicy, jetstream.DeliverByStartSequencePolicy:
-	default:
-		differ("deliver_policy", have.DeliverPolicy, "new, all or by_start_sequence")
+	for _, s := range taken {
+		t := cfg.SubjectTransform
+		if t == nil || !covers(cmp.Or(t.Source, ">"), s) {
+			stored = append(stored, s)
+		}
+		if t != nil && overlap(cmp.Or(t.Source, ">"), s) {
+			stored = append(stored, transformed(*t))
+		}
 	}
-	if have.ReplayPolicy != jetstream.ReplayInstantPolicy {
-		differ("replay_policy", have.ReplayPolicy, jetstream.ReplayInstantPolicy)
+	return stored
+}
+
+// transformed is a pattern of what a transform makes. It is exact up to the first token that is filled in.
+func transformed(t jetstream.SubjectTransformConfig) string {
+	if t.Destination == "" {
+		return cmp.Or(t.Source, ">")
 	}
-	if bad != nil {
-		return nil, fmt.Errorf("consumer %s does not fit: %s; delete it or set NATS_CONSUMER_NAME", want.Durable, strings.Join(bad, "; "))
+	tokens := strings.Split(t.Destination, ".")
+	for i, token := range tokens {
+		if strings.HasPrefix(token, "$") || strings.Contains(token, "{{") {
+			return strings.Join(append(tokens[:i], ">"), ".")
+		}
 	}
-	if have.FilterSubject == want.FilterSubject && len(have.FilterSubjects) == 0 && have.AckWait == want.AckWait &&
-		have.MaxAckPending == want.MaxAckPending && have.MaxDeliver == want.MaxDeliver && len(have.BackOff) == 0 && !have.HeadersOnly {
-		return cons, nil
+	return t.Destination
+}
+
+// overlap says whether some subject matches both patterns.
+func overlap(a, b string) bool {
+	as, bs := strings.Split(a, "."), strings.Split(b, ".")
+	for i := range min(len(as), len(bs)) {
+		switch {
+		case as[i] == ">" || bs[i] == ">":
+			return true
+		case as[i] != "*" && bs[i] != "*" && as[i] != bs[i]:
+			return false
+		}
 	}
-	slog.Warn("consumer changed to these settings", "consumer", want.Durable, "ack_wait", want.AckWait, "max_ack_pending", want.MaxAckPending)
-	changed := have
-	changed.FilterSubject, changed.FilterSubjects, changed.AckWait, changed.MaxAckPending = want.FilterSubject, nil, want.AckWait, want.MaxAckPending
-	changed.MaxDeliver, changed.BackOff, changed.HeadersOnly = want.MaxDeliver, nil, false
-	cons, err := s.UpdateConsumer(ctx, changed)
-	if err != nil {
-		return nil, fmt.Errorf("change consumer %s: %w", want.Durable, err)
+	return len(as) == len(bs)
+}
+
+// covers says whether a matches every subject that b does.
+func covers(a, b string) bool {
+	as, bs := strings.Split(a, "."), strings.Split(b, ".")
+	for i := range min(len(as), len(bs)) {
+		switch {
+		case as[i] == ">":
+			return true
+		case bs[i] == ">" || as[i] != "*" && as[i] != bs[i]:
+			return false
+		}
 	}
-	return cons, nil
+	return len(as) == len(bs)
 }
 
 // streamSeq returns a sequence not above the stream's last one and at most 1 s old. The stream's leader is asked, once

@@ -188,9 +188,11 @@ func TestConsumerIsChanged(t *testing.T) {
 	seq := w.Chat("acme", "desk0") // before the service runs
 	pod := w.Start()
 	c := w.ConsumerInfo().Config
-	if c.AckWait != 30*time.Second || c.MaxAckPending != 16384 || c.MaxDeliver != -1 || len(c.BackOff) != 0 {
+	if c.AckWait != 30*time.Second || c.MaxAckPending != 65536 || c.MaxDeliver != -1 || len(c.BackOff) != 0 {
 		t.Errorf("the consumer was left as it was: %+v", c)
 	}
+	findLine(pod, "consumer changed to these settings",
+		"max_deliver from 3 to unlimited, backoff from [1s 2s] to none, ack_wait from 1s to 30s, max_ack_pending from 100 to 65536")
 	pod.Connect(agents(1)[0]).WaitEvent(seq)
 	w.Settled()
 	pod.WantLedgers()

@@ -6,18 +6,40 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"daisi-ws-service/dev/feed"
 	"daisi-ws-service/dev/harness"
 )
 
-// idlePod starts a pod that its peers reach as ever, but that pulls nothing: its consumer is another one, which is paused.
-func idlePod(w *harness.World, settings ...string) *harness.Pod {
+// idleConsumer makes a second consumer that gives nothing out: the one event that may be unacked is the test's, and so is a pull
+// that waits, so that no pod is alone with the consumer and raises its limit.
+func idleConsumer(w *harness.World) {
 	w.T.Helper()
-	p := w.Start(append(settings, "NATS_CONSUMER_NAME=idle")...)
-	if _, err := w.JS.PauseConsumer(harness.Within(w.T, harness.Patience), w.Stream, "idle", time.Now().Add(time.Hour)); err != nil {
+	w.PublishRaw(w.Prefix+".nobody", []byte("{}"))
+	cons, err := w.JS.CreateConsumer(harness.Within(w.T, harness.Patience), w.Stream, jetstream.ConsumerConfig{
+		Durable: "idle", FilterSubject: w.Prefix + ".>", AckPolicy: jetstream.AckExplicitPolicy, AckWait: time.Hour, MaxAckPending: 1,
+	})
+	if err != nil {
 		w.T.Fatal(err)
 	}
-	return p
+	batch, err := cons.Fetch(1, jetstream.FetchMaxWait(harness.Patience))
+	if err != nil {
+		w.T.Fatal(err)
+	}
+	if msg := <-batch.Messages(); msg == nil {
+		w.T.Fatalf("the idle consumer gives no event: %v", batch.Error())
+	}
+	if _, err := cons.Fetch(1, jetstream.FetchMaxWait(time.Hour)); err != nil {
+		w.T.Fatal(err)
+	}
+}
+
+// idlePod starts a pod that its peers reach as ever, but that pulls nothing: its consumer is another one.
+func idlePod(w *harness.World, settings ...string) *harness.Pod {
+	w.T.Helper()
+	idleConsumer(w)
+	return w.Start(append(settings, "NATS_CONSUMER_NAME=idle")...)
 }
 
 // wantResumed answers a gap as a client should, and expects that the event lost comes with it.
@@ -101,8 +123,8 @@ func TestGapBetweenSockets(t *testing.T) {
 	here.WaitReady()
 	alarm := there.Connect(harness.User("acme", "desk1", "eve")) // hears of the same marks
 	alarm.WantGap("owner")
-	time.Sleep(3 * time.Second)                             // a renewal: those of the chat are read, too
-	for _, pod := range []*harness.Pod{there, idlePod(w)} { // the second one starts when all has been announced
+	time.Sleep(3 * time.Second)                                                     // a renewal: those of the chat are read, too
+	for _, pod := range []*harness.Pod{there, w.Start("NATS_CONSUMER_NAME=idle")} { // the second one starts when all has been announced
 		bob = pod.Dial(harness.User("acme", "desk1", "bob").With("since", since(last)))
 		bob.TakeType("ready")
 		bob.Send(map[string]any{"type": "select_chat", "payload": map[string]any{"chat_id": "c1", "since": last}})
@@ -193,10 +215,8 @@ func TestLateEvents(t *testing.T) {
 func TestKilledAfterGivingUp(t *testing.T) {
 	t.Parallel()
 	w := harness.New(t, harness.Settings("NATS_NAK_DELAY=200ms", "NATS_RETRY_HORIZON=2s"))
+	idleConsumer(w)
 	there, proxy := behindProxy(w, "NATS_CONSUMER_NAME=idle")
-	if _, err := w.JS.PauseConsumer(harness.Within(t, harness.Patience), w.Stream, "idle", time.Now().Add(time.Hour)); err != nil {
-		t.Fatal(err)
-	}
 	here, bob := w.Start(), there.Connect(harness.User("acme", "desk1", "bob"))
 	bob.WaitEvent(w.Chat("acme", "desk1"))
 	proxy.Cut()
@@ -255,10 +275,8 @@ func TestNoGapForADeadPodsSake(t *testing.T) {
 func TestGapForThoseWhoMissed(t *testing.T) {
 	t.Parallel()
 	w := harness.New(t, fewInHand, harness.Settings("NATS_RETRY_HORIZON=2s"))
+	idleConsumer(w)
 	there, proxy := behindProxy(w, "NATS_CONSUMER_NAME=idle")
-	if _, err := w.JS.PauseConsumer(harness.Within(t, harness.Patience), w.Stream, "idle", time.Now().Add(time.Hour)); err != nil {
-		t.Fatal(err)
-	}
 	here := w.Start()
 	ann, eve := here.Connect(harness.User("acme", "desk1", "ann")), there.Connect(harness.User("acme", "desk1", "eve"))
 	first := w.Chat("acme", "desk1")

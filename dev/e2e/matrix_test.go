@@ -160,10 +160,8 @@ func playRows(t *testing.T, policy, world string, rows []ackRow) {
 	w := harness.New(t, harness.Settings(ackWorlds[world]...), harness.Settings("WEBSOCKET_DROP_POLICY="+policy, "WEBSOCKET_BUFFER_SIZE="+strconv.Itoa(ackRing), "WEBSOCKET_BLOCK_TIMEOUT=300ms",
 		"NATS_NAK_DELAY=300ms", "PEER_TIMEOUT=500ms", "SERVER_SHUTDOWN_TIMEOUT=60s"))
 	here := w.Start()
+	idleConsumer(w)
 	there, proxy := behindProxy(w, "NATS_CONSUMER_NAME=idle") // another consumer, which gives nothing out
-	if _, err := w.JS.PauseConsumer(harness.Within(t, harness.Patience), w.Stream, "idle", time.Now().Add(time.Hour)); err != nil {
-		t.Fatal(err)
-	}
 	for i, r := range rows {
 		ok := t.Run(r.fate+", "+r.where, func(t *testing.T) {
 			w.T = t // what this row starts ends with it

@@ -1,7 +1,10 @@
 package e2e
 
 import (
+	"bufio"
 	"fmt"
+	"io"
+	"net"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -121,6 +124,10 @@ func TestNATSEachRight(t *testing.T) {
 			c.WaitEvent(second)
 			p.Dial(harness.User("acme", "desk1", "bob").With("since", fmt.Sprint(first)))
 		}
+		if strings.Contains(right, "CONSUMER.DELETE") {
+			p.WaitReady()
+			setFilter(w, w.Prefix+".nobody.>")
+		}
 		subject, _, _ := strings.Cut(right, ">")
 		_, err := p.Log.Find(harness.Within(t, harness.Patience), func(line string) bool {
 			return strings.Contains(strings.ToLower(line), "permissions violation") && strings.Contains(line, subject)
@@ -205,6 +212,126 @@ func TestNATSCredentials(t *testing.T) {
 	stranger := w.Launch("NATS_CREDS_FILE=" + write("stranger", other, nil, nil))
 	stranger.WaitListening()
 	stranger.WantLine("Authorization Violation")
+}
+
+// TestNATSNKey: a seed file names the user; one that the server does not know waits and says why.
+func TestNATSNKey(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	seed := func(name string) (file, public string) {
+		file = filepath.Join(dir, name+".nk")
+		public, err := rig.WriteNKey(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return file, public
+	}
+	mine, user := seed("service")
+	other, _ := seed("stranger")
+	publish, subscribe := natsRights(t)
+	w := harness.New(t, harness.OwnNATS(authorization(publisher, fmt.Sprintf("{nkey: %s, permissions: {publish: [%s], subscribe: [%s]}}", user, quoted(publish), quoted(subscribe)))),
+		harness.NATSOptions(nats.UserInfo("publisher", "password-of-the-publisher")), harness.NoStream())
+	defaultNames(w)
+	w.MakeStream(func(*jetstream.StreamConfig) {})
+	a, b := w.Start("NATS_NKEY_FILE="+mine), w.Start("NATS_NKEY_FILE="+mine)
+	wantEverything(w, a, b, "desk1")
+	wantNoViolation(w, a, b)
+	stranger := w.Launch("NATS_NKEY_FILE=" + other)
+	stranger.WaitListening()
+	stranger.WantLine("Authorization Violation")
+}
+
+// TestLeafNode: the pods are at a leaf node that has a JetStream of its own, the stream is in the hub's domain.
+func TestLeafNode(t *testing.T) {
+	t.Parallel()
+	for _, setting := range []string{"NATS_JS_DOMAIN=hub", "NATS_JS_API_PREFIX=$JS.hub.API"} {
+		t.Run(setting, func(t *testing.T) {
+			t.Parallel()
+			w := harness.New(t, harness.LeafNATS())
+			a, b := w.Start(setting), w.Start(setting)
+			wantEverything(w, a, b, "desk1")
+			made := w.ConsumerInfo().Created
+			if err := w.JS.DeleteConsumer(harness.Within(t, harness.Patience), w.Stream, w.Consumer); err != nil {
+				t.Fatal(err)
+			}
+			consumerBack(w, made)
+			a.WaitReady()
+			a.Connect(harness.User("acme", "desk1", "ann")).WaitEvent(w.Chat("acme", "desk1"))
+			w.Settled()
+		})
+	}
+}
+
+// TestImportedJetStream: the stream belongs to another account, whose API is imported under another prefix.
+func TestImportedJetStream(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, harness.OwnNATS(`accounts {
+		OWNER: {
+			jetstream: enabled
+			users: [`+publisher+`]
+			exports: [
+				{service: "$JS.API.>", response_type: stream}
+				{service: "$JS.ACK.>"}
+			]
+		}
+		GUEST: {
+			users: [{user: service, password: "`+natsPassword+`"}]
+			imports: [
+				{service: {account: OWNER, subject: "$JS.API.>"}, to: "owner.API.>"}
+				{service: {account: OWNER, subject: "$JS.ACK.>"}}
+			]
+		}
+	}`), harness.NATSOptions(nats.UserInfo("publisher", "password-of-the-publisher")))
+	a := w.Start(urlAs(w, "service", natsPassword), "NATS_JS_API_PREFIX=owner.API")
+	b := w.Start(urlAs(w, "service", natsPassword), "NATS_JS_API_PREFIX=owner.API")
+	wantEverything(w, a, b, "desk1")
+	wantNoViolation(w, a, b)
+}
+
+// TestOldNATS: a server that lacks something the service uses is named at the start, once.
+func TestOldNATS(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go asOld(c, w.NATS.Address())
+		}
+	}()
+	p := w.Start("NATS_URL=nats://" + l.Addr().String())
+	findLine(p, `"level":"WARN"`, "NATS is older than 2.11", w.Stream)
+	p.Connect(harness.User("acme", "desk1", "ann")).WantEvent(w.Chat("acme", "desk1"))
+	if n := strings.Count(p.Log.Text(), "older than 2.11"); n != 1 {
+		t.Errorf("said %d times", n)
+	}
+	if log := w.Start().Log.Text(); strings.Contains(log, "older than") {
+		t.Error("the present server is called old")
+	}
+}
+
+// asOld forwards a connection to NATS without what servers say of their version from 2.11 on.
+func asOld(c net.Conn, target string) {
+	defer c.Close()
+	server, err := net.Dial("tcp", target)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	go io.Copy(server, c)
+	for in := bufio.NewReader(server); err == nil; {
+		var line string
+		if line, err = in.ReadString('\n'); err == nil {
+			_, err = io.WriteString(c, strings.Replace(line, `"_nats.ver":`, `"of.others":`, 1))
+		}
+	}
 }
 
 // TestNATSTLS: certificates both ways; a pod that cannot prove itself, or meets a server that it does not trust, waits and

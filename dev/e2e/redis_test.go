@@ -57,7 +57,7 @@ func leavesNothing(w *harness.World, rdb redis.UniversalClient, pods ...*harness
 		w.T.Fatal(err)
 	}
 	slices.Sort(keys)
-	if want := []string{"ack_floor:" + w.Stream + ":" + w.Consumer, "owner_log"}; !slices.Equal(keys, want) {
+	if want := []string{"ack_floor:" + w.Stream + ":" + w.Consumer + ":" + w.Prefix, "owner_log"}; !slices.Equal(keys, want) {
 		w.T.Errorf("after the drain of all pods Redis holds %q, want %q", keys, want)
 	}
 }

@@ -15,6 +15,10 @@ import (
 // NATSCluster gives the World n servers of its own that are one JetStream cluster.
 func NATSCluster(n int) Option { return func(o *options) { o.nodes = n } }
 
+// LeafNATS gives the World two servers of its own: the stream is on a hub, where the test is, and the pods connect to a leaf node
+// of it, which has another JetStream. The hub's domain is called "hub".
+func LeafNATS() Option { return func(o *options) { o.leaf = true } }
+
 // NATSOptions are those of the test's own connection, where not everyone may connect.
 func NATSOptions(opts ...nats.Option) Option { return func(o *options) { o.natsOptions = opts } }
 
@@ -36,8 +40,26 @@ func (w *World) startNATSCluster(n int) {
 	})
 }
 
+func (w *World) startNATSLeaf() {
+	w.T.Helper()
+	hub, leaf, err := rig.StartNATSLeaf(shared.bin.NATS, w.subdir("nats"))
+	if err != nil {
+		w.T.Fatal(err)
+	}
+	w.NATS, w.leaf = hub, leaf
+	w.T.Cleanup(func() {
+		for _, n := range []*rig.NATS{leaf, hub} {
+			w.blame(n.Process())
+			n.Stop()
+		}
+	})
+}
+
 // natsURL is where pods connect.
 func (w *World) natsURL() string {
+	if w.leaf != nil {
+		return w.leaf.URL()
+	}
 	if w.Nodes == nil {
 		return w.NATS.URL()
 	}

@@ -40,6 +40,7 @@ type World struct {
 	NC       *nats.Conn // of the test itself, not of any pod
 	JS       jetstream.JetStream
 
+	leaf  *rig.NATS // with LeafNATS: where pods connect
 	dir   string
 	pods  atomic.Int64 // started so far
 	redis []string     // settings that say where Redis is
@@ -51,6 +52,7 @@ type Option func(*options)
 
 type options struct {
 	ownNATS, noStream bool
+	leaf              bool
 	nodes             int
 	natsConf          []string
 	natsOptions       []nats.Option
@@ -91,6 +93,8 @@ func New(t *testing.T, opts ...Option) *World {
 	switch {
 	case o.nodes > 0:
 		w.startNATSCluster(o.nodes)
+	case o.leaf:
+		w.startNATSLeaf()
 	case o.ownNATS:
 		w.startNATS(o.natsConf)
 	}

@@ -18,6 +18,7 @@ import (
 // NATS is a NATS server with JetStream whose port and data outlive its process.
 type NATS struct {
 	bin, dir string
+	domain   string // of its JetStream; "" = none
 	port     int
 
 	mu   sync.Mutex // guards proc
@@ -27,6 +28,10 @@ type NATS struct {
 // StartNATS runs a server with its data under dir. Each of extra is a line of its configuration file.
 func StartNATS(bin, dir string, extra ...string) (*NATS, error) {
 	n := &NATS{bin: bin, dir: dir}
+	return n, n.start(extra)
+}
+
+func (n *NATS) start(extra []string) error {
 	err := onFreePort(func(port int) error {
 		n.port = port
 		if err := n.Configure(extra...); err != nil {
@@ -35,9 +40,9 @@ func StartNATS(bin, dir string, extra ...string) (*NATS, error) {
 		return n.Restart()
 	})
 	if err != nil {
-		return nil, fmt.Errorf("start NATS: %w", err)
+		return fmt.Errorf("start NATS: %w", err)
 	}
-	return n, nil
+	return nil
 }
 
 // Configure writes the configuration file anew, with other further lines than before; the next Restart reads it.
@@ -45,7 +50,7 @@ func (n *NATS) Configure(extra ...string) error {
 	lines := append([]string{
 		fmt.Sprintf("listen: 127.0.0.1:%d", n.port),
 		"server_name: " + n.Name(),
-		fmt.Sprintf("jetstream { store_dir: %q, max_memory_store: 256MB, max_file_store: 8GB }", filepath.Join(n.dir, "jetstream")),
+		fmt.Sprintf("jetstream { store_dir: %q, max_memory_store: 256MB, max_file_store: 8GB, domain: %q }", filepath.Join(n.dir, "jetstream"), n.domain),
 	}, extra...)
 	return os.WriteFile(filepath.Join(n.dir, "nats.conf"), []byte(strings.Join(lines, "\n")+"\n"), 0o600)
 }

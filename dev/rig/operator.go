@@ -78,3 +78,16 @@ func (o *Operator) WriteCredentials(file string, publish, subscribe []string) er
 	}
 	return os.WriteFile(file, text, 0o600)
 }
+
+// WriteNKey makes a user that proves itself by a key alone, puts its seed into file and returns its public key.
+func WriteNKey(file string) (public string, err error) {
+	user, public, err := newKeys(nkeys.CreateUser)
+	if err != nil {
+		return "", err
+	}
+	seed, err := user.Seed()
+	if err != nil {
+		return "", err
+	}
+	return public, os.WriteFile(file, seed, 0o600)
+}
