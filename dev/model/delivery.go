@@ -175,9 +175,7 @@ func (w world) next(x *steps[state]) {
 		w.serve(x, c, 2*int(c))
 		w.serve(x, c, 2*int(c)+1)
 	}
-	if s.faults > 0 {
-		w.fail(x)
-	}
+	w.fail(x)
 }
 
 // begin makes the first state. Where all pods are up, client 1 is live on the last pod, client 2 on the one before.

@@ -1,26 +1,46 @@
 package main
 
-// fail adds each fault that may happen, while the budget lasts. A pod that is paused, cut off or slow needs no fault of its
-// own: it takes no step for a while, and its lease, its deliveries or what was pushed to it come to their ends.
+// fail adds each fault that may happen, while there are any left. A pod that is paused, cut off or slow needs no fault of its
+// own: it takes no step for a while, and its lease, its deliveries and what was pushed to it come to their ends.
 func (w world) fail(x *steps[state]) {
+	if x.from.faults > 0 {
+		w.failPods(x)
+		w.failEvents(x)
+		w.failRedis(x)
+		w.failSockets(x)
+	}
+}
+
+// fault adds a step that uses one of the faults up.
+func fault(x *steps[state], kind string, args ...any) *state {
+	t := x.rare(kind, args...)
+	t.faults--
+	return t
+}
+
+func (w world) failPods(x *steps[state]) {
 	s := &x.from
 	for p := range w.pods {
 		pod := &s.pods[p]
 		if !pod.up {
 			continue
 		}
+		fault(x, "FAULT: %v dies", p).crash(p)
 		if s.lease[p] != 0 {
 			fault(x, "FAULT: the lease of %v ends", p).lease[p] = 0
 		}
-		fault(x, "FAULT: %v dies", p).crash(p)
 		if pod.batch != 0 {
-			next := pulled
+			next := pulled // to be looked up again
 			if w.mutant == settleWithoutRedis {
 				next = found
 			}
 			fault(x, "FAULT: the look-up of %v is not answered: it pushes to every known pod", p).address(p, pod.known, next)
 		}
 	}
+}
+
+func (w world) failEvents(x *steps[state]) {
+	s := &x.from
 	for e := seq(2); e <= s.stored; e++ {
 		ev := &s.events[e]
 		if ev.status == inHand {
@@ -47,8 +67,12 @@ func (w world) fail(x *steps[state]) {
 			t.release(e)
 		}
 	}
+}
+
+func (w world) failRedis(x *steps[state]) {
 	for lost := range 4 {
-		members, notes, leases := lost == 0 || lost == 1, lost == 0 || lost == 2, lost == 0 || lost == 3
+		all := lost == 0
+		members, notes, leases := all || lost == 1, all || lost == 2, all || lost == 3
 		t := fault(x, "FAULT: another instance of Redis answers; lost are members %t, notes %t, leases %t", members, notes, leases)
 		t.instance++
 		for i := range t.sockets {
@@ -63,32 +87,33 @@ func (w world) fail(x *steps[state]) {
 			t.lease = [maxPods]uint8{}
 		}
 	}
+}
+
+func (w world) failSockets(x *steps[state]) {
+	s := &x.from
 	for c := range w.clients {
-		if k := s.socketOf(c); k != nil {
-			fault(x, "FAULT: %v leaves", c).leave(c)
-			if k.ready {
-				fault(x, "FAULT: %v resumes unasked from %d", c, k.last).socketOf(c).replay()
-			} else if k.phase == replaying && !k.fresh {
-				fault(x, "FAULT: the replay of %v fails", c).socketOf(c).fresh = true
-			}
+		k := s.socketOf(c)
+		if k == nil {
+			continue
+		}
+		fault(x, "FAULT: %v leaves", c).leave(c)
+		if k.ready {
+			fault(x, "FAULT: %v resumes unasked from %d", c, k.last).socketOf(c).replay()
+		}
+		if k.phase == replaying && !k.fresh {
+			fault(x, "FAULT: the replay of %v fails", c).socketOf(c).fresh = true
 		}
 	}
-	for i, k := range s.sockets {
+	for i := range s.sockets {
+		k := &s.sockets[i]
 		for e := seq(2); e <= s.stored; e++ {
 			if (k.ring | k.behind).has(e) {
 				t := &fault(x, "FAULT: the ring of %v drops event %d and notes a gap", clientID(i/2), e).sockets[i]
 				t.gap()
 				t.ring &^= only(e)
-				t.behind &^= only(e)
 			}
 		}
 	}
-}
-
-func fault(x *steps[state], kind string, args ...any) *state {
-	t := x.rare(kind, args...)
-	t.faults--
-	return t
 }
 
 // crash ends a pod. Its lease is left.

@@ -13,7 +13,9 @@
 // of the protocol: a model of another one needs a state, a next and a broken of its own.
 //
 // Not in the model: time, order among events, sessions, selected chats, shares, drains, replicas that are behind, an ack that
-// arrives after its delivery got late, and a consumer that someone makes anew beyond the floor.
+// arrives after its delivery got late, a claim that is under way while its pod takes a new life, and a consumer that someone
+// makes anew beyond the floor. Left out because less could happen with it: the set of what a socket has had written, the NAKs
+// of an event that nobody owns, and that a note is read until the renewal after it was acted on.
 package main
 
 import (

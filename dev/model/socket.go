@@ -40,20 +40,25 @@ func (w world) use(x *steps[state], c clientID) {
 
 // serve adds what may happen next to socket i, which is of client c.
 func (w world) serve(x *steps[state], c clientID, i int) {
+	if k := &x.from.sockets[i]; k.phase != closed {
+		w.attach(x, c, i)
+		w.deliver(x, c, i)
+		if k.left {
+			x.step("%v notices that %v has left", k.pod, c).closeSocket(i)
+		}
+	}
+}
+
+// attach adds the steps up to ready or resumed: claim, passes of the replay, live, end, last pass, answer.
+func (w world) attach(x *steps[state], c clientID, i int) {
 	s := &x.from
 	k := &s.sockets[i]
-	if k.phase == closed {
-		return
-	}
-	p := &s.pods[k.pod]
-	if k.left {
-		x.step("%v notices that %v has left", k.pod, c).closeSocket(i)
-	}
-
-	// Attaching and replaying, in this order; the claim is answered at any time before the socket is live.
 	if !k.claimed && (k.ready || w.mutant != claimAfterReady) {
 		t := &x.step("%v: the claim of %v is answered", c, k.pod).sockets[i]
-		t.claimed, t.claim = true, p.life
+		t.claimed, t.claim = true, s.pods[k.pod].life
+	}
+	if k.ready {
+		return
 	}
 	until := k.end
 	if k.phase == replaying && k.end == 0 {
@@ -64,18 +69,28 @@ func (w world) serve(x *steps[state], c clientID, i int) {
 		t.sockets[i].read++
 		t.write(i, k.read+1)
 	}
-	if k.phase == replaying && (k.claimed || w.mutant == claimAfterReady) && (k.end != 0 || k.fresh || w.mutant != endBeforeLive) {
+	if k.phase == replaying && (k.claimed || w.mutant == claimAfterReady) {
 		t := &x.step("%v: the ring is live; a gap that was owed is paid", c).sockets[i]
 		t.phase, t.owes, t.told = live, false, false
 	}
-	if !k.ready && !k.fresh && k.end == 0 && (k.phase == live) == (w.mutant != endBeforeLive) {
+	endDue := k.phase == live
+	if w.mutant == endBeforeLive {
+		endDue = k.phase == replaying
+	}
+	if endDue && !k.fresh && k.end == 0 {
 		x.step("%v: the stream's end is asked for: %d", c, s.stored).sockets[i].end = s.stored
 	}
-	if k.phase == live && !k.ready && (k.fresh || k.end != 0 && k.read >= k.end) {
+	if k.phase == live && (k.fresh || k.end != 0 && k.read >= k.end) {
 		w.answer(x.step("%v: ready or resumed is written; a load is due: %t", c, k.fresh), i)
 	}
+}
 
-	// Live. The gap and events are written in any order, a position behind what was queued before it.
+// deliver adds what the ring may take and write. The gap and events are written in any order, a position behind what was
+// queued before it.
+func (w world) deliver(x *steps[state], c clientID, i int) {
+	s := &x.from
+	k := &s.sockets[i]
+	p := &s.pods[k.pod]
 	if k.ready && k.position == 0 && k.last != p.position && (!k.owes || w.mutant == positionWhileOwing) {
 		x.step("%v: position %d is queued", c, p.position).sockets[i].position = p.position
 	}
