@@ -10,8 +10,10 @@ DURATION ?= 60s
 POLICY ?= drop_oldest
 CHAOSFLAGS ?=
 MUTANTS ?=
+SECONDS ?= 600
+MODELFLAGS ?=
 
-.PHONY: build dev test e2e chaos chaos-seeds mutants lint generate check-generated fuzz
+.PHONY: build dev test e2e chaos chaos-seeds mutants model model-mutants lint generate check-generated fuzz
 
 build: ## bin/daisi-ws-service: static, the same bytes from the same commit
 	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/daisi-ws-service .
@@ -52,6 +54,12 @@ chaos-seeds: ## make chaos for each of SEEDS, under both policies
 
 mutants: ## eight safeguards of the service, each switched off in a copy: make chaos must notice (MUTANTS=name ...)
 	CGO_ENABLED=0 go -C dev run -buildvcs=false ./mutants $(MUTANTS)
+
+model: ## searches the model of the delivery protocol for SECONDS: in every order, then at random (MODELFLAGS="-seed 7")
+	CGO_ENABLED=0 go -C dev run -buildvcs=false ./model -seconds $(SECONDS) $(MODELFLAGS)
+
+model-mutants: ## rules of the delivery protocol, each broken in the model: the search must notice
+	CGO_ENABLED=0 go -C dev run -buildvcs=false ./model -mutant all -seconds 110
 
 lint: ## gofmt, vet and the pinned staticcheck, in both modules
 	@files=$$(gofmt -l .); test -z "$$files" || { echo "gofmt would change: $$files"; exit 1; }
