@@ -18,7 +18,7 @@ import (
 // newAdmittingServer has a hub whose sockets are never served: acquire never gives a session away.
 func newAdmittingServer(acquire func(context.Context, string, string, time.Time) (*session, error), change func(*Config)) *server {
 	s := newTestServer(change)
-	s.hub = newHub(s.cfg, s.m, newOwners(s.cfg, s.auth.rdb, s.m), func(context.Context) (uint64, error) { return 1, nil })
+	s.hub = newHub(s.cfg, s.m, nil, nil, s.auth)
 	s.available = func() bool { return true }
 	s.acquire = acquire
 	s.later = func(context.Context, string, time.Time) (bool, error) { return false, nil }
@@ -86,6 +86,9 @@ func TestAdmission(t *testing.T) {
 		{"nats away", nil, func(s *server) {
 			s.ready = func() (map[string]string, bool) { return map[string]string{"nats": "disconnected"}, false }
 		}, 503, `{"code":"Unavailable","message":"nats is away"}`, 1013, 0},
+		{"unready", nil, func(s *server) {
+			s.ready = func() (map[string]string, bool) { return allWell, false }
+		}, 503, `{"code":"Unavailable","message":"this pod cannot deliver events now"}`, 1013, 0},
 		{"draining", nil, func(s *server) { s.startDrain() }, 503, `{"code":"Unavailable","message":"this pod is draining"}`, 1013, 0},
 		{"hub refuses", nil, func(s *server) { s.hub.stopAccepting() }, 503, `{"code":"Unavailable","message":"no room for further sockets on this pod"}`, 1013, 0},
 		{"full", nil, func(s *server) { s.hub.reserve() }, 503, `{"code":"Unavailable","message":"no room for further sockets on this pod"}`, 1013, 0},
@@ -112,29 +115,27 @@ func TestAdmission(t *testing.T) {
 	}
 }
 
-// TestUpgradeOutwaitsTimeouts: an upgrade may wait for longer than a request may take to be read or answered. It holds its place and
-// counts as a replay to come meanwhile; both are given back when it leaves or the pod drains.
+// TestUpgradeOutwaitsTimeouts: an upgrade may wait for longer than a request may take to be read or answered. It holds its place
+// meanwhile, and gives it back when it leaves or the pod drains.
 func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 	const limit = 200 * time.Millisecond
-	const target = "/ws/acme/a-1?since=7&x-api-key=general-1&token=" + userVector
+	const target = "/ws/acme/a-1?x-api-key=general-1&token=" + userVector
 	s := newAdmittingServer(conflict, func(c *Config) {
 		c.ServerReadTimeout, c.ServerWriteTimeout, c.ServerUpgradeRate, c.ServerMaxConnections = limit, limit, 2, 1
 	})
-	p := newPast(s.cfg, nil, nil)
-	s.hub.expectPast = p.expect
 	addr := startServer(t, s)
 	waits := func(n int) {
 		t.Helper()
-		var waiting, places, expected int
+		var waiting, places int
 		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 			s.hub.mu.Lock()
 			places = s.hub.places
 			s.hub.mu.Unlock()
-			if waiting, expected = int(s.m.upgradesWaiting.with().Get()), int(p.expected.Load()); waiting == n && places == n && expected == n {
+			if waiting = int(s.m.upgradesWaiting.with().Get()); waiting == n && places == n {
 				return
 			}
 		}
-		t.Fatalf("%d wait, %d have a place, %d are to resume, want %d", waiting, places, expected, n)
+		t.Fatalf("%d wait, %d have a place, want %d", waiting, places, n)
 	}
 	turnIn := func(d time.Duration) { s.crowd.pace.due = time.Now().Add(d) }
 	turnIn(7 * limit / 2)
@@ -242,30 +243,6 @@ func TestTwoOfOneSession(t *testing.T) {
 	wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
 	r, br := readUpgrade(t, first)
 	wantClosed(t, r, br, 4402)
-}
-
-// TestReplayIsExpected: who will resume is counted as long as he waits for his session, and nobody else is.
-func TestReplayIsExpected(t *testing.T) {
-	cfg := &settings{}
-	cfg.Store(&Config{ResumeConcurrency: 1})
-	p := newPast(cfg, nil, nil)
-	for _, c := range []struct {
-		query string
-		want  int64
-	}{{"", 0}, {"&since=7", 1}} {
-		s := newAdmittingServer(func(context.Context, string, string, time.Time) (*session, error) {
-			if n := p.expected.Load(); n != c.want {
-				t.Errorf("%q: %d replays are expected, want %d", c.query, n, c.want)
-			}
-			return nil, errConflict
-		}, nil)
-		s.hub.expectPast = p.expect
-		r, _ := dialUpgrade(t, startServer(t, s), "/ws/acme/a-1?x-api-key=general-1&token="+userVector+c.query)
-		wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
-		if n := p.expected.Load(); n != 0 {
-			t.Errorf("%q: %d replays are expected afterwards", c.query, n)
-		}
-	}
 }
 
 // wantClosed reads a finished handshake and the close frame that is all that follows it.

@@ -36,6 +36,11 @@ type claims struct {
 	expires                  time.Time
 }
 
+// covers says whether an admin with these claims sees the agent.
+func (c *claims) covers(company, agent string) bool {
+	return (c.scopeCompany == "*" || c.scopeCompany == company) && (c.scopeAgent == "*" || c.scopeAgent == agent)
+}
+
 // sessionKey names the session that the bearer needs.
 func (c *claims) sessionKey() string {
 	if c.admin != "" {

@@ -23,8 +23,27 @@ type sendPolicy struct {
 	threshold    int                 // bytes of a message from which on it is compressed, for sockets that negotiated it
 	gaps         func(reason string) // counts a gap that was noted anew
 
-	stuck atomic.Int64 // events in the rings of sockets that do not take them now
+	latest atomic.Pointer[position] // the pod's newest; nil before the first
 }
+
+// position says that a client has had everything up to seq; the frame is shared by all sockets.
+type position struct {
+	place
+	frame *frame
+}
+
+// positionEvery is how often a busy socket is given its position at most; a quiet one gets it with the heartbeat.
+const positionEvery = time.Second
+
+// phase is what a socket's ring does with live events.
+type phase uint8
+
+const (
+	replaying phase = iota // they are left to the replay that runs, or is about to
+	live                   // they are queued
+	closing                // nothing is pushed any more; replies that wait and then the close frame are still written
+	closed                 // all was written, or nothing can be
+)
 
 // item is one thing that waits to be written: an event, or a reply where d is nil.
 type item struct {
@@ -32,6 +51,13 @@ type item struct {
 	d      *delivery
 	at     time.Time // when it was pushed
 	packed bool      // f's compressed form is what is written
+	place  *place    // what the client knows once this is written; nil = nothing new
+}
+
+// place is a position of a stream.
+type place struct {
+	seq    uint64
+	stream string
 }
 
 // settlement is a delivery with its end at this socket. The ring only collects them: its callers settle when they have
@@ -82,26 +108,21 @@ type ring struct {
 	ready    bool      // `ready` is queued: items may be written
 	progress time.Time // when a byte was last written, or the ring began to fill
 
-	gapNoted  bool
-	gapSince  uint64
-	gapReason string
-
+	phase   phase
 	chat    string // the selected one
-	pending string // the one that is being selected
-	held    []item // messages of pending, until its confirmation is queued; all events while holding
-	leave   string // what is left to the replay that runs: "" nothing, leaveAll, or the messages of one chat
-	since   uint64 // what that replay was asked for
-	holding bool   // the replay is at its last pass: events wait for the confirmation
 	joins   []*delivery
 	written seqSet
-	first   uint64 // lowest sequence that the replay under way has queued; 0 = none
-	had     span   // of the general events, what a whole replay has queued,
-	hadChat span   // and of the selected chat's messages
 
-	closed bool   // nothing is pushed any more; replies that wait and then last are still written
+	positions bool      // the client keeps positions; constant after begin
+	place     place     // the last position that was written whole, or that the client came with
+	given     uint64    // the last position that was queued: the client has had everything up to it, or is about to
+	answered  bool      // no replay runs, and the last one's answer is queued: positions may follow
+	owes      bool      // a gap was noted and no replay has paid it yet: no positions
+	due       bool      // a position is wanted with the heartbeat
+	offered   time.Time // when one was queued last
+
 	last   []byte // the close frame
 	abrupt bool   // closed without a close frame: nothing is written any more
-	ended  bool   // all was written, or nothing can be
 
 	room chan struct{} // made by the read loop when it waits for room, closed by who makes it
 	done chan struct{} // made by waitDone, closed by who makes the ring ended and idle
@@ -130,25 +151,26 @@ func (r *ring) push(d *delivery, now time.Time, out []settlement) (_ []settlemen
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
-	case r.closed:
-		return append(out, settlement{d, failed}), false
-	case d.kind == kindMessage && d.chat != r.chat && d.chat != r.pending:
-		// The chat was deselected while the event was on its way: it is not for this socket any more.
-		return append(out, settlement{d, duplicate}), false
-	case r.leave == leaveAll || r.leave != "" && d.kind == kindMessage && d.chat == r.leave:
-		if d.seq <= r.since {
-			d.missedHere.Store(true) // it may be older than the overlap, which is all that the replay reaches back
-		}
+	case r.phase >= closing:
+		return append(out, settlement{d, gone}), false
+	case d.kind == kindMessage && d.chat != r.chat:
+		return append(out, settlement{d, unselected}), false
+	case r.phase == replaying:
 		return append(out, settlement{d, replayed}), false
-	case r.hadLocked(d) || d.count > 1 && r.written.has(d.seq):
+	case d.seq <= r.given || d.count > 1 && r.written.has(d.seq):
 		return append(out, settlement{d, duplicate}), false
 	case d.count > 1 && r.holdsLocked(d.seq):
 		r.joins = append(r.joins, d)
 		return out, false
-	case r.holding || d.kind == kindMessage && d.chat != r.chat:
-		return r.holdLocked(item{f: d.frame, d: d, at: now}, out), false
 	}
-	out = r.acceptLocked(item{f: d.frame, d: d, at: now}, now, out)
+	if r.waitingLocked() >= r.policy.size {
+		if !r.policy.block {
+			out = r.dropLocked(out)
+		} else if out = r.expireLocked(now, out); r.waitingLocked() >= 2*r.policy.size {
+			return append(out, settlement{d, failed}), false
+		}
+	}
+	r.insertLocked(r.n, item{f: d.frame, d: d, at: now})
 	return out, r.kickLocked(now)
 }
 
@@ -157,19 +179,6 @@ func (r *ring) behind() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.state == queued && r.waitingLocked() >= r.policy.size
-}
-
-// acceptLocked appends an event, making room as the policy says.
-func (r *ring) acceptLocked(it item, now time.Time, out []settlement) []settlement {
-	if r.waitingLocked() >= r.policy.size {
-		if !r.policy.block {
-			out = r.dropLocked(dropped, "buffer", out)
-		} else if out = r.expireLocked(now, out); r.waitingLocked() >= 2*r.policy.size {
-			return r.settleLocked(it.d, failed, out)
-		}
-	}
-	r.insertLocked(r.n, it)
-	return out
 }
 
 // waitingLocked counts the events that no writer has taken.
@@ -190,7 +199,7 @@ func (r *ring) holdsLocked(seq uint64) bool {
 			return true
 		}
 	}
-	return slices.ContainsFunc(r.held, func(it item) bool { return it.d.seq == seq })
+	return false
 }
 
 // settleLocked adds d's end to out, and that of the redeliveries that joined it.
@@ -230,7 +239,7 @@ func (r *ring) insertLocked(i int, it item) {
 	*r.at(i) = it
 	r.n++
 	if it.d != nil {
-		r.countLocked(1)
+		r.events++
 	}
 }
 
@@ -244,42 +253,36 @@ func (r *ring) removeLocked(i int) item {
 	r.head = (r.head + 1) & (len(r.items) - 1)
 	r.n--
 	if it.d != nil {
-		r.countLocked(-1)
+		r.events--
 	}
 	r.shrinkLocked()
 	return it
 }
 
-func (r *ring) countLocked(n int) {
-	r.events += n
-	if r.stuck {
-		r.policy.stuck.Add(int64(n))
+// dropLocked gives up the oldest event that no writer has taken; a gap takes its place.
+func (r *ring) dropLocked(out []settlement) []settlement {
+	i := r.flight
+	for i < r.n && r.at(i).d == nil {
+		i++
 	}
+	if i == r.n {
+		return out
+	}
+	it := r.removeLocked(i)
+	r.gapLocked("buffer", i, it.at)
+	return r.settleLocked(it.d, dropped, out)
 }
 
-// dropLocked gives up the oldest event that no writer has taken; dropped is announced by a gap.
-func (r *ring) dropLocked(o outcome, reason string, out []settlement) []settlement {
-	for i := r.flight; i < r.n; i++ {
-		if r.at(i).d == nil {
-			continue
-		}
-		d := r.removeLocked(i).d
-		if o == dropped {
-			r.gapLocked(d.seq-1, reason)
-		}
-		return r.settleLocked(d, o, out)
-	}
-	return out
-}
-
-// siftLocked takes the events for which gone says so, in flight ones apart, out of the ring and settles them o.
-func (r *ring) siftLocked(gone func(*delivery) bool, o outcome, out []settlement) []settlement {
+// siftLocked takes the items for which out says so, in flight ones apart, out of the ring and settles their events as o.
+func (r *ring) siftLocked(goes func(*item) bool, o outcome, out []settlement) []settlement {
 	kept := r.flight
 	for i := r.flight; i < r.n; i++ {
 		it := *r.at(i)
-		if it.d != nil && gone(it.d) {
-			r.countLocked(-1)
-			out = r.settleLocked(it.d, o, out)
+		if goes(&it) {
+			if it.d != nil {
+				r.events--
+				out = r.settleLocked(it.d, o, out)
+			}
 			continue
 		}
 		*r.at(kept) = it
@@ -292,6 +295,8 @@ func (r *ring) siftLocked(gone func(*delivery) bool, o outcome, out []settlement
 	r.shrinkLocked()
 	return out
 }
+
+func isEvent(it *item) bool { return it.d != nil }
 
 // trim lets the memory of an empty ring go that is kept for the next burst.
 func (r *ring) trim() {
@@ -340,36 +345,135 @@ func (r *ring) expire(now time.Time, out []settlement) []settlement {
 	return r.expireLocked(now, out)
 }
 
-// shed gives up the oldest event to make room in the pod's share: dropped under drop_oldest, shed under block, where
-// the router announces it.
-func (r *ring) shed(out []settlement) []settlement {
+// gap notes that events may be missing, before all that is queued from now on. A socket that leaves them to a replay has it paid when
+// it goes live.
+func (r *ring) gap(reason string, now time.Time) (kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.policy.block {
-		return r.dropLocked(shed, "", out)
-	}
-	return r.dropLocked(dropped, "shed", out)
-}
-
-// gap notes that events after since may be missing. A replay of all that came after an earlier sequence says so itself if it
-// fails, and fetches them otherwise: they had been pulled, so they are before the end that its last pass reads up to.
-func (r *ring) gap(since uint64, reason string, now time.Time) (kick bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.closed || r.leave == leaveAll && since >= r.since {
+	if r.phase >= closing {
 		return false
 	}
-	r.gapLocked(since, reason)
+	r.gapLocked(reason, r.n, now)
 	return r.kickLocked(now)
 }
 
-func (r *ring) gapLocked(since uint64, reason string) {
-	if !r.gapNoted {
-		r.gapNoted, r.gapSince, r.gapReason = true, since, reason
-		r.policy.gaps(reason)
-	} else if since < r.gapSince {
-		r.gapSince, r.gapReason = since, reason
+// gapLocked puts the announcement of a gap before the i-th item, unless one waits already, and takes back positions that wait: the
+// client is given none until it has resumed.
+func (r *ring) gapLocked(reason string, i int, at time.Time) {
+	r.owes = true
+	for k := r.flight; k < r.n; k++ {
+		if r.at(k).f.label == "gap" {
+			return
+		}
 	}
+	r.policy.gaps(reason)
+	r.insertLocked(i, item{f: newGap(r.place.seq, reason), at: at})
+	r.siftLocked(func(it *item) bool { return it.f.label == "position" }, gone, nil)
+}
+
+// begin takes what a client says of itself when it connects. One that has no position is live from now on: no replay has what comes, so
+// it waits behind the greeting, also for a client that never resumes.
+func (r *ring) begin(p past) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.positions, r.place, r.chat = p.positions, place{p.since, p.stream}, p.chat
+	if p.stream == "" && r.phase == replaying {
+		r.phase = live
+	}
+}
+
+// beginReplay leaves live events to the replay that follows, and lets what that writes go out before the greeting. It returns the
+// position to begin behind; stream is "" where there is none.
+func (r *ring) beginReplay() (from uint64, stream string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.phase == live {
+		r.phase = replaying
+	}
+	r.ready, r.answered = true, false
+	return r.place.seq, r.place.stream
+}
+
+// replay queues an event of the past like a reply.
+func (r *ring) replay(f *frame, now time.Time) (kick bool) { return r.reply(f, now) }
+
+// goLive has events queued again from now on. Gaps noted so far are paid: the end of the stream that the last pass of a replay reads up
+// to is asked for after this.
+func (r *ring) goLive() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.phase == replaying {
+		r.phase, r.owes = live, false
+		r.siftLocked(func(it *item) bool { return it.f.label == "gap" }, gone, nil)
+	}
+}
+
+// confirm queues the answer of a replay, which carries a position of that stream; nil for a socket that has none.
+func (r *ring) confirm(f *frame, stream string, position *uint64, now time.Time) (kick bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.phase >= closing {
+		return false
+	}
+	r.insertLocked(r.n, r.answerLocked(f, stream, position, now))
+	return r.kickLocked(now)
+}
+
+// greet is confirm for the `ready` of a fresh socket: it stands before the events that came since the ring went live, and lets all be
+// written.
+func (r *ring) greet(f *frame, stream string, position *uint64, now time.Time) (kick bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.phase >= closing {
+		return false
+	}
+	r.insertLocked(0, r.answerLocked(f, stream, position, now))
+	r.ready = true
+	return r.kickLocked(now)
+}
+
+func (r *ring) answerLocked(f *frame, stream string, position *uint64, now time.Time) item {
+	it := item{f: f, at: now}
+	r.given = 0 // of another stream, maybe
+	if position != nil {
+		it.place = &place{*position, stream}
+		r.given = *position
+	}
+	r.answered = true
+	return it
+}
+
+// offerLocked queues the pod's newest position behind all that waits, if the client is to have it now. With the heartbeat it is to have
+// one in any case, which says that the connection lives.
+func (r *ring) offerLocked(now time.Time) {
+	p := r.policy.latest.Load()
+	if p == nil || !r.positions || r.phase != live || !r.answered || r.owes {
+		return
+	}
+	news := p.seq > r.given
+	if !r.due && (!news || r.events == 0 || now.Sub(r.offered) < positionEvery) {
+		return
+	}
+	it := item{f: p.frame, at: now}
+	if news {
+		it.place, r.given = &p.place, p.seq
+	}
+	r.insertLocked(r.n, it)
+	r.offered, r.due = now, false
+}
+
+// wantPosition has the next write bring the client's position.
+func (r *ring) wantPosition() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.due = true
+}
+
+// forget is called when the stream is another one: its sequences start again and name other events.
+func (r *ring) forget() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.written, r.given = seqSet{}, 0
 }
 
 // reply queues a message that is not an event. It is never dropped and does not count against the policy's size: the
@@ -377,7 +481,7 @@ func (r *ring) gapLocked(since uint64, reason string) {
 func (r *ring) reply(f *frame, now time.Time) (kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed {
+	if r.phase >= closing {
 		return false
 	}
 	r.insertLocked(r.n, item{f: f, at: now})
@@ -388,18 +492,11 @@ func (r *ring) reply(f *frame, now time.Time) (kick bool) {
 func (r *ring) control(op byte, p []byte, now time.Time) (kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed {
+	if r.phase >= closing {
 		return false
 	}
 	r.ctrl = appendControl(r.ctrl, op, p)
 	return r.kickLocked(now)
-}
-
-// hasRoom says that waitRoom would return at once.
-func (r *ring) hasRoom() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.closed || r.roomLocked()
 }
 
 // waitRoom returns once few enough replies and pongs wait, or the ring is closed. This is what bounds the memory that a
@@ -407,7 +504,7 @@ func (r *ring) hasRoom() bool {
 func (r *ring) waitRoom() {
 	for {
 		r.mu.Lock()
-		if r.closed || r.roomLocked() {
+		if r.phase >= closing || r.roomLocked() {
 			r.mu.Unlock()
 			return
 		}
@@ -425,7 +522,7 @@ func (r *ring) roomLocked() bool {
 }
 
 func (r *ring) wakeReaderLocked() {
-	if r.room != nil && (r.closed || r.roomLocked()) {
+	if r.room != nil && (r.phase >= closing || r.roomLocked()) {
 		close(r.room)
 		r.room = nil
 	}
@@ -439,18 +536,6 @@ func (r *ring) open(now time.Time) (kick bool) {
 	return r.kickLocked(now)
 }
 
-// greet puts f, the `ready` message, before the events that came while the socket was being set up, and lets all be written.
-func (r *ring) greet(f *frame, now time.Time) (kick bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.closed {
-		return false
-	}
-	r.insertLocked(0, item{f: f, at: now})
-	r.ready = true
-	return r.kickLocked(now)
-}
-
 // look tells an operator the selected chat and how many events wait.
 func (r *ring) look() (chat string, events int) {
 	r.mu.Lock()
@@ -458,31 +543,49 @@ func (r *ring) look() (chat string, events int) {
 	return r.chat, r.events
 }
 
-// close ends the ring: what waits is failed, what is in flight is settled by its writer, replies and then the close
-// frame are still written. Only the first call does anything; it returns the chat that was selected.
-func (r *ring) close(frame []byte, now time.Time, out []settlement) (_ []settlement, chat string, kick bool) {
+// selected makes chat the selected one, in one step: messages of the chat before that still wait are not for this socket any more, and
+// those of the new one stand behind the confirmation f.
+func (r *ring) selected(chat string, f *frame, now time.Time, out []settlement) (_ []settlement, kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed {
-		return out, "", false
+	if r.phase >= closing {
+		return out, false
 	}
-	r.closed, r.last, r.abrupt = true, frame, frame == nil
+	if r.chat != chat {
+		out = r.siftLocked(func(it *item) bool { return it.d != nil && it.d.kind == kindMessage }, unselected, out)
+	}
+	r.chat = chat
+	r.insertLocked(r.n, item{f: f, at: now})
+	return out, r.kickLocked(now)
+}
+
+// selection is the chat whose messages this socket gets now, "" for none.
+func (r *ring) selection() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.chat
+}
+
+// close ends the ring: what waits is gone, what is in flight is settled by its writer, replies and then the close
+// frame are still written. Only the first call does anything.
+func (r *ring) close(frame []byte, now time.Time, out []settlement) (_ []settlement, kick bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.phase >= closing {
+		return out, false
+	}
+	r.phase, r.last, r.abrupt = closing, frame, frame == nil
 	if !r.busy {
 		r.unpinLocked()
 	}
-	out = r.siftLocked(everything, failed, out)
-	for _, it := range r.held {
-		out = r.settleLocked(it.d, failed, out)
-	}
-	chat, r.held, r.gapNoted, r.written = r.chat, nil, false, seqSet{}
+	out = r.siftLocked(func(it *item) bool { return it.d != nil || !r.ready }, gone, out) // a gap before `ready` would hold the close frame up
+	r.written = seqSet{}
 	r.wakeReaderLocked()
 	if r.abrupt && !r.busy {
 		r.endLocked()
 	}
-	return out, chat, r.kickLocked(now)
+	return out, r.kickLocked(now)
 }
-
-func everything(*delivery) bool { return true }
 
 // unpinLocked makes the first item, whose frame is cut, an ordinary one again: once the ring is closed, the rest of its
 // frame is written for the framing's sake only, and whether it gets through is not waited for.
@@ -501,6 +604,6 @@ func (r *ring) endLocked() {
 	clear(r.items)
 	r.items, r.head, r.n, r.flight = nil, 0, 0, 0
 	r.ctrl, r.taken, r.cut, r.last, r.pinned = nil, 0, nil, nil, false
-	r.ended = true
+	r.phase = closed
 	r.doneLocked()
 }

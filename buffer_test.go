@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -12,11 +11,13 @@ import (
 	"time"
 )
 
+// newTestRing is the ring of a fresh socket that was greeted.
 func newTestRing(size int, block bool) (*ring, *sendPolicy) {
 	p := &sendPolicy{size: size, block: block, blockTimeout: time.Second, gaps: func(string) {}}
 	r := &ring{policy: p}
 	r.open(time.Now())
-	r.greet(newReply("ready", nil), time.Now())
+	r.goLive()
+	r.greet(newReply("ready", nil), "s", nil, time.Now())
 	return r, p
 }
 
@@ -27,297 +28,17 @@ func settleAll(ends []settlement) {
 	}
 }
 
-// ringModel drives one ring through random interleavings and holds what it says against what it wrote.
-type ringModel struct {
-	t      *testing.T
-	r      *ring
-	p      *sendPolicy
-	rnd    *rand.Rand
-	l      ledger
-	pushed []*delivery
-	seq    uint64
-	out    []byte // everything written
-	turn   bool   // the writer has it
-	closed bool
-	packed int // frames written compressed
-
-	replays  int // 0 = none runs, 1 = its passes, 2 = its last pass
-	replayed map[uint64]bool
+// issue makes seq the newest position.
+func (p *sendPolicy) issue(seq uint64, stream string) {
+	p.latest.Store(&position{place{seq, stream}, newPosition(seq)})
 }
 
-func (m *ringModel) kick(kick bool) {
-	if kick && m.turn {
-		m.t.Fatal("the turn was given twice")
-	}
-	m.turn = m.turn || kick
-}
-
-func (m *ringModel) push() {
-	seq, count := m.seq+1, uint64(1)
-	if m.seq > 0 && m.rnd.IntN(4) == 0 { // a redelivery
-		seq, count = max(1, m.seq-min(m.seq-1, uint64(m.rnd.IntN(8)))), 2
-	} else {
-		m.seq++
-	}
-	k, chat := kindChat, ""
-	if m.rnd.IntN(3) == 0 {
-		k, chat = kindMessage, fmt.Sprint("chat", seq%2) // a redelivery is of the same kind as its event is of no matter here
-	}
-	d := newDelivery(&m.l, k, chat, seq, count, m.rnd.IntN(40))
-	m.pushed = append(m.pushed, d)
-	ends, kick := m.r.push(d, time.Now(), nil)
-	settleAll(ends)
-	m.kick(kick)
-}
-
-// other does something that may happen at any time, between take and wrote too.
-func (m *ringModel) other() {
-	now := time.Now()
-	switch m.rnd.IntN(26) {
-	case 0:
-		m.kick(m.r.reply(newReply("pong", nil), now))
-	case 1:
-		m.kick(m.r.control(opPing, []byte("p"), now))
-	case 2:
-		settleAll(m.r.shed(nil))
-	case 3:
-		m.kick(m.r.gap(m.seq, "owner", now))
-	case 4:
-		settleAll(m.r.expire(now, nil))
-	case 5:
-		time.Sleep(time.Duration(m.rnd.IntN(900)) * time.Millisecond)
-	case 6:
-		if m.replays == 0 { // the read loop does one thing after the other
-			m.r.selecting(fmt.Sprint("chat", m.rnd.IntN(2)))
-		}
-	case 7:
-		if m.replays > 0 {
-			break
-		}
-		var f *frame
-		if m.rnd.IntN(4) != 0 {
-			f = newReply("chat_selected", nil)
-		}
-		m.r.mu.Lock()
-		chat := m.r.pending
-		m.r.mu.Unlock()
-		ends, _, _, kick := m.r.selected(chat, f, 0, now, nil)
-		settleAll(ends)
-		m.kick(kick)
-	case 8:
-		m.r.mu.Lock()
-		if m.r.state != idle {
-			m.r.state = alone
-			m.r.stuckLocked(m.rnd.IntN(2) == 0)
-		}
-		m.r.mu.Unlock()
-	case 9:
-		if m.rnd.IntN(40) == 0 {
-			m.close()
-		}
-	case 10:
-		m.replay(now)
-	case 11:
-		m.r.trim()
-	default:
-		m.push()
-	}
-	m.check()
-}
-
-// replay is the read loop's next step of a replay of everything.
-func (m *ringModel) replay(now time.Time) {
-	switch {
-	case m.r.pending != "": // it is selecting
-	case m.replays == 0:
-		m.replays = 1
-		m.kick(m.r.replaying(leaveAll, 0, now))
-	case m.rnd.IntN(2) == 0 && m.seq > 0:
-		seq := 1 + m.rnd.Uint64N(m.seq)
-		m.replayed[seq] = true
-		m.kick(m.r.replay(&event{frame: newDelivery(&m.l, kindChat, "", seq, 1, 10).frame, seq: seq}, now))
-	case m.replays == 1:
-		m.replays = 2
-		m.r.goLive()
-	default:
-		m.replays = 0
-		ends, kick := m.r.resumed(newReply("resumed", nil), m.seq*m.rnd.Uint64N(2), now, nil)
-		settleAll(ends)
-		m.kick(kick)
-	}
-}
-
-func (m *ringModel) close() {
-	frame := closeFrame(1001, "bye")
-	if m.rnd.IntN(3) == 0 {
-		frame = nil
-	}
-	ends, _, kick := m.r.close(frame, time.Now(), nil)
-	settleAll(ends)
-	m.kick(kick)
-	m.closed = true
-}
-
-// write is one turn of the writer: a write of any length, sometimes a failing one.
-func (m *ringModel) write() {
-	b, raw := m.r.take(make([]byte, 0, 64), time.Now())
-	for raw != nil {
-		for m.rnd.IntN(2) == 0 {
-			m.other()
-		}
-		raw.deflate()
-		b, raw = m.r.take(make([]byte, 0, 64), time.Now())
-	}
-	for m.rnd.IntN(2) == 0 {
-		m.other()
-	}
-	if len(b) > 0 {
-		n := len(b)
-		if m.rnd.IntN(2) == 0 {
-			n = m.rnd.IntN(len(b) + 1)
-		}
-		m.out = append(m.out, b[:n]...)
-		ends, _ := m.r.wrote(n, time.Now(), nil, func(*frame, *delivery) {})
-		settleAll(ends)
-		if m.closed && m.rnd.IntN(20) == 0 {
-			settleAll(m.r.fail(nil))
-		}
-	}
-	m.turn = !m.r.rest()
-}
-
-// check holds the ring's own counts against its contents.
-func (m *ringModel) check() {
-	r := m.r
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	events := 0
-	for i := range r.n {
-		if r.at(i).d != nil {
-			events++
-		}
-	}
-	limit := m.p.size
-	if m.p.block {
-		limit *= 2
-	}
-	// What a partial write gave back comes on top of what came meanwhile.
-	if w := r.waitingLocked(); events != r.events || w > limit+8 || len(r.held) > m.p.size {
-		m.t.Fatalf("%d events, counted %d, waiting %d, held %d", events, r.events, w, len(r.held))
-	}
-	if want := map[bool]int{true: events}[r.stuck]; int(m.p.stuck.Load()) != want {
-		m.t.Fatalf("stuck %d, want %d", m.p.stuck.Load(), want)
-	}
-}
-
-// frames parses what was written; a cut frame may stand at the end.
-func (m *ringModel) frames() (events []uint64, types []string) {
-	for b := m.out; len(b) >= 2 && len(b) >= 2+int(b[1]); {
-		n, first := int(b[1]), b[0]
-		if n > 125 {
-			if len(b) < 4 || len(b) < 4+int(b[2])<<8+int(b[3]) {
-				break
-			}
-			n = int(b[2])<<8 + int(b[3])
-			b = b[2:]
-		}
-		op, p := first&0x0F, b[2:2+n]
-		b = b[2+n:]
-		if first&rsv1 != 0 && m.r.deflate {
-			p, _ = slowInflate(p, 1<<10)
-			m.packed++
-		}
-		switch op {
-		case opPing, opPong:
-			types = append(types, "ping")
-		case opClose:
-			types = append(types, "close")
-			if len(b) > 0 {
-				m.t.Fatalf("%q behind the close frame", b)
-			}
-		case opText:
-			var msg serverMessage
-			if err := json.Unmarshal(p, &msg); err != nil {
-				m.t.Fatalf("frame %q: %v", p, err)
-			}
-			types = append(types, msg.Type)
-			if msg.Type == "event" {
-				events = append(events, msg.Seq)
-			}
-		default:
-			m.t.Fatalf("opcode %x in %q", op, m.out)
-		}
-	}
-	return events, types
-}
-
-func (m *ringModel) finish() {
-	m.close()
-	for m.turn {
-		m.write()
-	}
-	if !m.r.ended {
-		m.t.Fatal("not at its end")
-	}
-	if n := m.p.stuck.Load(); n != 0 {
-		m.t.Fatalf("stuck %d", n)
-	}
-	events, types := m.frames()
-	if len(types) > 0 && types[0] != "ready" && types[0] != "ping" && types[0] != "close" {
-		m.t.Fatalf("%s came first", types[0])
-	}
-	wrote := map[uint64]bool{}
-	for _, seq := range events {
-		if wrote[seq] && !m.replayed[seq] {
-			m.t.Fatalf("event %d was written twice", seq)
-		}
-		wrote[seq] = true
-	}
-	for _, d := range m.pushed {
-		ends := m.l.of(d)
-		if len(ends) != 1 {
-			m.t.Fatalf("delivery %d/%d settled %v", d.seq, d.count, ends)
-		}
-		if ends[0] == written && !wrote[d.seq] {
-			m.t.Fatalf("event %d is settled as written and was not", d.seq)
-		}
-	}
-}
-
-func TestRingModel(t *testing.T) {
-	packed := 0
-	for _, block := range []bool{false, true} {
-		for seed := range uint64(150) {
-			synctest.Test(t, func(t *testing.T) {
-				m := &ringModel{t: t, rnd: rand.New(rand.NewPCG(seed, 1)), replayed: map[uint64]bool{}}
-				m.r, m.p = newTestRing(4, block)
-				m.r.deflate, m.p.threshold = seed%2 == 0, m.rnd.IntN(120)
-				m.turn = true // greet kicked
-				for range 300 {
-					if m.turn && m.rnd.IntN(3) == 0 {
-						m.write()
-					} else {
-						m.other()
-					}
-				}
-				m.finish()
-				packed += m.packed
-			})
-			if t.Failed() {
-				t.Fatalf("block %v, seed %d", block, seed)
-			}
-		}
-	}
-	if packed < 1000 {
-		t.Errorf("%d frames were compressed", packed)
-	}
-}
-
-// The same with goroutines, for the race detector: everything at once, and each delivery still ends once.
+// TestRingConcurrently is for the race detector: everything at once, and each delivery still ends once.
 func TestRingConcurrently(t *testing.T) {
 	for _, block := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			r, _ := newTestRing(16, block)
+			r, p := newTestRing(16, block)
+			r.positions = true
 			var l ledger
 			kicks := make(chan struct{}, 1) // the turn; never closed
 			kicks <- struct{}{}             // that of greet
@@ -358,13 +79,34 @@ func TestRingConcurrently(t *testing.T) {
 						kick(k)
 						if seq%50 == 0 {
 							time.Sleep(time.Millisecond)
-							settleAll(r.shed(nil))
+							settleAll(r.expire(time.Now(), nil))
 						}
 					}
 				})
 			}
+			wg.Go(func() { // the read loop
+				for seq := range uint64(20) {
+					r.beginReplay()
+					kick(r.replay(newReply("event", nil), time.Now()))
+					r.goLive()
+					kick(r.confirm(newReply("resumed", nil), "s", &seq, time.Now()))
+					ends, k := r.selected("c", newReply("chat_selected", nil), time.Now(), nil)
+					settleAll(ends)
+					kick(k)
+					time.Sleep(500 * time.Microsecond)
+				}
+			})
+			wg.Go(func() { // the beat
+				for seq := range uint64(20) {
+					kick(r.gap("owner", time.Now()))
+					p.issue(seq, "s")
+					r.wantPosition()
+					kick(r.control(opPing, nil, time.Now()))
+					time.Sleep(500 * time.Microsecond)
+				}
+			})
 			time.Sleep(7 * time.Millisecond)
-			ends, _, k := r.close(closeFrame(1000, ""), time.Now(), nil)
+			ends, k := r.close(closeFrame(1000, ""), time.Now(), nil)
 			settleAll(ends)
 			kick(k)
 			wg.Wait()
@@ -382,20 +124,27 @@ func TestRingConcurrently(t *testing.T) {
 	}
 }
 
+// pushTo pushes one event and returns its delivery.
+func pushTo(r *ring, l *ledger, k kind, chat string, seq, count uint64) *delivery {
+	d := newDelivery(l, k, chat, seq, count, 10)
+	ends, _ := r.push(d, time.Now(), nil)
+	settleAll(ends)
+	return d
+}
+
 // pushAll pushes seqs, count 1, and returns their deliveries.
 func pushAll(r *ring, l *ledger, seqs ...uint64) []*delivery {
 	var all []*delivery
 	for _, seq := range seqs {
-		d := newDelivery(l, kindChat, "", seq, 1, 10)
-		ends, _ := r.push(d, time.Now(), nil)
-		settleAll(ends)
-		all = append(all, d)
+		all = append(all, pushTo(r, l, kindChat, "", seq, 1))
 	}
 	return all
 }
 
 // writeAll writes what waits.
-func writeAll(r *ring) string {
+func writeAll(r *ring) string { return writeBy(r, settleAll) }
+
+func writeBy(r *ring, settle func([]settlement)) string {
 	var out bytes.Buffer
 	for {
 		b, _ := r.take(make([]byte, 0, 1024), time.Now())
@@ -405,7 +154,22 @@ func writeAll(r *ring) string {
 			return out.String()
 		}
 		ends, _ := r.wrote(len(b), time.Now(), nil, func(*frame, *delivery) {})
-		settleAll(ends)
+		settle(ends)
+	}
+}
+
+// wantWritten writes what waits and checks what it is: the type of each message, with the sequence of those that have one.
+func wantWritten(t *testing.T, r *ring, want ...string) {
+	t.Helper()
+	var got []string
+	for _, msg := range (&ringModel{t: t, r: r, out: []byte(writeAll(r))}).frames() {
+		if msg.Seq > 0 {
+			msg.Type += fmt.Sprint(" ", msg.Seq)
+		}
+		got = append(got, msg.Type)
+	}
+	if !slices.Equal(got, want) {
+		t.Fatalf("wrote %q, want %q", got, want)
 	}
 }
 
@@ -420,134 +184,227 @@ func TestRedeliveries(t *testing.T) {
 	r, _ := newTestRing(8, false)
 	var l ledger
 	first := pushAll(r, &l, 5)[0]
-	again := newDelivery(&l, kindChat, "", 5, 2, 10)
-	r.push(again, time.Now(), nil)
+	again := pushTo(r, &l, kindChat, "", 5, 2)
 	wantEnd(t, &l, again) // it joined the one that waits
-	if out := writeAll(r); bytes.Count([]byte(out), []byte(`"seq":5`)) != 1 {
-		t.Fatalf("wrote %q", out)
-	}
+	wantWritten(t, r, "ready", "event 5")
 	wantEnd(t, &l, first, written)
 	wantEnd(t, &l, again, written)
-	third := newDelivery(&l, kindChat, "", 5, 3, 10)
-	ends, _ := r.push(third, time.Now(), nil)
-	settleAll(ends)
-	wantEnd(t, &l, third, duplicate)
+	wantEnd(t, &l, pushTo(r, &l, kindChat, "", 5, 3), duplicate)
 	for seq := range uint64(writtenSeqs) {
 		pushAll(r, &l, 100+seq)
 		writeAll(r)
 	}
-	fourth := newDelivery(&l, kindChat, "", 5, 4, 10)
-	ends, _ = r.push(fourth, time.Now(), nil)
-	settleAll(ends)
-	wantEnd(t, &l, fourth) // long forgotten: it is written again
+	wantEnd(t, &l, pushTo(r, &l, kindChat, "", 5, 4)) // long forgotten: it is written again
 }
 
-// What a whole replay covers is not written again, whenever JetStream gives it out. Of one that failed it may be.
-func TestEventsOfAReplay(t *testing.T) {
-	for _, whole := range []bool{true, false} {
-		r, _ := newTestRing(8, false)
+// What becomes of an event, by the phase in which it comes.
+func TestPhases(t *testing.T) {
+	now, p := time.Now(), &sendPolicy{size: 8, gaps: func(string) {}}
+	var l ledger
+	r := &ring{policy: p, place: place{7, "s"}} // of a client that comes back
+	r.open(now)
+	wantEnd(t, &l, pushTo(r, &l, kindChat, "", 1, 1), replayed)
+	wantEnd(t, &l, pushTo(r, &l, kindMessage, "other", 2, 1), unselected)
+	if from, stream := r.beginReplay(); from != 7 || stream != "s" {
+		t.Fatalf("its replay begins behind %d of %q", from, stream)
+	}
+	r = &ring{policy: p, chat: "mine"}
+	r.open(now)
+	r.goLive()
+	waits := pushTo(r, &l, kindChat, "", 3, 1)
+	wantEnd(t, &l, waits)
+	seq := uint64(2)
+	r.greet(newReply("ready", nil), "s", &seq, now)
+	wantEnd(t, &l, pushTo(r, &l, kindChat, "", 2, 1), duplicate) // in the state that the client loads
+	wantWritten(t, r, "ready", "event 3")
+	wantEnd(t, &l, waits, written)
+	r.beginReplay()
+	wantEnd(t, &l, pushTo(r, &l, kindMessage, "mine", 4, 1), replayed)
+	r.replay(newEventFrame(newDelivery(&l, kindMessage, "mine", 4, 1, 10).event, true, false), now)
+	r.goLive()
+	waits = pushTo(r, &l, kindMessage, "mine", 5, 1)
+	seq = 5
+	r.confirm(newReply("resumed", nil), "s", &seq, now)
+	wantEnd(t, &l, pushTo(r, &l, kindMessage, "mine", 4, 2), duplicate)
+	wantWritten(t, r, "event 4", "event 5", "resumed")
+	wantEnd(t, &l, waits, written)
+	waits = pushAll(r, &l, 6)[0]
+	ends, _ := r.close(closeFrame(1000, ""), now, nil)
+	settleAll(ends)
+	wantEnd(t, &l, waits, gone)
+	wantEnd(t, &l, pushAll(r, &l, 7)[0], gone)
+	wantWritten(t, r, "close")
+	wantEnd(t, &l, pushAll(r, &l, 8)[0], gone)
+}
+
+// TestPositions: a client that keeps positions is given the newest one behind the events of a write, once a second at most, and with
+// the heartbeat if it is quiet; never while a gap is owed or a replay runs.
+func TestPositions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, p := newTestRing(8, false)
+		r.positions = true
 		var l ledger
-		to := uint64(0)
-		if whole {
-			to = 9
+		resume := func(end uint64) {
+			t.Helper()
+			r.goLive()
+			r.confirm(newReply("resumed", nil), "s", &end, time.Now())
 		}
-		push := func(k kind, chat string, seq uint64) *delivery {
-			d := newDelivery(&l, k, chat, seq, 1, 10)
-			ends, _ := r.push(d, time.Now(), nil)
-			settleAll(ends)
-			return d
+		wantPlace := func(seq uint64) {
+			t.Helper()
+			if from, stream := r.beginReplay(); from != seq || stream != "s" {
+				t.Fatalf("a replay begins behind %d of %q, want %d", from, stream, seq)
+			}
+			resume(seq)
+			wantWritten(t, r, "resumed")
 		}
-		r.replaying(leaveAll, 0, time.Now())
-		r.replay(newDelivery(&l, kindChat, "", 7, 1, 10).event, time.Now())
+		wantWritten(t, r, "ready")
+		p.issue(5, "s")
+		pushAll(r, &l, 6, 7)
+		wantWritten(t, r, "event 6", "event 7", "position 5")
+		wantPlace(5)
+		p.issue(7, "s")
+		pushAll(r, &l, 8)
+		wantWritten(t, r, "event 8") // within a second
+		time.Sleep(positionEvery)
+		r.reply(newReply("pong", nil), time.Now())
+		wantWritten(t, r, "pong") // it is quiet
+		r.wantPosition()
+		r.control(opPing, nil, time.Now())
+		wantWritten(t, r, "ping", "position 7")
+		r.wantPosition()
+		r.control(opPing, nil, time.Now())
+		wantWritten(t, r, "ping", "position 7") // it has that one, but the heartbeat is to be seen
+		r.control(opPing, nil, time.Now())
+		wantWritten(t, r, "ping")
+		p.issue(8, "s")
+		r.wantPosition()
+		wantEnd(t, &l, pushTo(r, &l, kindChat, "", 7, 2), duplicate)
+
+		// A gap is noted, and so the position that the heartbeat still owes is not given.
+		r.gap("shed", time.Now())
+		pushAll(r, &l, 9)
+		wantWritten(t, r, "gap", "event 9")
+		time.Sleep(positionEvery)
+		p.issue(9, "s")
+		pushAll(r, &l, 10)
+		wantWritten(t, r, "event 10")
+		if from, _ := r.beginReplay(); from != 7 {
+			t.Fatalf("a replay begins behind %d, want the last position that was written", from)
+		}
+		r.control(opPing, nil, time.Now())
+		wantWritten(t, r, "ping") // no position while the replay runs
 		r.goLive()
-		held := push(kindChat, "", 8)
-		ends, _ := r.resumed(newReply("resumed", nil), to, time.Now(), nil)
-		settleAll(ends)
-		inside, before, behind := push(kindContact, "", 9), push(kindChat, "", 6), push(kindChat, "", 10)
-		// Its messages are of a chat that is selected later.
-		r.selecting("c")
-		ends, _, _, _ = r.selected("c", newReply("chat_selected", nil), 0, time.Now(), nil)
-		settleAll(ends)
-		message := push(kindMessage, "c", 8)
-		writeAll(r)
-		covered := written
-		if whole {
-			covered = duplicate
+		r.control(opPing, nil, time.Now())
+		wantWritten(t, r, "ping") // nor before its answer
+		resume(10)
+		p.issue(11, "s")
+		wantWritten(t, r, "resumed", "position 11")
+		wantPlace(11)
+
+		// One that waits is taken back when a gap is noted: a drop puts it where the event was.
+		time.Sleep(positionEvery)
+		p.issue(12, "s")
+		pushAll(r, &l, 13)
+		r.offerLocked(time.Now())
+		pushAll(r, &l, 14, 15, 16, 17, 18, 19, 20, 21)
+		wantWritten(t, r, "gap", "event 14", "event 15", "event 16", "event 17", "event 18", "event 19", "event 20", "event 21")
+		if from, _ := r.beginReplay(); from != 11 {
+			t.Fatalf("a replay begins behind %d, want 11: 12 was never written", from)
 		}
-		for _, c := range []struct {
-			d    *delivery
-			want outcome
-		}{{held, covered}, {inside, covered}, {before, written}, {behind, written}, {message, written}} {
-			wantEnd(t, &l, c.d, c.want)
+		resume(22)
+		if from, _ := r.beginReplay(); from != 11 {
+			t.Fatalf("a replay begins behind %d, want 11: the answer with 22 is not written yet", from)
 		}
+	})
+}
+
+// A client of the earlier service is given no position, whatever happens.
+func TestNoPositionsUnasked(t *testing.T) {
+	r, p := newTestRing(8, false)
+	var l ledger
+	p.issue(5, "s")
+	r.wantPosition()
+	pushAll(r, &l, 6)
+	wantWritten(t, r, "ready", "event 6")
+	if _, stream := r.beginReplay(); stream != "" {
+		t.Fatal("it has one to resume from")
 	}
 }
 
-// TestGapDuringAReplay: what a replay of everything fetches by itself is not announced; what it may not fetch is.
+// A gap that is noted before the socket is live is paid by the last pass, which reads up to an end that is asked for later; one that is
+// noted from then on is not.
 func TestGapDuringAReplay(t *testing.T) {
 	now := time.Now()
 	for _, c := range []struct {
 		name  string
-		begin func(*ring)
-		since uint64
-		told  bool
+		steps func(r *ring, gap func())
+		owes  bool
+		want  []string
 	}{
-		{"no replay", func(*ring) {}, 7, true},
-		{"behind its start", func(r *ring) { r.replaying(leaveAll, 7, now) }, 7, false},
-		{"before its start", func(r *ring) { r.replaying(leaveAll, 7, now) }, 6, true},
-		{"at its last pass, whose end is known", func(r *ring) { r.replaying(leaveAll, 7, now); r.goLive() }, 7, true},
-		{"of one chat", func(r *ring) { r.replaying("c", 7, now) }, 7, true},
-		{"of a stream that is gone", func(r *ring) { r.replaying(leaveAll, 7, now); r.forgetWritten() }, 7, true},
+		{"before", func(r *ring, gap func()) { gap(); r.beginReplay(); r.goLive() }, false, []string{"resumed"}},
+		{"at its first pass", func(r *ring, gap func()) { r.beginReplay(); gap(); r.goLive() }, false, []string{"resumed"}},
+		{"at its last pass", func(r *ring, gap func()) { r.beginReplay(); r.goLive(); gap(); r.goLive() }, true, []string{"gap", "resumed"}},
+		{"two of them", func(r *ring, gap func()) { r.beginReplay(); gap(); r.goLive(); gap(); gap() }, true, []string{"gap", "resumed"}},
 	} {
-		r, _ := newTestRing(8, false)
-		c.begin(r)
-		r.gap(c.since, "shed", now)
-		if r.gapNoted != c.told {
-			t.Errorf("%s: a gap since %d is announced: %t, want %t", c.name, c.since, r.gapNoted, c.told)
+		r, p := newTestRing(8, false)
+		noted := 0
+		p.gaps = func(string) { noted++ }
+		writeAll(r)
+		c.steps(r, func() { r.gap("shed", now) })
+		seq := uint64(9)
+		r.confirm(newReply("resumed", nil), "s", &seq, now)
+		if r.owes != c.owes || noted == 0 {
+			t.Errorf("%s: a gap is owed: %v, want %v", c.name, r.owes, c.owes)
 		}
+		wantWritten(t, r, c.want...)
 	}
 }
 
-func TestEventsOfAChatsReplay(t *testing.T) {
-	r, _ := newTestRing(8, false)
+// The sequences of another stream name other events.
+func TestForget(t *testing.T) {
+	r, p := newTestRing(8, false)
+	r.positions = true
 	var l ledger
-	push := func(k kind, chat string, seq uint64) *delivery {
-		d := newDelivery(&l, k, chat, seq, 1, 10)
-		ends, _ := r.push(d, time.Now(), nil)
-		settleAll(ends)
-		return d
-	}
-	pick := func(chat string, to uint64) {
-		r.selecting(chat)
-		ends, _, _, _ := r.selected(chat, newReply("chat_selected", nil), to, time.Now(), nil)
-		settleAll(ends)
-	}
-	r.replaying("c", 0, time.Now())
-	r.replay(newDelivery(&l, kindMessage, "c", 7, 1, 10).event, time.Now())
+	p.issue(100, "s")
+	pushAll(r, &l, 101)
+	wantWritten(t, r, "ready", "event 101", "position 100")
+	p.latest.Store(nil)
+	r.forget()
+	r.gap("stream", time.Now())
+	p.issue(3, "other")
+	first := pushAll(r, &l, 3)[0]
+	again := pushTo(r, &l, kindChat, "", 101, 2)
+	r.wantPosition()
+	wantWritten(t, r, "gap", "event 3", "event 101")
+	wantEnd(t, &l, first, written)
+	wantEnd(t, &l, again, written)
+	// The answer that tells the client to reload holds a position of the new stream, or none.
+	r.beginReplay()
 	r.goLive()
-	pick("c", 9)
-	message, general := push(kindMessage, "c", 8), push(kindChat, "", 8)
-	writeAll(r)
-	wantEnd(t, &l, message, duplicate)
-	wantEnd(t, &l, general, written)
-	pick("d", 0)
-	other := push(kindMessage, "d", 9)
-	writeAll(r)
-	wantEnd(t, &l, other, written)
+	r.confirm(newReply("resumed", nil), "other", nil, time.Now())
+	wantWritten(t, r, "resumed", "position 3")
 }
 
 func TestDropOldest(t *testing.T) {
 	r, _ := newTestRing(2, false)
 	var l ledger
-	all := pushAll(r, &l, 1, 2, 3, 4)
+	r.place = place{7, "s"}
+	all := pushAll(r, &l, 11, 12)
+	r.reply(newReply("pong", nil), time.Now())
+	all = append(all, pushAll(r, &l, 13, 14)...)
 	wantEnd(t, &l, all[0], dropped)
 	wantEnd(t, &l, all[1], dropped)
 	wantEnd(t, &l, all[2])
 	out := writeAll(r)
-	gap, three := bytes.Index([]byte(out), []byte(`{"since":0,"reason":"buffer"}`)), bytes.Index([]byte(out), []byte(`"seq":3`))
-	if gap < 0 || three < gap {
+	if !bytes.Contains([]byte(out), []byte(`{"since":7,"reason":"buffer"}`)) {
 		t.Fatalf("wrote %q", out)
 	}
+	r, _ = newTestRing(2, false)
+	writeAll(r)
+	pushAll(r, &l, 21, 22)
+	r.reply(newReply("pong", nil), time.Now())
+	pushAll(r, &l, 23)
+	wantWritten(t, r, "gap", "event 22", "pong", "event 23") // where the dropped one was
 }
 
 func TestBlock(t *testing.T) {
@@ -578,26 +435,23 @@ func TestBlock(t *testing.T) {
 // A socket that writes alone is stuck when it has taken nothing for a while, or too little; not because it was refused once.
 func TestStuckEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r, p := newTestRing(8, true)
+		r, _ := newTestRing(8, true)
 		var l ledger
 		writeAll(r)
-		wantStuck := func(n int64) {
+		wantStuck := func(n int) {
 			t.Helper()
 			r.noteStuck(time.Now())
-			if got := p.stuck.Load(); got != n {
+			if got := r.stuckEvents(); got != n {
 				t.Fatalf("%d events are stuck, want %d", got, n)
 			}
 		}
-		all := pushAll(r, &l, 1, 2)
+		pushAll(r, &l, 1, 2)
 		r.goAlone()
 		wantStuck(0)
 		time.Sleep(slowPause)
 		wantStuck(2)
 		pushAll(r, &l, 3)
 		wantStuck(3)
-		settleAll(r.shed(nil))
-		wantEnd(t, &l, all[0], shed)
-		wantStuck(2)
 		trickle := func() {
 			t.Helper()
 			r.take(make([]byte, 0, 10), time.Now())
@@ -611,10 +465,16 @@ func TestStuckEvents(t *testing.T) {
 			time.Sleep(slowPause / 2)
 			trickle()
 		}
-		wantStuck(2)
+		wantStuck(3)
 		writeAll(r)
 		pushAll(r, &l, 4)
 		wantStuck(0)
+		r.goAlone()
+		time.Sleep(slowPause)
+		wantStuck(1)
+		ends, _ := r.close(closeFrame(closeSlowClient, ""), time.Now(), nil)
+		settleAll(ends)
+		wantStuck(0) // there is nothing more to win by it
 	})
 }
 
@@ -622,33 +482,51 @@ func TestStuckEvents(t *testing.T) {
 func TestSelectionTakesOutTheChatBefore(t *testing.T) {
 	r, _ := newTestRing(8, false)
 	var l ledger
-	push := func(chat string, seq uint64) *delivery {
-		d := newDelivery(&l, kindMessage, chat, seq, 1, 10)
-		ends, _ := r.push(d, time.Now(), nil)
-		settleAll(ends)
-		return d
-	}
+	push := func(chat string, seq, count uint64) *delivery { return pushTo(r, &l, kindMessage, chat, seq, count) }
 	pick := func(chat string) {
-		ends, _, _, _ := r.selected(chat, newReply("chat_selected", nil), 0, time.Now(), nil)
+		ends, _ := r.selected(chat, newReply("chat_selected", nil), time.Now(), nil)
 		settleAll(ends)
 	}
-	r.selecting("a")
 	pick("a")
-	writeAll(r)
-	old, other := push("a", 1), pushAll(r, &l, 2)[0]
-	r.selecting("b")
-	late, held := push("a", 3), push("b", 4)
+	wantWritten(t, r, "ready", "chat_selected")
+	old, again, early, other := push("a", 1, 1), push("a", 1, 2), push("b", 2, 1), pushAll(r, &l, 3)[0]
+	wantEnd(t, &l, early, unselected)
 	pick("b")
-	gone := push("a", 5)
-	wantEnd(t, &l, old, duplicate)
-	wantEnd(t, &l, late, duplicate)
-	wantEnd(t, &l, gone, duplicate)
-	_, types := (&ringModel{t: t, out: []byte(writeAll(r))}).frames()
-	if !slices.Equal(types, []string{"event", "chat_selected", "event"}) {
-		t.Fatalf("wrote %v", types)
-	}
+	late, now := push("a", 4, 1), push("b", 5, 1)
+	wantEnd(t, &l, old, unselected)
+	wantEnd(t, &l, again, unselected)
+	wantEnd(t, &l, late, unselected)
+	pick("b") // again: what waits stays
+	wantWritten(t, r, "event 3", "chat_selected", "event 5", "chat_selected")
 	wantEnd(t, &l, other, written)
-	wantEnd(t, &l, held, written)
+	wantEnd(t, &l, now, written)
+	pick("")
+	wantEnd(t, &l, push("b", 6, 1), unselected)
+	if chat, events := r.look(); chat != "" || events != 0 {
+		t.Errorf("it looks like %q with %d events", chat, events)
+	}
+}
+
+// A ring that is closed before its greeting writes its close frame, whatever waits: a writer that found nothing to write there would
+// spin.
+func TestCloseBeforeReady(t *testing.T) {
+	now := time.Now()
+	r := &ring{policy: &sendPolicy{size: 2, gaps: func(string) {}}}
+	var l ledger
+	r.open(now)
+	r.gap("owner", now)
+	r.goLive()
+	all := pushAll(r, &l, 1, 2, 3)
+	ends, kick := r.close(closeFrame(1013, ""), now, nil)
+	settleAll(ends)
+	if !kick {
+		t.Fatal("nobody writes the close frame")
+	}
+	wantEnd(t, &l, all[2], gone)
+	wantWritten(t, r, "close")
+	if r.phase != closed {
+		t.Fatal("not at its end")
+	}
 }
 
 func TestOverdue(t *testing.T) {
@@ -696,17 +574,17 @@ func TestRingAllocations(t *testing.T) {
 
 // newFanOut returns a function that hands one event to n sockets, up to its settlement there.
 func newFanOut(n int) func() {
-	h := newHub(testSettings(nil), newMetrics(), nil, nil)
-	h.confirm = func() {}
+	h := newHub(testSettings(nil), newMetrics(), nil, nil, nil)
 	d := newDelivery(nil, kindChat, "", 1, 1, 600)
 	d.src = noLedger{}
 	buf, ends := make([]byte, 0, scratchBytes), make([]settlement, 0, 64)
 	conns := make([]*conn, n)
 	for i := range conns {
-		c := &conn{h: h, w: h.writers[0]}
+		c := &conn{h: h, w: h.writers[0], claims: &claims{company: "c", agent: "a"}}
 		c.ring.policy = &h.policy
 		c.ring.open(time.Now())
-		c.ring.greet(newReply("ready", nil), time.Now())
+		c.ring.goLive()
+		c.ring.greet(newReply("ready", nil), "s", nil, time.Now())
 		conns[i] = c
 	}
 	now := time.Now()
@@ -716,7 +594,7 @@ func newFanOut(n int) func() {
 			c.push(d)
 			b, _ := c.ring.take(buf, now)
 			ends, _ = c.ring.wrote(len(b), now, ends[:0], h.count.sent)
-			h.settle(ends, "")
+			h.settle(ends)
 			c.ring.rest()
 		}
 		h.writers[0].dirty = h.writers[0].dirty[:0]

@@ -96,8 +96,7 @@ type Config struct {
 	SessionTTL             time.Duration `set:"SESSION_TTL" default:"30s" min:"1ms" live:"true" help:"life of a session's lock in Redis without renewal"`
 	SessionRefreshInterval time.Duration `set:"SESSION_REFRESH_INTERVAL" default:"10s" min:"1ms" live:"true" help:"how often a session's lock is renewed"`
 
-	PodLease          time.Duration `set:"POD_LEASE" default:"6s" min:"100ms" help:"life of this pod's lease in Redis; renewed every third of it"`
-	PodOwnerCacheSize int           `set:"POD_OWNER_CACHE_SIZE" default:"65536" min:"1" help:"routes whose owners are cached"`
+	PodLease time.Duration `set:"POD_LEASE" default:"6s" min:"100ms" help:"life of this pod's lease in Redis; renewed every third of it"`
 
 	WebsocketPingInterval         time.Duration `set:"WEBSOCKET_PING_INTERVAL" default:"20s" min:"1ms" live:"true" help:"pause between pings to a client"`
 	WebsocketMaxMissedPongs       int           `set:"WEBSOCKET_MAX_MISSED_PONGS" default:"2" min:"1" live:"true" help:"pings without a pong before the socket is closed"`
@@ -116,10 +115,9 @@ type Config struct {
 	EventsTypeInPayload bool `set:"EVENTS_TYPE_IN_PAYLOAD" default:"false" help:"payloads without event_type get one, for clients of the earlier service"`
 	EventsAgentsToUsers bool `set:"EVENTS_AGENTS_TO_USERS" default:"false" help:"agents events go to the agent's users too, for clients of the earlier service"`
 
-	ResumeMaxEvents   int           `set:"RESUME_MAX_EVENTS" default:"1000" min:"1" help:"missed events that a resume replays at most"`
-	ResumeMaxAge      time.Duration `set:"RESUME_MAX_AGE" default:"1h" min:"1ms" help:"oldest point to resume from"`
-	ResumeOverlap     time.Duration `set:"RESUME_OVERLAP" default:"2m" min:"1ms" help:"how much earlier than asked a replay starts"`
-	ResumeConcurrency int           `set:"RESUME_CONCURRENCY" default:"4" min:"1" help:"reads of the stream for replays at the same time"`
+	ResumeMaxEvents   int `set:"RESUME_MAX_EVENTS" default:"1000" min:"1" help:"missed events that a resume replays at most"`
+	ResumeMaxBehind   int `set:"RESUME_MAX_BEHIND" default:"1000000" min:"1" help:"how many sequences before the stream's end a position may be"`
+	ResumeConcurrency int `set:"RESUME_CONCURRENCY" default:"4" min:"1" help:"reads of the stream for replays at the same time"`
 
 	PeerTimeout          time.Duration `set:"PEER_TIMEOUT" default:"5s" min:"1ms" help:"how long a peer may take to say that it received an event"`
 	PeerIdleTimeout      time.Duration `set:"PEER_IDLE_TIMEOUT" default:"5m" min:"1ms" help:"an unused connection to a peer is closed after it"`
@@ -168,6 +166,11 @@ func (s *settings) maxAckPending() int {
 		return l.maxPending
 	}
 	return s.Load().NATSMaxAckPending
+}
+
+// prefetch is how many events are asked for in advance, a quarter of what the consumer allows at the most.
+func (s *settings) prefetch() int {
+	return min(s.Load().NATSPrefetch, max(1, s.maxAckPending()/4))
 }
 
 // settingPrefix begins the name of every setting.
@@ -290,6 +293,10 @@ func (l *loader) takeFile(file string) {
 		if line == "" || line[0] == '#' {
 			continue
 		}
+		if name, _, _ := strings.Cut(line, "="); isFormer(name) {
+			l.warning("%s: %s: a setting of a former version, ignored", where, name)
+			continue
+		}
 		e, problem := parseLine(where, line)
 		if problem != "" {
 			l.fault(settingOf(e.name), "%s: %s", where, problem)
@@ -379,6 +386,14 @@ func (l *loader) take(entries []entry) {
 			l.given[s.name] = direct
 		}
 	}
+}
+
+// formerSettings are those that a former version had. They have no effect any more, and keep no service from starting that was updated.
+var formerSettings = []string{"POD_OWNER_CACHE_SIZE", "RESUME_MAX_AGE", "RESUME_OVERLAP"}
+
+func isFormer(name string) bool {
+	name, ours := strings.CutPrefix(name, settingPrefix)
+	return ours && slices.Contains(formerSettings, name)
 }
 
 // settingOf returns the setting that name sets, itself or (of a secret) by a file; nil if there is none.

@@ -168,9 +168,28 @@ func TestFaultsOfValues(t *testing.T) {
 }
 
 func TestAnySpelling(t *testing.T) {
-	cfg, _, err := loadConfig("", env("RESUME_MAX_AGE=60m", "WEBSOCKET_COMPRESSION=No_Context_TakeOver"))
-	if err != nil || cfg.ResumeMaxAge != time.Hour || cfg.WebsocketCompression != "no_context_takeover" {
+	cfg, _, err := loadConfig("", env("NATS_STREAM_MAX_AGE=60m", "WEBSOCKET_COMPRESSION=No_Context_TakeOver"))
+	if err != nil || cfg.NATSStreamMaxAge != time.Hour || cfg.WebsocketCompression != "no_context_takeover" {
 		t.Errorf("%+v %v", cfg, err)
+	}
+}
+
+// What a former version had is no fault in a file that has it still, and has no effect.
+func TestFormerSettings(t *testing.T) {
+	file := writeFile(t, "x.conf", "DAISI_WS_RESUME_OVERLAP=2m\nDAISI_WS_RESUME_MAX_AGE=never\nDAISI_WS_POD_OWNER_CACHE_SIZE=\n")
+	_, warnings, err := loadConfig(file, env("RESUME_OVERLAP=1s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantLines(t, "warnings", warnings, file,
+		"@:1: DAISI_WS_RESUME_OVERLAP: a setting of a former version, ignored",
+		"@:2: DAISI_WS_RESUME_MAX_AGE: a setting of a former version, ignored",
+		"@:3: DAISI_WS_POD_OWNER_CACHE_SIZE: a setting of a former version, ignored",
+		"environment: DAISI_WS_RESUME_OVERLAP: unknown setting, ignored")
+	for _, name := range formerSettings {
+		if settingOf(settingPrefix+name) != nil {
+			t.Errorf("%s is a setting again", name)
+		}
 	}
 }
 

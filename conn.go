@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/url"
 	"runtime/debug"
 	"strconv"
 	"sync"
@@ -44,6 +46,7 @@ type conn struct {
 	claims        *claims
 	lock          lock
 	since         time.Time
+	entered       time.Time // the hub's index; set before it is found there
 
 	ring ring
 
@@ -56,12 +59,12 @@ type conn struct {
 	expires  atomic.Int64 // of the token, in Unix nanoseconds
 	begun    atomic.Int64 // see inbound
 
-	mu       sync.Mutex // guards all below
-	attached bool       // the first route is claimed
-	cancel   context.CancelFunc
-	code     int // of the close, 0 = open
-	reason   string
-	end      time.Time // when the connection is cut, however far the closing handshake is
+	mu      sync.Mutex // guards all below
+	claimed bool       // the route is claimed
+	cancel  context.CancelFunc
+	code    int // of the close, 0 = open
+	reason  string
+	end     time.Time // when the connection is cut, however far the closing handshake is
 }
 
 func (h *hub) newConn(nc net.Conn, cl *claims, l lock, requestID string) *conn {
@@ -82,14 +85,18 @@ func (c *conn) push(d *delivery) {
 	var room [4]settlement // on the stack: a push allocates nothing
 	c.h.count.pushed.Inc()
 	c.h.count.used.Inc()
+	if c.claims.admin != "" && !c.claims.covers(d.company, d.agent) {
+		c.h.settle(append(room[:0], settlement{d, unselected}))
+		return
+	}
 	ends, kick := c.ring.push(d, time.Now(), room[:0])
 	c.kick(kick)
-	c.h.settle(ends, "buffer")
+	c.h.settle(ends)
 }
 
-// gap tells the client that events after since may be missing; several calls before the writer's turn become one,
-// with the lowest since. reason is buffer, shed, expired or owner.
-func (c *conn) gap(since uint64, reason string) { c.kick(c.ring.gap(since, reason, time.Now())) }
+// gap tells the client that events after its last position may be missing; several calls before the writer's turn become one.
+// reason is buffer, shed, expired, owner or stream.
+func (c *conn) gap(reason string) { c.kick(c.ring.gap(reason, time.Now())) }
 
 func (c *conn) reply(typ string, payload any) {
 	c.kick(c.ring.reply(newReply(typ, payload), time.Now()))
@@ -116,20 +123,18 @@ func (c *conn) shut(code int, reason string, frame []byte) {
 	now := time.Now()
 	end := now.Add(lingerTime)
 	c.code, c.reason, c.end = code, reason, end
-	attached, cancel := c.attached, c.cancel
+	claimed, cancel := c.claimed, c.cancel
 	c.mu.Unlock()
 
 	if cancel != nil {
 		cancel()
 	}
-	ends, chat, kick := c.ring.close(frame, now, nil)
-	if attached {
-		c.h.detach(c, c.firstRoute())
+	ends, kick := c.ring.close(frame, now, nil)
+	if claimed {
+		c.h.exit(c)
+		c.h.owners.release(c.route())
 	}
-	if chat != "" {
-		c.h.detach(c, c.chatRoute(chat))
-	}
-	c.h.settle(ends, "")
+	c.h.settle(ends)
 	c.lock.release()
 	// Bounds the closing handshake, and with it the socket's goroutine, even if the client never reads.
 	c.nc.SetReadDeadline(end)
@@ -146,14 +151,14 @@ func (c *conn) closing() bool {
 // lost ends a socket whose connection is gone. Only who has the ring's turn may call it.
 func (c *conn) lost() {
 	c.shut(closeAbnormal, "connection lost", nil)
-	c.h.settle(c.ring.fail(nil), "")
+	c.h.settle(c.ring.fail(nil))
 	c.nc.Close()
 }
 
 // run is the socket's life, outside net/http, on one goroutine after the other (see doze). The last one returns when nobody
 // touches c any more.
-func (c *conn) run(u *upgrade, since *uint64) {
-	if c.serve(u, since) {
+func (c *conn) run(u *upgrade, p past) {
+	if c.serve(u, p) {
 		c.attend(c.inbound(u))
 	} else {
 		c.leave()
@@ -161,7 +166,7 @@ func (c *conn) run(u *upgrade, since *uint64) {
 }
 
 // serve does the handshake and sets the socket up; it says whether there is something to read.
-func (c *conn) serve(u *upgrade, since *uint64) bool {
+func (c *conn) serve(u *upgrade, p past) bool {
 	defer c.recovered()
 	c.lock.bind(c.close)
 	if err := u.shake(c.h.cfg.Load().WebsocketWriteTimeout); err != nil {
@@ -169,7 +174,7 @@ func (c *conn) serve(u *upgrade, since *uint64) bool {
 		return false
 	}
 	c.begin()
-	return c.setUp(since)
+	return c.setUp(p)
 }
 
 // recovered is deferred: a panic closes the socket.
@@ -237,54 +242,66 @@ func (c *conn) logAttrs() []any {
 	return []any{"request_id", c.requestID, "company", cl.company, "agent", cl.agent, "user", cl.user}
 }
 
-// setUp claims the first route, replays what the client asked for, and greets it. Events that come meanwhile wait behind
-// the greeting, or are left to the replay.
-func (c *conn) setUp(since *uint64) bool {
-	r := c.firstRoute()
-	if since != nil {
-		c.kick(c.ring.replaying(leaveAll, *since, time.Now()))
+// past is what a client says of itself when it connects: `since`, `stream` and `chat` of the URL.
+type past struct {
+	positions bool   // it keeps positions
+	since     uint64 // the last one
+	stream    string // of which stream; "" = it has none yet
+	chat      string // that was selected
+}
+
+// parsePast reads a URL's query.
+func parsePast(q url.Values) (past, *apiError) {
+	p := past{positions: q.Has("since"), chat: q.Get("chat")}
+	if p.chat != "" {
+		if err := checkChatID(p.chat); err != nil {
+			return p, badRequestID(err)
+		}
 	}
-	if err := c.claim(r); err != nil {
+	if since := q.Get("since"); since != "" {
+		n, err := strconv.ParseUint(since, 10, 64)
+		if err != nil {
+			return p, badRequest("since", "since must be a position, or empty")
+		}
+		p.since, p.stream = n, cmp.Or(q.Get("stream"), "?") // without a name it is that of another stream
+	}
+	return p, nil
+}
+
+// setUp enters the local index, claims the route, replays what the client asked for, and greets it. In this order: an event that is
+// published after the greeting is looked up after the claim, and finds the socket live.
+func (c *conn) setUp(p past) bool {
+	if c.claims.admin != "" {
+		p.chat = ""
+	}
+	c.ring.begin(p)
+	fresh := p.stream == ""
+	c.h.enter(c)
+	if err := c.claim(); err != nil {
+		c.h.exit(c)
 		c.unavailable("claim the route", err)
 		return false
 	}
-	c.mu.Lock()
-	c.attached = c.code == 0
-	gone := !c.attached
-	c.mu.Unlock()
-	if gone {
-		// close came while the claim was under way and could not know that it would succeed.
-		c.h.detach(c, r)
-		return false
+	ready := struct {
+		SessionID string `json:"session_id"`
+		resumed
+	}{SessionID: c.id}
+	if !fresh {
+		ready.resumed = c.replay(c.ring.beginReplay())
+		c.kick(c.ring.confirm(newReply("ready", ready), ready.Stream, ready.Position, time.Now()))
+		return true
 	}
-	var info replayInfo
-	if since != nil {
-		info = c.replay(c.h.resumeFrom(*since, r), c.subjects())
-	}
+	ctx, done := c.untilClosed(routeTimeout)
+	defer done()
 	var err error
-	if info.Seq, err = c.streamSeq(); err != nil {
+	if ready.Seq, err = c.h.replays.seq(ctx); err != nil {
 		c.unavailable("read the stream's sequence", err)
 		return false
 	}
-	ready := newReply("ready", struct {
-		SessionID string `json:"session_id"`
-		replayInfo
-	}{c.id, info})
-	if since != nil {
-		c.endReplay(ready, info.to)
-	} else {
-		c.kick(c.ring.greet(ready, time.Now()))
-	}
+	ready.Stream = c.h.stream()
+	ready.Position = c.startPosition(ready.Stream)
+	c.kick(c.ring.greet(newReply("ready", ready), ready.Stream, ready.Position, time.Now()))
 	return true
-}
-
-// replayInfo is what the confirmations say of the past.
-type replayInfo struct {
-	Seq     uint64 `json:"seq"`
-	Resumed int    `json:"resumed"`
-	Gap     bool   `json:"gap"`
-
-	to uint64 // the sequence up to which the replay was whole, 0 = it was not
 }
 
 func (c *conn) unavailable(what string, err error) {
@@ -294,40 +311,48 @@ func (c *conn) unavailable(what string, err error) {
 	c.close(closeTryLater, unavailable("").reason)
 }
 
-// firstRoute is the one that a socket has as long as it lives.
-func (c *conn) firstRoute() route {
-	if cl := c.claims; cl.admin != "" {
-		return route{kind: routeAgents, company: cl.scopeCompany, agent: cl.scopeAgent}
+// route is whose events are for this socket.
+func (c *conn) route() route {
+	if c.claims.admin != "" {
+		return admins
 	}
-	return route{kind: routeGeneral, company: c.claims.company, agent: c.claims.agent}
+	return route{c.claims.company, c.claims.agent}
 }
 
-func (c *conn) chatRoute(chat string) route {
-	return route{kind: routeMessages, company: c.claims.company, agent: c.claims.agent, chat: chat}
-}
-
-// claim attaches c to r; close interrupts it. After a success the caller must find out whether close came meanwhile.
-func (c *conn) claim(r route) error {
-	ctx, cancel := context.WithTimeout(context.Background(), routeTimeout)
-	defer cancel()
+// claim claims c's route; close interrupts it, and releases it once it has succeeded.
+func (c *conn) claim() error {
+	ctx, done := c.untilClosed(routeTimeout)
+	defer done()
+	if err := c.h.owners.claim(ctx, c.route()); err != nil {
+		return err
+	}
 	c.mu.Lock()
-	if c.code != 0 {
-		c.mu.Unlock()
+	defer c.mu.Unlock()
+	if c.code != 0 { // close came while the claim was under way, and could not know that it would succeed
+		c.h.owners.release(c.route())
 		return errClosed
 	}
-	c.cancel = cancel
-	c.mu.Unlock()
-	err := c.h.attach(ctx, c, r)
-	c.mu.Lock()
-	c.cancel = nil
-	c.mu.Unlock()
-	return err
+	c.claimed = true
+	return nil
 }
 
-func (c *conn) streamSeq() (uint64, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), routeTimeout)
-	defer cancel()
-	return c.h.streamSeq(ctx)
+// untilClosed is a context that ends with the socket, or after limit, if there is one. The read loop has one at a time, until done.
+func (c *conn) untilClosed(limit time.Duration) (ctx context.Context, done func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	if limit > 0 {
+		ctx, cancel = context.WithTimeout(context.Background(), limit)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cancel = cancel; c.code != 0 {
+		cancel()
+	}
+	return ctx, func() {
+		c.mu.Lock()
+		c.cancel = nil
+		c.mu.Unlock()
+		cancel()
+	}
 }
 
 // read has messages handled until no further one has come: it says true. False = the connection has ended or the socket is
@@ -388,6 +413,7 @@ func (c *conn) tend(now time.Time) {
 		return
 	}
 	c.missed.Add(1)
+	c.ring.wantPosition()
 	c.kick(c.ring.control(opPing, nil, now))
 }
 

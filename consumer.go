@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,23 +15,32 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
+// sink is where the consumer leads to: the router.
+type sink interface {
+	accept(msg jetstream.Msg) // called by the library, one message at a time
+	setMaxPayload(bytes int)  // the largest that the server allows
+	// newestSeen is the message with the highest sequence that has come, 0 = none; endFound is told that it still stands in the stream.
+	newestSeen() (seq uint64, stored time.Time)
+	endFound()
+	newStream()  // the stream is another one: its sequences start again
+	madeBeyond() // the consumer was made anew behind events that no pod may have had
+}
+
 // consumer keeps the connection to NATS and the one durable pull consumer that all pods share alive: it waits for the
 // stream, makes the consumer or compares it, and starts anew whenever the flow has ended or stalled.
 type consumer struct {
 	cfg    *settings
 	m      *Metrics
-	owners *owners
-	accept func(jetstream.Msg) // the router's; called by the library, one message at a time
-	anew   func(last uint64)   // the stream was made anew: its sequences, up to last as far as was known, start again
-	limit  func(bytes int)     // told the largest payload that the server allows
+	lease  *lease
+	to     sink          // set before run
+	doubt  chan struct{} // room for 1: whether the stream has lost its end is to be looked at now; never closed
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	closed chan struct{} // closed by the library when the connection is given up for good
 
 	// up is what the library's callbacks said last. To ask the connection itself would make /ready, upgrades and
 	// chat selections wait for an attempt to connect that hangs: up to CONNECT_TIMEOUT, measured.
-	up       atomic.Bool
-	connects atomic.Uint64 // so far
+	up atomic.Bool
 
 	alive    atomic.Int64  // last sign of life of the consumer, Unix ns
 	received atomic.Uint64 // messages since the start
@@ -39,38 +49,36 @@ type consumer struct {
 	stopped  chan struct{} // closed when run has returned
 
 	// Owned by run.
-	saidVersion, saidRetention, saidLimits string    // what the last warning was about
-	skipped                                time.Time // creation of a consumer that did not deliver what it should
-	misfit                                 bool      // the last consumer seen does not deliver what it should
-	missing                                time.Time // since when there is no consumer, after one that did not fit
+	saidRetention, saidLimits string    // what the last warning was about
+	skipped                   time.Time // creation of a consumer that did not deliver what it should
+	misfit                    bool      // the last consumer seen does not deliver what it should
+	missing                   time.Time // since when there is no consumer, after one that did not fit
+	asked                     time.Time // when somebody was last seen to ask the consumer for events
 
-	mu      sync.Mutex // guards state, refusal, created and floor
+	mu      sync.Mutex // guards all below
 	state   string     // "active", or why not
 	refusal string     // why the last attempt to connect failed; "" once connected
-	created time.Time  // of the stream that floor belongs to
+	created time.Time  // of the stream that is consumed
+	before  time.Time  // that of the stream before it
+	made    time.Time  // when the consumer was made that is polled
 	floor   uint64     // highest ack floor known: all up to it was settled
-
-	known atomic.Uint64 // a sequence not above the stream's last one; of the last poll or question
-
-	seqMu sync.Mutex // guards seq and seqAt, and is held while the stream is asked
-	seq   uint64     // last sequence of the stream, as of seqAt
-	seqAt time.Time
+	polled  bool       // floor is that of a consumer of this stream,
+	stream  string     // which had this name then
+	misfits bool       // the consumer does not deliver what it should, or did not
 }
 
 const (
 	heartbeat  = time.Second
 	pullExpiry = 10 * time.Second
-	pollEvery  = 5 * time.Second
+	pollEvery  = 2 * time.Second        // so old may a position be
 	pollAgain  = 500 * time.Millisecond // while it is not active: all pods are unready for as long
 	apiTimeout = 3 * time.Second
-	seqMaxAge  = 500 * time.Millisecond // ready promises a sequence at most 1 s old
 )
 
 // connectNATS starts to connect and returns at once; the library goes on trying in the background.
 func (c *consumer) connectNATS(cfg *Config) (*nats.Conn, error) {
 	connected := func(nc *nats.Conn) {
 		c.noteRefusal(nil)
-		c.connects.Add(1)
 		c.up.Store(true)
 		slog.Info("NATS connected", "server", nc.ConnectedServerName())
 	}
@@ -119,8 +127,8 @@ func (c *consumer) connectNATS(cfg *Config) (*nats.Conn, error) {
 	return nc, nil
 }
 
-func newConsumer(cfg *settings, m *Metrics, o *owners) (*consumer, error) {
-	c := &consumer{cfg: cfg, m: m, owners: o, closed: make(chan struct{}), stop: make(chan struct{}),
+func newConsumer(cfg *settings, m *Metrics, l *lease) (*consumer, error) {
+	c := &consumer{cfg: cfg, m: m, lease: l, closed: make(chan struct{}), doubt: make(chan struct{}, 1), stop: make(chan struct{}),
 		stopped: make(chan struct{}), state: "starting"}
 	var err error
 	if c.nc, err = c.connectNATS(cfg.Load()); err != nil {
@@ -229,7 +237,7 @@ func (c *consumer) consume(ctx context.Context) error {
 	if !c.nc.IsConnected() {
 		return c.errDisconnected()
 	}
-	c.limit(int(c.nc.MaxPayload()))
+	c.to.setMaxPayload(int(c.nc.MaxPayload()))
 	stream, err := c.ensureStream(ctx)
 	if err != nil {
 		return err
@@ -243,7 +251,7 @@ func (c *consumer) consume(ctx context.Context) error {
 	missed := make(chan error, 1)
 	flow, err := cons.Consume(c.take,
 		// A consumer with a lower limit than the settings': what is asked for in advance is not to fill it.
-		jetstream.PullMaxMessagesWithBytesLimit(min(cfg.NATSPrefetch, max(1, c.cfg.maxAckPending()/4)), int(cfg.NATSPrefetchBytes)),
+		jetstream.PullMaxMessagesWithBytesLimit(c.cfg.prefetch(), int(cfg.NATSPrefetchBytes)),
 		jetstream.PullExpiry(pullExpiry), jetstream.PullHeartbeat(heartbeat),
 		jetstream.ConsumeErrHandler(func(_ jetstream.ConsumeContext, err error) {
 			select {
@@ -288,7 +296,7 @@ func (c *consumer) take(msg jetstream.Msg) {
 	c.seen()
 	c.received.Add(1)
 	c.waits.Add(1)
-	c.accept(msg)
+	c.to.accept(msg)
 	c.waits.Add(-1)
 }
 
@@ -336,6 +344,10 @@ func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, w *
 			if err := c.poll(ctx, w); err != nil {
 				return err
 			}
+		case <-c.doubt:
+			if err := c.poll(ctx, w); err != nil {
+				return err
+			}
 		case now := <-poll.C:
 			if _, state := c.status(); state == "active" && now.Sub(polled) < pollEvery {
 				continue
@@ -354,6 +366,7 @@ func (c *consumer) watch(ctx context.Context, flow jetstream.ConsumeContext, w *
 func (c *consumer) poll(ctx context.Context, w *bound) error {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
+	id := c.streamID()
 	info, err := w.cons.Info(ctx)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) || errors.Is(err, jetstream.ErrStreamNotFound) {
 		return fmt.Errorf("consumer %s: %w", c.cfg.Load().NATSConsumerName, err)
@@ -382,9 +395,11 @@ func (c *consumer) poll(ctx context.Context, w *bound) error {
 	}
 	c.m.ackPending.with().Set(float64(info.NumAckPending))
 	c.m.consumerLag.with().Set(float64(info.NumPending))
-	c.known.Store(max(c.known.Load(), info.Delivered.Stream))
-	c.noteLag(ctx, w.stream, info)
-	if err := c.raiseFloor(ctx, info); err != nil {
+	if err := c.checkEnd(ctx); err != nil {
+		c.setState(fmt.Sprintf("whether the stream has lost its end is not known: %v", err))
+		return nil
+	}
+	if err := c.raiseFloor(ctx, info, id); err != nil {
 		return err
 	}
 	got := c.received.Load()
@@ -400,41 +415,55 @@ func (c *consumer) poll(ctx context.Context, w *bound) error {
 	return nil
 }
 
-// noteLag tells the owners if the first event that was not settled at the last poll is older than the overlap of a replay, as
-// after an outage: a replay from the newest sequence that a client has would begin behind it. What can't be found out counts
-// as late. What is only being retried does not, also where the overlap is as short as it may be: it may be a poll older
-// than it was then. The age is counted by the servers' clocks.
-func (c *consumer) noteLag(ctx context.Context, stream jetstream.Stream, info *jetstream.ConsumerInfo) {
+// ackFloor is the consumer's highest ack floor as of the last poll, and the stream's name then: every event up to it has been settled.
+// known is false while none was polled, and where the consumer has skipped events.
+func (c *consumer) ackFloor() (floor place, known bool) {
 	c.mu.Lock()
-	floor := c.floor
-	c.mu.Unlock()
-	if info.Delivered.Stream <= floor && info.NumPending == 0 || info.Paused { // by an operator: nothing is settled
-		return
-	}
-	cfg := c.cfg.Load()
-	late := max(cfg.ResumeOverlap, cfg.NATSRetryHorizon+c.cfg.ackWait()+pollEvery)
-	m, err := stream.GetMsg(ctx, floor+1, jetstream.WithGetMsgSubject(">"))
-	switch {
-	case errors.Is(err, jetstream.ErrMsgNotFound):
-	case err != nil || info.TimeStamp.Sub(m.Time) > late:
-		slog.Debug("events settled late", "behind", floor, "err", err)
-		c.owners.lags(floor)
-	}
+	defer c.mu.Unlock()
+	return place{c.floor, c.stream}, c.polled && !c.misfits
+}
+
+// streamID names the stream that is consumed; streamCreated is when it was made.
+func (c *consumer) streamID() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.nameLocked()
+}
+
+func (c *consumer) nameLocked() string {
+	return strconv.FormatInt(c.created.UnixNano(), 36) + "-" + *c.lease.generation.Load()
+}
+
+func (c *consumer) streamCreated() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.created
 }
 
 // raiseFloor notes up to where all was settled. It fails where another pod has seen the consumer skip events behind the floor
-// noted then.
-func (c *consumer) raiseFloor(ctx context.Context, info *jetstream.ConsumerInfo) error {
+// noted then. The floor of a stream that was set back while it was asked for is that of sequences which name other events now.
+func (c *consumer) raiseFloor(ctx context.Context, info *jetstream.ConsumerInfo, stream string) error {
 	c.mu.Lock()
-	created, floor := c.created, max(c.floor, info.AckFloor.Stream)
+	created, floor, same := c.created, max(c.floor, info.AckFloor.Stream), c.nameLocked() == stream
 	c.mu.Unlock()
-	noted, skipped, err := c.owners.noteFloor(ctx, created, floor, info.Created)
+	if !same {
+		return nil
+	}
+	noted, skipped, err := c.lease.noteFloor(ctx, created, floor, info.Created)
 	if skipped {
 		floor, c.skipped = noted, info.Created
 	}
 	c.mu.Lock()
-	c.floor = floor
+	if c.nameLocked() != stream {
+		c.mu.Unlock()
+		return nil
+	}
+	first := !c.polled
+	c.floor, c.polled, c.misfits, c.stream = floor, true, skipped, stream
 	c.mu.Unlock()
+	if first {
+		poke(c.lease.wake) // the pod takes sockets once it has a position
+	}
 	switch {
 	case skipped:
 		return fmt.Errorf("consumer %s has skipped events behind %d", info.Name, floor)

@@ -182,16 +182,16 @@ func TestServerPacesConnections(t *testing.T) {
 	}
 }
 
-// queue is a listener at which connections always wait.
-type queue struct{ net.Listener }
+// crowded is a listener at which connections always wait.
+type crowded struct{ net.Listener }
 
-func (queue) Accept() (net.Conn, error) { return nil, nil }
+func (crowded) Accept() (net.Conn, error) { return nil, nil }
 
 // TestCrowdOfConnections: a few are accepted at once, and those of a crowd one after the other; after a while a few are again.
 // A crowd that does not end is no longer waited for.
 func TestCrowdOfConnections(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := &pacedListener{Listener: queue{}}
+		l := &pacedListener{Listener: crowded{}}
 		want := func(n int, every time.Duration) {
 			t.Helper()
 			start := time.Now()

@@ -158,7 +158,7 @@ func TestCompressedEvents(t *testing.T) {
 	// Nobody needs it compressed: it is not.
 	a.nc.Close()
 	b.nc.Close()
-	wantEventually(t, "detached", func() bool { return len(th.targets(general)) == 1 })
+	wantEventually(t, "detached", func() bool { return len(th.sockets(general)) == 1 })
 	d := th.publish(&l, kindChat, "", 60, 5000)
 	plain.want("event")
 	if d.frame.packed.Load() {
@@ -184,8 +184,8 @@ func TestCompressedReplies(t *testing.T) {
 	if !c.packed {
 		t.Error("ready is not compressed")
 	}
-	for _, conn := range th.targets(general) {
-		conn.gap(7, "owner")
+	for _, conn := range th.sockets(general) {
+		conn.gap("owner")
 	}
 	if c.want("gap"); !c.packed {
 		t.Error("gap is not compressed")
@@ -204,7 +204,7 @@ func TestCompressedReplies(t *testing.T) {
 func TestCompressedSlowClient(t *testing.T) {
 	th := newTestHub(t, func(c *Config) { withDeflate(c); c.WebsocketWriteTimeout = time.Minute })
 	c := th.dialDeflate("permessage-deflate", true)
-	conn := th.targets(general)[0]
+	conn := th.sockets(general)[0]
 	var l ledger
 	noise := make([]byte, 200_000)
 	for i := range noise {
@@ -237,7 +237,8 @@ func inboundOf(sent string, limit int) *inbound {
 
 type goneConn struct{ net.Conn }
 
-func (goneConn) Read([]byte) (int, error) { return 0, io.EOF }
+func (goneConn) Read([]byte) (int, error)        { return 0, io.EOF }
+func (goneConn) SetReadDeadline(time.Time) error { return nil }
 
 const raw = finBit | rsv1 | opText
 

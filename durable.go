@@ -50,19 +50,34 @@ func (c *consumer) ensureConsumer(ctx context.Context, s jetstream.Stream) (jets
 	if cons, err = c.reconcile(ctx, s, cons, want); err != nil {
 		return nil, err
 	}
+	info := cons.CachedInfo()
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.created = s.CachedInfo().Created
-	if c.floor == 0 { // the first poll compares with what was so before this pod took any
-		c.floor = cons.CachedInfo().AckFloor.Stream
+	beyond := !c.made.IsZero() && !c.made.Equal(info.Created) && beginning(info) > c.floor+1
+	c.made = info.Created
+	c.mu.Unlock()
+	if beyond { // by someone who did not know up to where all was settled
+		slog.Warn("the consumer was made anew behind events that may not have been delivered", "consumer", want.Durable)
+		c.to.madeBeyond()
 	}
 	return cons, nil
+}
+
+// beginning is the first sequence that a consumer gives out; of one that began with what was new, the lowest that it may have been.
+func beginning(info *jetstream.ConsumerInfo) uint64 {
+	switch info.Config.DeliverPolicy {
+	case jetstream.DeliverAllPolicy:
+		return 0
+	case jetstream.DeliverByStartSequencePolicy:
+		return info.Config.OptStartSeq
+	default:
+		return info.AckFloor.Stream + 1
+	}
 }
 
 // leave keeps a pod that the last consumer did not fit from making the next one, while others may be about to.
 func (c *consumer) leave() error {
 	switch {
-	case !c.misfit || c.owners.livePods() == 1:
+	case !c.misfit || c.lease.livePods() == 1:
 		return nil
 	case c.missing.IsZero():
 		c.missing = time.Now()
@@ -98,11 +113,14 @@ func (c *consumer) startOf(ctx context.Context, info *jetstream.StreamInfo, want
 // lastFloor is the highest ack floor known, and the creation of its stream; found is false where there is none, or, with an
 // error, maybe.
 func (c *consumer) lastFloor(ctx context.Context) (created time.Time, floor uint64, found bool, err error) {
-	created, floor, found, err = c.owners.floor(ctx)
+	created, floor, found, err = c.lease.floor(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.created.IsZero() && (!found || c.created.Equal(created)) {
+	switch {
+	case c.polled && (!found || c.created.Equal(created)):
 		return c.created, max(c.floor, floor), true, nil
+	case !found && !c.before.IsZero(): // this pod saw another stream before this one
+		return c.before, 0, true, nil
 	}
 	return created, floor, found, err
 }
@@ -181,7 +199,7 @@ func (c *consumer) reconcile(ctx context.Context, s jetstream.Stream, cons jetst
 		c.noteSkipping(ctx, s, info.Created)
 	}
 	c.misfit, c.missing = len(delivered) > 0, time.Time{}
-	used := c.owners.livePods() > 1 || info.NumWaiting > 0
+	used := c.inUse(info)
 	if used && len(delivered) > 0 {
 		return nil, misfitError(want.Durable, delivered, "it is left as it is while others use it: set this pod's NATS_SUBJECT_PREFIX or NATS_CONSUMER_NAME, "+
 			"or change the consumer, or stop all pods and start one")
@@ -203,6 +221,15 @@ func (c *consumer) reconcile(ctx context.Context, s jetstream.Stream, cons jetst
 	}
 	c.adopt(cons.CachedInfo().Config, limits)
 	return cons, nil
+}
+
+// inUse says whether other pods use the consumer. One that lives may be as misfitted as this one, and each would take the other for a user
+// for ever: whoever uses the consumer asks it for events, or holds some of them back no longer than its ack wait.
+func (c *consumer) inUse(info *jetstream.ConsumerInfo) bool {
+	if info.NumWaiting > 0 || c.asked.IsZero() {
+		c.asked = time.Now()
+	}
+	return info.NumWaiting > 0 || c.lease.livePods() > 1 && time.Since(c.asked) < info.Config.AckWait+pullExpiry
 }
 
 // change makes the consumer what is wanted, as far as JetStream lets one.
@@ -250,7 +277,10 @@ func (c *consumer) noteSkipping(ctx context.Context, s jetstream.Stream, made ti
 		return
 	}
 	c.skipped = made
-	if err := c.owners.noteSkipped(ctx, made); err != nil {
+	c.mu.Lock()
+	c.misfits = true
+	c.mu.Unlock()
+	if err := c.lease.noteSkipped(ctx, made); err != nil {
 		slog.Debug("not noted that the consumer skips events", "err", err)
 	}
 }

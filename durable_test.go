@@ -56,10 +56,10 @@ func TestOwnLimits(t *testing.T) {
 		if test.adopt != nil {
 			c.adopt(*test.adopt, nil)
 		}
-		p := newParked(cfg, newMetrics())
-		p.pods.Store(2)
-		if late, n := cfg.lateAfter(), cfg.maxAckPending(); late != test.late || n != test.maxPending || p.share() != test.sharesOfTwo {
-			t.Errorf("%+v: late after %v, %d unacked, a share of %d", test.adopt, late, n, p.share())
+		s := newShare(cfg, newMetrics())
+		s.pods.Store(2)
+		if late, n := cfg.lateAfter(), cfg.maxAckPending(); late != test.late || n != test.maxPending || s.size() != test.sharesOfTwo {
+			t.Errorf("%+v: late after %v, %d unacked, a share of %d", test.adopt, late, n, s.size())
 		}
 	}
 }

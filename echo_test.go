@@ -86,7 +86,7 @@ func (c *conn) echo(u *upgrade) {
 		return
 	}
 	c.begin()
-	c.ring.replaying("", 0, time.Now()) // messages may be written, though `ready` was not
+	c.ring.beginReplay() // messages may be written, though `ready` was not
 	in := c.inbound(u)
 	in.binary = true
 	in.message = func(op byte, p []byte) {
@@ -143,7 +143,7 @@ func pieces(op byte, parts ...string) []string {
 	return frames
 }
 
-func closing(code int, reason string) string {
+func closeWith(code int, reason string) string {
 	return whole(opClose, string(binary.BigEndian.AppendUint16(nil, uint16(code)))+reason)
 }
 
@@ -271,16 +271,16 @@ func addCloses(x map[string]dialogue) {
 	x["close of nothing"] = dialogue{send: joined(whole(opClose, "")), code: closeNoStatus}
 	x["close of one byte"] = dialogue{send: joined(whole(opClose, "\x03")), code: 1002}
 	for _, code := range []int{1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 3000, 3999, 4000, 4999} {
-		x[fmt.Sprint("close ", code)] = dialogue{send: joined(closing(code, "")), code: code}
-		x[fmt.Sprint("close with reason ", code)] = dialogue{send: joined(closing(code, "größer")), code: code}
+		x[fmt.Sprint("close ", code)] = dialogue{send: joined(closeWith(code, "")), code: code}
+		x[fmt.Sprint("close with reason ", code)] = dialogue{send: joined(closeWith(code, "größer")), code: code}
 	}
 	for _, code := range []int{0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535} {
-		x[fmt.Sprint("invalid close ", code)] = dialogue{send: joined(closing(code, "")), code: 1002}
-		x[fmt.Sprint("invalid close with reason ", code)] = dialogue{send: joined(closing(code, "x")), code: 1002}
+		x[fmt.Sprint("invalid close ", code)] = dialogue{send: joined(closeWith(code, "")), code: 1002}
+		x[fmt.Sprint("invalid close with reason ", code)] = dialogue{send: joined(closeWith(code, "x")), code: 1002}
 	}
-	x["close with 123 bytes of reason"] = dialogue{send: joined(closing(1000, strings.Repeat("r", 123))), code: 1000}
-	x["close with 124 bytes of reason"] = dialogue{send: joined(closing(1000, strings.Repeat("r", 124))), code: 1002}
-	x["close reason not UTF-8"] = dialogue{send: joined(closing(1000, "κό\xf4\x90\x80\x80")), code: 1007}
+	x["close with 123 bytes of reason"] = dialogue{send: joined(closeWith(1000, strings.Repeat("r", 123))), code: 1000}
+	x["close with 124 bytes of reason"] = dialogue{send: joined(closeWith(1000, strings.Repeat("r", 124))), code: 1002}
+	x["close reason not UTF-8"] = dialogue{send: joined(closeWith(1000, "κό\xf4\x90\x80\x80")), code: 1007}
 	x["echo, then close"] = dialogue{send: joined(whole(opText, strings.Repeat("x", 256<<10)), bye, whole(opPing, "late")), messages: []string{strings.Repeat("x", 256<<10)}, code: 1000}
 	x["data behind a close"] = dialogue{send: joined(bye, whole(opText, "late"), whole(opPing, "late"), bye), code: 1000}
 	x["garbage behind a close"] = dialogue{send: joined(bye, "\xff\xff\xff\xff"), code: 1000}

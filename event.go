@@ -4,7 +4,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
@@ -32,6 +35,7 @@ type event struct {
 	kind           kind
 	company, agent string
 	chat           string    // of a message; may hold dots
+	toUsers        bool      // of an agents event: it is for the agent's users too
 	stored         time.Time // when JetStream stored it, by the server's clock
 	requestID      string
 	payload        []byte // as published; a JSON object
@@ -93,21 +97,31 @@ func checkPayload(p []byte) error {
 	return errPayload
 }
 
-// outcome is what became of a delivery at one target. The order is from best to worst: the worst of
-// all targets decides what JetStream is told.
+// routes are those whose owners the event is for.
+func (ev *event) routes() iter.Seq[route] {
+	return func(yield func(route) bool) {
+		if ev.kind == kindAgent && (!yield(admins) || !ev.toUsers) {
+			return
+		}
+		yield(route{ev.company, ev.agent})
+	}
+}
+
+// outcome is what became of a delivery at one target. The order matters: the highest of all targets decides what JetStream is
+// told (see pulled.settled).
 type outcome uint8
 
 const (
-	written   outcome = iota // the write of the whole frame has returned
-	duplicate                // an earlier delivery of the event had been written to this socket
-	replayed                 // left to the replay that runs for this socket
-	dropped                  // given up by drop_oldest; the socket gets a gap
-	shed                     // given up to stay within the pod's share; announced
-	absent                   // a peer has no such socket, or has another epoch
-	failed                   // socket died, no room in time, or the peer failed: NAK
+	gone       outcome = iota // there is no socket of that agent, or it left with the event still queued
+	unselected                // a message of a chat that no socket there has selected, or an agent outside of an admin's scope
+	duplicate                 // an earlier delivery of the event had been written to this socket
+	written                   // the write of the whole frame has returned
+	replayed                  // left to the replay that runs for this socket
+	dropped                   // given up by drop_oldest; the socket gets a gap
+	failed                    // no room in time, or the peer did not take it: NAK
 )
 
-var outcomeNames = [...]string{"written", "duplicate", "replayed", "dropped", "shed", "absent", "failed"}
+var outcomeNames = [...]string{"gone", "unselected", "duplicate", "written", "replayed", "dropped", "failed"}
 
 func (o outcome) String() string { return outcomeNames[o] }
 
@@ -132,7 +146,8 @@ type delivery struct {
 	open  atomic.Int32  // targets not yet settled, plus one while the router is still adding targets
 	worst atomic.Uint32 // outcome
 
-	missedHere atomic.Bool // some socket of this pod may not have had it, and has not been told
+	mu     sync.Mutex // guards missed
+	missed []member   // the pods where a target failed; the zero member is this pod
 }
 
 // push queues d for sockets of this pod, each of which is a target more.
@@ -143,8 +158,18 @@ func (d *delivery) push(conns []*conn) {
 	}
 }
 
-// settle records one target's outcome. The call that settles the last open target reports to the source.
-func (d *delivery) settle(o outcome) {
+// settle records the outcome of a target on this pod.
+func (d *delivery) settle(o outcome) { d.settleAt(member{}, o) }
+
+// settleAt records the outcome of the target at pod. The call that settles the last open target reports to the source.
+func (d *delivery) settleAt(pod member, o outcome) {
+	if o == failed {
+		d.mu.Lock()
+		if !slices.Contains(d.missed, pod) {
+			d.missed = append(d.missed, pod)
+		}
+		d.mu.Unlock()
+	}
 	for {
 		w := d.worst.Load()
 		if uint32(o) <= w || d.worst.CompareAndSwap(w, uint32(o)) {

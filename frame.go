@@ -111,12 +111,19 @@ func newReply(typ string, payload any) *frame {
 	return &frame{b: append(b, msg...), label: typ}
 }
 
-// newGap encodes the announcement that events after since may be missing.
+// newGap encodes the announcement that events after since, the client's last position, may be missing.
 func newGap(since uint64, reason string) *frame {
 	return newReply("gap", struct {
 		Since  uint64 `json:"since"`
 		Reason string `json:"reason"`
 	}{since, reason})
+}
+
+// newPosition encodes that a client has had everything up to seq.
+func newPosition(seq uint64) *frame {
+	msg := strconv.AppendUint([]byte(`{"type":"position","seq":`), seq, 10)
+	msg = append(msg, '}')
+	return &frame{b: append(appendHeader(make([]byte, 0, 10+len(msg)), opText, len(msg)), msg...), label: "position"}
 }
 
 // appendHeader appends the header of a whole, unmasked message of n bytes (RFC 6455 section 5.2).

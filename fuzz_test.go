@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"compress/flate"
-	"context"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -299,7 +298,7 @@ func FuzzClientMessage(f *testing.F) {
 		`{"type":"ping"}`, `{"type":"select_chat","payload":{"chat_id":"628@c.us"}}`, `{"type":"select_chat","chat_id":"x","payload":{"since":3}}`,
 		`{"type":"select_chat","payload":{"chat_id":""}}`, `{"type":"select_chat","payload":{"chat_id":".x"}}`, `{"type":"select_chat"}`,
 		`{"type":"resume","payload":{"since":18446744073709551615}}`, `{"type":"resume","payload":{"since":-1}}`, `{"type":"resume"}`,
-		`{"type":"refresh_token","payload":{"token":"good-u"}}`, `{"type":"refresh_token","payload":{"token":"good-v"}}`, `{"type":"refresh_token","payload":null}`,
+		`{"type":"refresh_token","payload":{"token":"` + userVector + `"}}`, `{"type":"refresh_token","payload":{"token":"` + userVector2 + `"}}`, `{"type":"refresh_token","payload":null}`,
 		`{"type":"nothing"}`, `{}`, `[]`, `null`, `"`, ``, `{"type":7}`, `{"type":"ping","payload":"x"}`, "{\"type\":\"ping\",\"x\":\"\xff\"}",
 	} {
 		f.Add([]byte(m))
@@ -307,19 +306,10 @@ func FuzzClientMessage(f *testing.F) {
 	old := slog.Default()
 	slog.SetDefault(slog.New(slog.DiscardHandler))
 	f.Cleanup(func() { slog.SetDefault(old) })
-	h := newHub(testSettings(nil), newMetrics(), nil, func(context.Context) (uint64, error) { return 41, nil })
-	h.attach = func(context.Context, *conn, route) error { return nil }
-	h.resumeFrom = func(since uint64, _ route) uint64 { return since }
-	h.detach, h.confirm = func(*conn, route) {}, func() {}
-	h.openPast = func(context.Context, uint64, []string) (*replay, error) { return nil, errTooFar }
-	h.expectPast = func() func() { return func() {} }
-	cl := claims{company: "c", agent: "a", user: "u", expires: time.Now().Add(time.Hour)}
-	h.openToken = func(_ context.Context, token string, _ bool) (*claims, *apiError) {
-		if user, ok := strings.CutPrefix(token, "good-"); ok {
-			return &claims{company: "c", agent: "a", user: user, expires: time.Now()}, nil
-		}
-		return nil, invalidToken("malformed", "bad token")
-	}
+	cfg, m := testSettings(nil), newMetrics()
+	h := newHub(cfg, m, nil, &consumer{cfg: cfg, lease: newLease(cfg, nil, m)}, newAuth(cfg, nil, m))
+	h.replays.last, h.replays.asked = 41, time.Now().Add(24*time.Hour) // so that nobody asks NATS
+	cl := claims{company: "acme", agent: "a-1", user: "u@x", expires: time.Now().Add(time.Hour)}
 	f.Fuzz(func(t *testing.T, message []byte) {
 		// Its ring was never opened, so that what is queued stays there to be looked at.
 		c := h.newConn(goneConn{}, &cl, lock{release: func() {}}, "req")
@@ -349,11 +339,11 @@ func FuzzClientMessage(f *testing.F) {
 	})
 }
 
-// FuzzSubject: what a subject is for is what its tokens say, and what can't be told again is refused; so for keys of routes.
+// FuzzSubject: what a subject is for is what its tokens say, and what can't be told again is refused; so for notes.
 func FuzzSubject(f *testing.F) {
 	for _, s := range []string{
 		"wa.c.a.chats", "wa.c.a.contacts", "wa.c.a.agents", "wa.c.a.messages.628@c.us", "wa.c.a.messages.x..y", "wa.c.a.messages.", "wa.c.a.messages",
-		"wa.c.a.chats.x", "wa.c..chats", "wa.*.a.chats", "wa", "wax.c.a.chats", "wa.c.a.messages.a:b", "wa.c.a.messages.é", "route:c:a:messages:x:y", "route:c:a:general",
+		"wa.c.a.chats.x", "wa.c..chats", "wa.*.a.chats", "wa", "wax.c.a.chats", "wa.c.a.messages.a:b", "wa.c.a.messages.é",
 	} {
 		f.Add(s)
 	}
@@ -378,8 +368,11 @@ func FuzzSubject(f *testing.F) {
 		if err == nil && (want == kindMessage) != (ev.chat != "") || ev.chat != "" && ev.chat != p[4] {
 			t.Fatalf("%q is for chat %q", s, ev.chat)
 		}
-		if r, ok := parseRoute(s); ok && r.key() != s {
-			t.Fatalf("route %q is %+v", s, r)
+		if err != nil {
+			return
+		}
+		if company, agent, toAdmins := parseNote(noteRoute(&ev) + "#life.1"); company != ev.company || agent != ev.agent || toAdmins != (want == kindAgent) {
+			t.Fatalf("a note of %q reads as %q, %q, %v", s, company, agent, toAdmins)
 		}
 	})
 }

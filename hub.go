@@ -19,20 +19,12 @@ import (
 
 // hub owns every socket of this pod, their shared writers and the tickers that look after them.
 type hub struct {
-	cfg *settings
-	m   *Metrics
-	// streamSeq asks for a stream sequence not above the last one and at most 1 s old.
-	streamSeq func(context.Context) (uint64, error)
-	// openPast begins a replay, and expectPast tells of one that will begin; main sets them.
-	openPast   func(ctx context.Context, since uint64, subjects []string) (*replay, error)
-	expectPast func() (done func())
-	// openToken opens a token for refresh_token; main sets it.
-	openToken func(ctx context.Context, token string, admin bool) (*claims, *apiError)
-	// attach, detach, confirm and resumeFrom are those of owners.
-	attach     func(context.Context, *conn, route) error
-	detach     func(*conn, route)
-	confirm    func()
-	resumeFrom func(since uint64, r route) uint64
+	cfg      *settings
+	m        *Metrics
+	owners   *owners
+	replays  *replays
+	consumer *consumer
+	auth     *auth
 
 	policy  sendPolicy
 	count   counts
@@ -51,6 +43,12 @@ type hub struct {
 
 	slowMu sync.Mutex // guards slow
 	slow   map[*conn]int
+
+	issueMu sync.Mutex   // held while policy.latest is replaced
+	issued  atomic.Int64 // when that was, Unix ns; 0 = never
+	indexMu sync.RWMutex // guards index
+	// index holds the sockets of each route. Its lists are replaced, never changed, so that readers need no copy.
+	index map[route][]*conn
 }
 
 // counts are the series that each event touches, looked up once.
@@ -71,7 +69,7 @@ func newCounts(m *Metrics) counts {
 		latency: m.eventDeliverySeconds.with(),
 	}
 	for o := range outcomeNames {
-		c.ended[o] = m.targetsTotal.with(targetOutcome(outcome(o)).String())
+		c.ended[o] = m.targetsTotal.with(outcomeNames[o])
 	}
 	var events [len(kindNames)]*vm.Counter
 	for k, name := range kindNames {
@@ -87,37 +85,110 @@ func newCounts(m *Metrics) counts {
 	return c
 }
 
-// targetOutcome is what the ledger of targets counts an outcome as: pushed = written + dropped + duplicate + failed + waiting.
-func targetOutcome(o outcome) outcome {
-	switch o {
-	case shed:
-		return dropped
-	case absent:
-		return failed
-	case replayed:
-		return duplicate
-	}
-	return o
-}
-
-func newHub(cfg *settings, m *Metrics, o *owners, streamSeq func(context.Context) (uint64, error)) *hub {
-	c := cfg.Load()
+func newHub(cfg *settings, m *Metrics, o *owners, c *consumer, a *auth) *hub {
 	h := &hub{
-		cfg: cfg, m: m, streamSeq: streamSeq,
-		attach: o.attach, detach: o.detach, confirm: o.confirm, resumeFrom: o.resumeFrom,
+		cfg: cfg, m: m, owners: o, replays: newReplays(cfg, c), consumer: c, auth: a,
 		count: newCounts(m),
 		conns: map[*conn]struct{}{},
 		slow:  map[*conn]int{},
+		index: map[route][]*conn{},
 	}
+	h.use(cfg.Load())
+	return h
+}
+
+// sockets returns those on r; the slice must not be changed.
+func (h *hub) sockets(r route) []*conn {
+	h.indexMu.RLock()
+	defer h.indexMu.RUnlock()
+	return h.index[r]
+}
+
+// enter makes c a target of its route's events.
+func (h *hub) enter(c *conn) {
+	h.indexMu.Lock()
+	defer h.indexMu.Unlock()
+	r := c.route()
+	c.entered = time.Now() // later than the arrival of any event that has missed it
+	h.index[r] = append(slices.Clip(slices.Clone(h.index[r])), c)
+}
+
+// exit undoes enter.
+func (h *hub) exit(c *conn) {
+	h.indexMu.Lock()
+	defer h.indexMu.Unlock()
+	r := c.route()
+	left := slices.DeleteFunc(slices.Clone(h.index[r]), func(o *conn) bool { return o == c })
+	if len(left) == 0 {
+		delete(h.index, r)
+	} else {
+		h.index[r] = left
+	}
+}
+
+// position is this pod's newest one; nil before the first.
+func (h *hub) position() *position { return h.policy.latest.Load() }
+
+// stream names the stream that positions are of.
+func (h *hub) stream() string { return h.consumer.streamID() }
+
+// issue makes p the pod's newest position, unless it is of another stream than the present one. Only beat may call it: it knows that
+// the position is true.
+func (h *hub) issue(p place) {
+	h.issueMu.Lock()
+	defer h.issueMu.Unlock()
+	if p.stream != h.stream() {
+		return
+	}
+	h.issued.Store(time.Now().UnixNano())
+	if old := h.position(); old == nil || p.seq > old.seq {
+		h.policy.latest.Store(&position{p, newPosition(p.seq)})
+	}
+}
+
+// note marks a gap on the sockets that a note names (see lease.leaveNotes).
+func (h *hub) note(name, reason string) {
+	company, agent, toAdmins := parseNote(name)
+	ev := event{company: company, agent: agent, toUsers: h.cfg.Load().EventsAgentsToUsers}
+	if toAdmins {
+		ev.kind = kindAgent
+	}
+	for r := range ev.routes() {
+		for _, c := range h.sockets(r) {
+			if c.claims.admin == "" || c.claims.covers(company, agent) {
+				c.gap(reason)
+			}
+		}
+	}
+}
+
+// gapAll marks a gap on every socket.
+func (h *hub) gapAll(reason string) {
+	h.each(func(c *conn) { c.gap(reason) })
+}
+
+// newStream has every socket forget the sequences of another stream, and tells it so. h.stream names the new one already.
+func (h *hub) newStream() {
+	h.issueMu.Lock()
+	h.policy.latest.Store(nil)
+	h.issueMu.Unlock()
+	h.replays.forget()
+	h.each(func(c *conn) {
+		c.ring.forget()
+		c.gap("stream")
+	})
+}
+
+// use takes the settings of the rings, and makes the shared writers.
+func (h *hub) use(c *Config) {
 	h.policy.size = c.WebsocketBufferSize
 	h.policy.block = c.WebsocketDropPolicy == "block"
 	h.policy.blockTimeout = c.WebsocketBlockTimeout
 	h.policy.threshold = int(c.WebsocketCompressionThreshold)
-	h.policy.gaps = func(reason string) { m.gapsTotal.with(reason).Inc() }
+	h.policy.gaps = func(reason string) { h.m.gapsTotal.with(reason).Inc() }
 	for range runtime.GOMAXPROCS(0) {
 		h.writers = append(h.writers, newWriter(h))
 	}
-	return h
 }
 
 // run writes to the sockets and looks after them until ctx ends, which must be after drain.
@@ -180,7 +251,7 @@ func (r *ring) noteStuck(now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.state == alone && r.somethingLocked() {
-		r.stuckLocked(now.Sub(r.progress) >= slowPause || r.n > 0 && now.Sub(r.at(0).at) >= slowAge)
+		r.stuck = now.Sub(r.progress) >= slowPause || r.n > 0 && now.Sub(r.at(0).at) >= slowAge
 	}
 }
 
@@ -188,20 +259,20 @@ func (r *ring) noteStuck(now time.Time) {
 func (r *ring) overdue(now time.Time, timeout time.Duration) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed || !r.somethingLocked() {
+	if r.phase >= closing || !r.somethingLocked() {
 		return false
 	}
 	return now.Sub(r.progress) >= timeout || r.n > 0 && now.Sub(r.at(0).at) >= timeout
 }
 
-// sheddable counts the events that shed could take, none while the socket takes its events.
-func (r *ring) sheddable() int {
+// stuckEvents counts the events that wait in the ring of a socket that does not take them.
+func (r *ring) stuckEvents() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.stuck {
+	if !r.stuck || r.phase >= closing {
 		return 0
 	}
-	return r.waitingLocked()
+	return r.events
 }
 
 // tendSlow looks after the sockets that do not take what waits for them: events behind their rings expire, and those
@@ -209,11 +280,10 @@ func (r *ring) sheddable() int {
 func (h *hub) tendSlow(now time.Time) {
 	timeout := h.cfg.Load().WebsocketWriteTimeout
 	for _, c := range h.slowOnes() {
-		h.settle(c.ring.expire(now, nil), "")
+		h.settle(c.ring.expire(now, nil))
 		c.ring.noteStuck(now)
 		if c.ring.overdue(now, timeout) {
-			h.m.slowClientsDisconnectedTotal.with().Inc()
-			c.close(closeSlowClient, "slow-client")
+			h.closeSlow(c)
 		}
 	}
 }
@@ -224,37 +294,34 @@ func (h *hub) slowOnes() []*conn {
 	return slices.Collect(maps.Keys(h.slow))
 }
 
-// shedOldest makes the fullest ring of a stuck socket give up its oldest event (drop_oldest: dropped, block: shed).
-// It says false when no stuck socket has one.
-func (h *hub) shedOldest() bool {
-	var fullest *conn
-	most := 0
-	for _, c := range h.slowOnes() {
-		if n := c.ring.sheddable(); n > most {
-			fullest, most = c, n
-		}
-	}
-	if fullest == nil {
-		return false
-	}
-	ends := fullest.ring.shed(nil)
-	h.settle(ends, "shed")
-	return len(ends) > 0
+func (h *hub) closeSlow(c *conn) {
+	h.m.slowClientsDisconnectedTotal.with().Inc()
+	c.close(closeSlowClient, "slow-client")
 }
 
-// stuck is the number of events that wait in rings of sockets that do not take them now.
-func (h *hub) stuck() int { return int(h.policy.stuck.Load()) }
+// closeMostStuck closes the socket that holds most events and does not take them. It says false when there is none.
+func (h *hub) closeMostStuck() bool {
+	var worst *conn
+	most := 0
+	for _, c := range h.slowOnes() {
+		if n := c.ring.stuckEvents(); n > most {
+			worst, most = c, n
+		}
+	}
+	if worst == nil {
+		return false
+	}
+	h.closeSlow(worst)
+	return true
+}
 
-// settle ends deliveries at their targets. why says what made a socket give an event up, for the metric.
-func (h *hub) settle(ends []settlement, why string) {
+// settle ends deliveries at their targets.
+func (h *hub) settle(ends []settlement) {
 	for _, e := range ends {
 		h.count.ended[e.o].Inc()
 		h.count.used.Dec()
-		if e.o == dropped || e.o == shed {
-			h.m.websocketMessagesDroppedTotal.with(why).Inc()
-		}
-		if e.o >= shed {
-			e.d.missedHere.Store(true)
+		if e.o == dropped {
+			h.m.websocketMessagesDroppedTotal.with("buffer").Inc()
 		}
 		e.d.settle(e.o)
 	}
@@ -318,11 +385,8 @@ func (h *hub) serve(w http.ResponseWriter, r *http.Request, cl *claims, sess *se
 
 // start is serve for whatever locks a session.
 func (h *hub) start(w http.ResponseWriter, r *http.Request, cl *claims, l lock, requestID string) {
-	var since *uint64
-	if n, err := strconv.ParseUint(r.URL.Query().Get("since"), 10, 64); err == nil { // checked by the server
-		since = &n
-	}
-	h.launch(w, r, cl, l, requestID, func(c *conn, u *upgrade) { c.run(u, since) })
+	past, _ := parsePast(r.URL.Query()) // checked by the server
+	h.launch(w, r, cl, l, requestID, func(c *conn, u *upgrade) { c.run(u, past) })
 }
 
 // launch takes the connection over and lets a new socket live its life, which begins on a goroutine of its own and finds its
@@ -379,25 +443,31 @@ func (h *hub) stopAccepting() {
 	h.refusing = true
 }
 
-// drain closes all sockets with 1001, evenly spread over DRAIN_SPREAD, and returns when all are gone or ctx ends.
-// Each client is told a delay of its own after which to reconnect, so that they do not all come at once.
+// drain closes all sockets as sendAway does, and returns when all are gone or ctx ends.
 func (h *hub) drain(ctx context.Context) error {
 	h.stopAccepting()
+	h.sendAway(ctx)
+	h.mu.Lock()
+	h.draining = true // those that were on their way when all was listed
+	h.mu.Unlock()
+	spread := h.cfg.Load().ServerDrainSpread
+	h.each(func(c *conn) { c.goAway(spread) })
+	return h.waitGone(ctx)
+}
+
+// sendAway closes the sockets that there are with 1001, evenly spread over DRAIN_SPREAD. Each client is told a delay of its own after
+// which to reconnect, so that they do not all come at once.
+func (h *hub) sendAway(ctx context.Context) {
 	spread := h.cfg.Load().ServerDrainSpread
 	start := time.Now()
 	all := h.list(nil)
 	for i, c := range all {
 		due := start.Add(spread * time.Duration(i) / time.Duration(len(all)))
 		if wait := time.Until(due); wait > 0 && !pause(ctx, wait) {
-			break
+			return
 		}
 		c.goAway(spread)
 	}
-	h.mu.Lock()
-	h.draining = true // those that were on their way when all was listed
-	h.mu.Unlock()
-	h.each(func(c *conn) { c.goAway(spread) })
-	return h.waitGone(ctx)
 }
 
 // waitGone waits until no goroutine of a socket is left; when ctx ends before, it cuts the connections that are.

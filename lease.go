@@ -1,31 +1,59 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/redis/go-redis/v9"
 )
 
-// lease is what a pod holds in Redis: the claims that name its epoch live as long as it does.
-type lease struct{ epoch, addr string }
-
-func (l lease) String() string { return l.epoch + " " + l.addr }
-
-func parseLease(s string) (lease, bool) {
-	epoch, addr, ok := strings.Cut(s, " ")
-	return lease{epoch, addr}, ok
-}
+// Redis keys: pod:<id> holds a lease, pods the ids of all pods, note:<id>#<life> what was given up for a pod.
+const podsKey = "pods"
 
 func podKey(id string) string { return "pod:" + id }
 
-const podsKey = "pods"
+func noteKey(m member) string { return "note:" + m.String() }
+
+const leaseTimeout = time.Second
+
+// generationKey holds the stream's generation: a random id that the pods replace when the stream has lost its end, as one that was
+// restored from a backup has. With its creation time it names the stream.
+func generationKey(cfg *Config) string { return "generation:" + cfg.NATSStreamName }
+
+// nextGeneration replaces the generation ARGV[1] by ARGV[2], unless another pod was faster, and answers with what it is now.
+var nextGeneration = redis.NewScript(`
+local cur = redis.call('GET', KEYS[1])
+if cur and cur ~= ARGV[1] then return cur end
+redis.call('SET', KEYS[1], ARGV[2])
+return ARGV[2]`)
+
+// member names a pod during one life: the random id that it gave its lease. A pod that lost its lease takes another life.
+type member struct{ pod, life string }
+
+func (m member) String() string { return m.pod + "#" + m.life }
+
+// owner is a live pod and where it listens.
+type owner struct {
+	member
+	addr string
+}
+
+// parseLease is the inverse of what a lease's value is: its life and address.
+func parseLease(pod, s string) (owner, bool) {
+	life, addr, ok := strings.Cut(s, " ")
+	return owner{member{pod, life}, addr}, ok
+}
+
+func (o owner) value() string { return o.life + " " + o.addr }
 
 // takeLease sets the lease where there is none, or where it is the caller's own of before, or one of its own that it
 // tried to take without hearing of the success (ARGV: new, own, ms, tried).
@@ -35,7 +63,7 @@ if cur and cur ~= ARGV[2] and cur ~= ARGV[4] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
 return 1`)
 
-// renewLease extends the lease only if it still holds the caller's epoch (ARGV: own, ms).
+// renewLease extends the lease only if it still holds the caller's life (ARGV: own, ms).
 const renewLease = `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])`
@@ -47,167 +75,365 @@ return redis.call('DEL', KEYS[1])`)
 // errDuplicatePod means that another process lives under this pod's id.
 var errDuplicatePod = errors.New("another process serves under this pod id")
 
-// start takes the lease, waiting for Redis and for a predecessor's lease to run out, and saying so. It returns
-// errDuplicatePod when the address in the lease answers with the lease's own id and epoch, or ctx's error.
-func (o *owners) start(ctx context.Context) error {
-	said := ""
-	for {
-		err := o.tryStart(ctx)
-		if err == nil {
-			return o.learnMarks(ctx)
+// lease is who this pod is to the others, and who they are: its lease in Redis, the live pods, and the notes among them.
+type lease struct {
+	cfg  *settings
+	rdb  redis.UniversalClient
+	m    *Metrics
+	pod  string
+	base time.Time
+
+	self       atomic.Pointer[owner] // this pod, once it has a life
+	heldAt     atomic.Int64          // when the last successful renewal was sent, since base; 0 = none
+	away       atomic.Bool           // the last renewal failed
+	doubtUntil atomic.Int64          // others may not have written their claims again before, since base
+	notes      atomic.Uint64         // left so far: part of their names
+	// known are the live pods as of the last renewal, by id, and those heard of since. The map is replaced, never changed.
+	known atomic.Pointer[map[string]owner]
+	// reach are those of before a doubt, and those known since: their claims may not be in Redis yet. Replaced like known.
+	reach atomic.Pointer[map[string]owner]
+	wake  chan struct{} // room for 1: a renewal is due at once; never closed
+	// generation is the stream's, as of the last renewal.
+	generation atomic.Pointer[string]
+
+	mu        sync.Mutex      // serialises renewals and the end of the lease; guards all below
+	tried     string          // the lease that was last to be taken
+	instances map[string]bool // run and replication ids of the Redis masters; nil before the first answer
+	givenUp   bool
+}
+
+func newLease(cfg *settings, rdb redis.UniversalClient, m *Metrics) *lease {
+	l := &lease{cfg: cfg, rdb: rdb, m: m, pod: cfg.Load().ServerPodID, base: time.Now().Add(-time.Nanosecond), wake: make(chan struct{}, 1)}
+	l.self.Store(&owner{member: member{pod: l.pod}})
+	l.known.Store(&map[string]owner{})
+	l.reach.Store(&map[string]owner{})
+	none := ""
+	l.generation.Store(&none)
+	return l
+}
+
+func (l *lease) podID() string { return l.pod }
+
+// life is this pod's present one, "" before the first.
+func (l *lease) life() string { return l.self.Load().life }
+
+// since is a moment as the atomics hold it.
+func (l *lease) since(t time.Time) int64 { return int64(t.Sub(l.base)) }
+
+// fresh says whether the last successful renewal was sent less than a lease ago, by this process' monotonic clock.
+func (l *lease) fresh() bool {
+	at := l.heldAt.Load()
+	return at != 0 && l.since(time.Now())-at < int64(l.cfg.Load().PodLease)
+}
+
+// available says whether Redis answers and the lease is known to hold: else no new sockets (503).
+func (l *lease) available() bool { return !l.away.Load() && l.fresh() }
+
+// inDoubt says whether what Redis says of owners may be wrong: it is away, or has been back for less than a lease, so that others may not
+// have written their claims again.
+func (l *lease) inDoubt() bool { return l.away.Load() || l.since(time.Now()) < l.doubtUntil.Load() }
+
+// peers are the other live pods.
+func (l *lease) peers() []owner { return l.others(*l.known.Load()) }
+
+// everyone are the other pods that may have sockets, as long as Redis does not say who has which. Their lives may be others by now.
+func (l *lease) everyone() []owner {
+	all := maps.Clone(*l.reach.Load())
+	maps.Copy(all, *l.known.Load())
+	return l.others(all)
+}
+
+func (l *lease) others(pods map[string]owner) []owner {
+	others := make([]owner, 0, len(pods))
+	for id, o := range pods {
+		if id != l.pod {
+			others = append(others, o)
 		}
-		if errors.Is(err, errDuplicatePod) || ctx.Err() != nil {
+	}
+	return others
+}
+
+// livePods is the number of pods with a lease, at least 1.
+func (l *lease) livePods() int { return max(1, len(*l.known.Load())) }
+
+// overlooks says whether Redis has just told this pod that m has no lease.
+func (l *lease) overlooks(m member) bool {
+	return l.available() && (*l.known.Load())[m.pod].life != m.life
+}
+
+// holds says whether the lease of pod has this life. It asks Redis, since a take-over hangs on it.
+func (l *lease) holds(ctx context.Context, pod, life string) (bool, error) {
+	s, err := l.rdb.Get(ctx, podKey(pod)).Result()
+	if errors.Is(err, redis.Nil) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read lease of pod %s: %w", pod, err)
+	}
+	o, ok := parseLease(pod, s)
+	return ok && o.life == life, nil
+}
+
+// errUnnamed means that Redis does not know the stream's generation.
+var errUnnamed = errors.New("the stream has no generation in Redis: waiting for a pod that knows it")
+
+// start takes the lease, waiting for Redis and for a predecessor's lease to run out, and saying so. It returns
+// errDuplicatePod when the address in the lease answers with the lease's own id and life, or ctx's error.
+//
+// A Redis that was waited for may have lost the stream's generation. Who has just started leaves it to the others to name it again,
+// for half a lease: another name would make every client reload.
+func (l *lease) start(ctx context.Context, advertise func(context.Context) (string, error), p *peers) error {
+	said := ""
+	var names time.Time // from when on this pod names the generation
+	for {
+		err := l.tryStart(ctx, advertise, p, !time.Now().Before(names))
+		if err == nil || errors.Is(err, errDuplicatePod) || ctx.Err() != nil {
 			return err
+		}
+		if !errors.Is(err, errUnnamed) {
+			names = time.Now().Add(l.cfg.Load().PodLease / 2)
 		}
 		if err.Error() != said {
 			said = err.Error()
 			slog.Warn("waiting for Redis and the pod's lease", "err", err)
 		}
-		select {
-		case <-ctx.Done():
+		if !pause(ctx, 300*time.Millisecond) {
 			return ctx.Err()
-		case <-time.After(300 * time.Millisecond):
 		}
 	}
 }
 
-func (o *owners) tryStart(ctx context.Context) error {
-	get, cancel := context.WithTimeout(ctx, leaseTimeout)
+func (l *lease) tryStart(ctx context.Context, advertise func(context.Context) (string, error), p *peers, names bool) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*leaseTimeout)
 	defer cancel()
-	cur, err := o.rdb.Get(get, podKey(o.pod)).Result()
-	if err != nil && !errors.Is(err, redis.Nil) {
-		return fmt.Errorf("read lease of pod %s: %w", o.pod, err)
+	addr, err := advertise(ctx)
+	if err != nil {
+		return err
 	}
-	if o.address == "" {
-		if o.address, err = o.advertise(get); err != nil {
-			return err
-		}
-	}
-	if l, ok := parseLease(cur); ok {
-		ask, cancel := context.WithTimeout(ctx, leaseTimeout)
-		defer cancel()
-		if o.answers(ask, l) {
-			return fmt.Errorf("%w: pod %s epoch %s answers at %s; set SERVER_POD_ID", errDuplicatePod, o.pod, l.epoch, l.addr)
-		}
-		return fmt.Errorf("pod id %s is still leased to %s, which does not answer for it: waiting until that lease ends", o.pod, l.addr)
-	}
-	return o.renew(ctx)
-}
-
-// answers says whether a process under this pod's id answers for the lease l.
-func (o *owners) answers(ctx context.Context, l lease) bool {
-	pod, epoch, err := o.identify(ctx, l.addr)
-	return err == nil && pod == o.pod && epoch == l.epoch
-}
-
-// leaseLoop renews the lease every third of its length, and sooner when Redis is away, until ctx ends.
-func (o *owners) leaseLoop(ctx context.Context) {
-	for {
-		pause := o.cfg.Load().PodLease / 3
-		if o.away.Load() {
-			pause = min(pause, 300*time.Millisecond)
-		}
-		t := time.NewTimer(pause)
-		select {
-		case <-ctx.Done():
-			t.Stop()
-			return
-		case <-o.wakeLease:
-		case <-t.C:
-		}
-		t.Stop()
-		err := o.renew(ctx)
-		if err != nil && ctx.Err() == nil {
-			slog.Debug("lease not renewed", "err", err)
-		}
-		if errors.Is(err, errDuplicatePod) {
-			o.replaced(err)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !names {
+		switch err := l.rdb.Get(ctx, generationKey(l.cfg.Load())).Err(); {
+		case errors.Is(err, redis.Nil):
+			return errUnnamed
+		case err != nil:
+			return fmt.Errorf("read the stream's generation: %w", err)
 		}
 	}
+	if err := l.takeLife(ctx, addr, p); err != nil {
+		return err
+	}
+	pipe := l.rdb.Pipeline()
+	generation := l.askGeneration(ctx, pipe)
+	if err := execGets(ctx, pipe); err != nil {
+		return fmt.Errorf("read the stream's generation: %w", err)
+	}
+	l.setGeneration(generation.Val())
+	_, err = l.instancesChanged(ctx)
+	return err
 }
 
-// renew extends the lease, or takes a new epoch where the lease was lost or Redis may have lost writes; then it reads
-// the other pods' leases and the owner log. On failure Redis counts as away until a later renewal succeeds.
-func (o *owners) renew(ctx context.Context) error {
-	o.leaseMu.Lock()
-	defer o.leaseMu.Unlock()
-	return o.renewOnce(ctx)
+// askGeneration reads the stream's generation, and names it where Redis has none: it is new, or has lost it.
+func (l *lease) askGeneration(ctx context.Context, p redis.Pipeliner) *redis.StringCmd {
+	key := generationKey(l.cfg.Load())
+	p.SetNX(ctx, key, cmp.Or(*l.generation.Load(), randomID(4)), 0)
+	return p.Get(ctx, key)
 }
 
-// renewOnce is renew for a caller that holds o.leaseMu.
-func (o *owners) renewOnce(ctx context.Context) error {
-	if o.givenUp {
-		return nil
+// setGeneration says whether the generation is another one than this pod knew.
+func (l *lease) setGeneration(generation string) (another bool) {
+	old := l.generation.Swap(&generation)
+	return *old != "" && *old != generation
+}
+
+// endLost gives the stream another generation, if no other pod has.
+func (l *lease) endLost(ctx context.Context) error {
+	next, err := nextGeneration.Run(ctx, l.rdb, []string{generationKey(l.cfg.Load())}, *l.generation.Load(), randomID(4)).Text()
+	if err != nil {
+		l.m.redisErrorsTotal.with("generation").Inc()
+		return fmt.Errorf("name the stream's next generation: %w", err)
+	}
+	l.setGeneration(next)
+	return nil
+}
+
+// takeLife takes the lease under a new life. p tells whether another process that holds it lives. l.mu must be held.
+func (l *lease) takeLife(ctx context.Context, addr string, p *peers) error {
+	own := *l.self.Load()
+	next := owner{member{l.pod, randomID(6)}, addr}
+	n, err := takeLease.Run(ctx, l.rdb, []string{podKey(l.pod)}, next.value(), own.value(), l.leaseMS(), l.tried).Int()
+	if err == nil && n != 1 {
+		return l.heldByAnother(ctx, p)
+	}
+	l.tried = next.value()
+	if err == nil {
+		err = l.rdb.SAdd(ctx, podsKey, l.pod).Err()
+	}
+	if err != nil {
+		l.m.redisErrorsTotal.with("lease").Inc()
+		return fmt.Errorf("take lease of pod %s: %w", l.pod, err)
+	}
+	l.self.Store(&next)
+	slog.Info("lease taken", "life", next.life, "before", own.life, "address", addr)
+	return nil
+}
+
+// heldByAnother says who holds the lease: errDuplicatePod if it is a process that answers for it.
+func (l *lease) heldByAnother(ctx context.Context, p *peers) error {
+	s, err := l.rdb.Get(ctx, podKey(l.pod)).Result()
+	if err != nil {
+		return fmt.Errorf("read lease of pod %s: %w", l.pod, err)
+	}
+	o, _ := parseLease(l.pod, s)
+	if who, err := p.identify(ctx, o.addr, member{}); err == nil && who.GetPod() == l.pod && who.GetLife() == o.life && o.life != l.life() {
+		return fmt.Errorf("%w: pod %s life %s answers at %s; set SERVER_POD_ID", errDuplicatePod, l.pod, o.life, o.addr)
+	}
+	return fmt.Errorf("pod id %s is still leased to %s, which does not answer for it: waiting until that lease ends", l.pod, o.addr)
+}
+
+func (l *lease) leaseMS() int64 { return l.cfg.Load().PodLease.Milliseconds() }
+
+// renewal is what Redis said when the lease was renewed.
+type renewal struct {
+	overlooked bool              // the lease was gone, or Redis is another instance: this pod has a new life
+	another    bool              // it is another instance
+	back       bool              // the renewal before had failed
+	generation bool              // the stream has another generation
+	notes      map[string]string // left for this pod: reasons by name
+}
+
+// renew extends the lease, and deletes the notes that were acted upon. It reads, in the same pipeline, the notes for this pod and the
+// names of all pods, and then their leases. Where the lease was gone, or Redis is another instance, the pod takes a new life. After an
+// error Redis counts as away.
+func (l *lease) renew(ctx context.Context, acted []string, p *peers) (renewal, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.givenUp {
+		return renewal{}, errors.New("the lease was given up")
 	}
 	sent := time.Now()
-	if err := o.renewLocked(ctx); err != nil {
-		o.noteFailed(sent)
-		o.goneAway(err)
-		return err
+	r, err := l.renewLocked(ctx, acted, p)
+	if err != nil {
+		l.m.redisErrorsTotal.with("lease").Inc()
+		if l.away.CompareAndSwap(false, true) {
+			slog.Warn("Redis is away: events go to every known pod, nothing is settled, no new sockets", "err", err)
+		}
+		return r, err
 	}
-	if o.away.Load() {
-		o.cameBack()
+	l.heldAt.Store(l.since(sent))
+	r.back = l.away.Load()
+	if r.back || r.another {
+		l.doubtUntil.Store(l.since(time.Now().Add(l.cfg.Load().PodLease)))
 	}
-	return nil
+	l.away.Store(false)
+	if r.back {
+		slog.Info("Redis is back")
+	}
+	reach := *l.known.Load()
+	if l.inDoubt() { // a Redis that has lost its data does not know all pods yet
+		reach = maps.Clone(*l.reach.Load())
+		maps.Copy(reach, *l.known.Load())
+	}
+	l.reach.Store(&reach)
+	return r, nil
 }
 
-func (o *owners) renewLocked(ctx context.Context) error {
-	seq, sent := o.noteSeq(), time.Now()
-	suspended := o.suspended()
+func (l *lease) renewLocked(ctx context.Context, acted []string, peers *peers) (r renewal, err error) {
 	ctx, cancel := context.WithTimeout(ctx, leaseTimeout)
 	defer cancel()
-	o.mu.Lock()
-	own := lease{o.epochNow, o.address}
-	o.mu.Unlock()
-	p := o.pipe()
-	held := p.Eval(ctx, renewLease, []string{podKey(o.pod)}, own.String(), o.leaseMS())
-	p.SAdd(ctx, podsKey, o.pod)
+	own := *l.self.Load()
+	p := l.rdb.Pipeline()
+	held := p.Eval(ctx, renewLease, []string{podKey(l.pod)}, own.value(), l.leaseMS())
+	if len(acted) > 0 {
+		p.HDel(ctx, noteKey(own.member), acted...)
+	}
+	notes := p.HGetAll(ctx, noteKey(own.member))
+	p.SAdd(ctx, podsKey, l.pod)
 	names := p.SMembers(ctx, podsKey)
-	if _, err := p.Exec(ctx); err != nil {
-		o.m.redisErrorsTotal.with("lease").Inc()
-		return fmt.Errorf("renew lease of pod %s: %w", o.pod, err)
+	generation := l.askGeneration(ctx, p)
+	if err := execGets(ctx, p); err != nil {
+		return r, fmt.Errorf("renew lease of pod %s: %w", l.pod, err)
 	}
-	lost := o.instancesChanged(ctx)
-	if n, _ := held.Int(); n != 1 || lost {
-		if err := o.newEpoch(ctx, own, lost); err != nil {
-			if lost {
-				o.mu.Lock()
-				o.instances = map[string]bool{} // they are to be new at the next attempt too
-				o.mu.Unlock()
+	if r.another, err = l.instancesChanged(ctx); err != nil {
+		return r, err
+	}
+	r.notes, r.generation = notes.Val(), l.setGeneration(generation.Val())
+	if n, _ := held.Int(); n != 1 || r.another {
+		if err := l.takeLife(ctx, own.addr, peers); err != nil {
+			if r.another {
+				l.instances = map[string]bool{} // so that it is another one at the next attempt too
 			}
-			return err
+			return r, err
 		}
+		r.overlooked = true
 	}
-	if suspended { // others take over after the lease, so the locks are confirmed before anything is written
-		for _, f := range o.confirms {
-			if err := f(ctx); err != nil {
-				return fmt.Errorf("confirm sessions of pod %s: %w", o.pod, err)
-			}
-		}
-	}
-	o.heldAt.Store(int64(sent.Sub(o.base)))
-	o.mu.Lock()
-	o.seqHeld = o.resumeFromLocked(seq, route{})
-	o.mu.Unlock()
-	if err := o.readPods(ctx, names.Val()); err != nil {
+	return r, l.readPods(ctx, names.Val())
+}
+
+// readPods reads the leases of all pods named in the set: those that hold are the live pods.
+func (l *lease) readPods(ctx context.Context, names []string) error {
+	live, err := l.read(ctx, names)
+	if err != nil {
 		return err
 	}
-	o.readMu.Lock()
-	defer o.readMu.Unlock()
-	read, cancel := context.WithTimeout(ctx, readTimeout)
-	defer cancel()
-	if err := o.readLog(read); err != nil {
-		return err
+	for _, id := range names {
+		if _, ok := live[id]; !ok {
+			l.rdb.SRem(ctx, podsKey, id)
+		}
 	}
-	o.forgetMissed(seq)
+	l.known.Store(&live)
 	return nil
 }
 
-func (o *owners) leaseMS() int64 { return o.cfg.Load().PodLease.Milliseconds() }
+// read reads leases; a pod without one is not in the answer.
+func (l *lease) read(ctx context.Context, ids []string) (map[string]owner, error) {
+	p := l.rdb.Pipeline()
+	cmds := make([]*redis.StringCmd, len(ids))
+	for i, id := range ids {
+		cmds[i] = p.Get(ctx, podKey(id))
+	}
+	if err := execGets(ctx, p); err != nil {
+		return nil, fmt.Errorf("read %d leases: %w", len(ids), err)
+	}
+	live := make(map[string]owner, len(ids))
+	for i, id := range ids {
+		if o, ok := parseLease(id, cmds[i].Val()); ok {
+			live[id] = o
+		}
+	}
+	return live, nil
+}
+
+// learn adds pods that a look-up has heard of to the known ones.
+func (l *lease) learn(live map[string]owner) {
+	for {
+		old := l.known.Load()
+		next := maps.Clone(*old)
+		maps.Copy(next, live)
+		if l.known.CompareAndSwap(old, &next) {
+			return
+		}
+	}
+}
+
+// refresh reads the live pods between two renewals: one that has just started is not known before the next.
+func (l *lease) refresh(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, leaseTimeout)
+	defer cancel()
+	names, err := l.rdb.SMembers(ctx, podsKey).Result()
+	if err != nil {
+		return fmt.Errorf("read the names of all pods: %w", err)
+	}
+	live, err := l.read(ctx, names)
+	if err == nil {
+		l.learn(live)
+	}
+	return err
+}
 
 // instancesChanged says whether a master's run or replication id is new since the last renewal: after a restart or a
-// fail-over Redis may have lost writes. A server that refuses INFO is taken at its word.
-func (o *owners) instancesChanged(ctx context.Context) bool {
+// fail-over Redis may have lost writes. A server that refuses INFO is taken at its word. l.mu must be held.
+func (l *lease) instancesChanged(ctx context.Context) (bool, error) {
 	var mu sync.Mutex
 	ids, silent := map[string]bool{}, false
 	ask := func(ctx context.Context, c *redis.Client) error {
@@ -224,231 +450,100 @@ func (o *owners) instancesChanged(ctx context.Context) bool {
 		}
 		return nil
 	}
-	switch c := o.rdb.(type) {
+	switch c := l.rdb.(type) {
 	case *redis.ClusterClient:
 		if err := c.ForEachMaster(ctx, ask); err != nil {
-			return false
+			return false, fmt.Errorf("ask the masters of Redis for their ids: %w", err)
 		}
 	case *redis.Client:
 		ask(ctx, c)
 	}
-	if len(ids) == 0 {
-		return false
+	if err := ctx.Err(); err != nil {
+		return false, fmt.Errorf("ask Redis for its id: %w", err)
 	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	old := o.instances
-	o.instances = ids
+	old := l.instances
+	l.instances = ids
 	if silent { // a master that stood still for a moment is no new one when it answers again
-		o.instances = maps.Clone(ids)
-		maps.Copy(o.instances, old)
+		l.instances = maps.Clone(ids)
+		maps.Copy(l.instances, old)
 	}
 	for id := range ids {
 		if old != nil && !old[id] {
 			slog.Warn("Redis was restarted, failed over, or lost writes")
-			return true
+			return true, nil
 		}
 	}
-	return false
+	return false, nil
 }
 
-// newEpoch takes a lease with a new epoch: readers may be removing the members of the old one at this moment. Locks move
-// to it by compare-and-set, every route is claimed again, and then every socket gets a gap.
-func (o *owners) newEpoch(ctx context.Context, own lease, lostWrites bool) error {
-	next := lease{randomID(6), o.address}
-	n, err := takeLease.Run(ctx, o.rdb, []string{podKey(o.pod)}, next.String(), own.String(), o.leaseMS(), o.tried).Int()
-	o.tried = next.String()
-	if err != nil {
-		o.m.redisErrorsTotal.with("lease").Inc()
-		return fmt.Errorf("take lease of pod %s: %w", o.pod, err)
-	}
-	if n != 1 {
-		return o.heldByAnother(ctx)
-	}
-	o.mu.Lock()
-	o.epochNow, o.releases = next.epoch, 0
-	if own.epoch != "" && len(o.allConnsLocked()) > 0 { // else nobody here can have missed anything
-		if !o.regap || o.seqHeld < o.regapSince {
-			o.regapSince = o.seqHeld
-		}
-		o.regap, o.regapAway = true, o.regap && o.regapAway || o.away.Load()
-	}
-	if lostWrites {
-		o.doubtUntil = time.Now().Add(o.cfg.Load().SessionRefreshInterval)
-		clear(o.cache)
-	}
-	o.claimAgainLocked()
-	o.mu.Unlock()
-	poke(o.wakeClaim)
-	slog.Info("lease taken", "epoch", next.epoch, "before", own.epoch, "address", o.address)
-	for _, f := range o.epochs {
-		f(own.epoch, next.epoch)
-	}
-	return nil
-}
-
-// heldByAnother says who holds the lease: errDuplicatePod if it is a process that answers for it. This one was suspended then,
-// or cut off, for longer than the lease, and can never have it again while the other lives.
-func (o *owners) heldByAnother(ctx context.Context) error {
-	cur, err := o.rdb.Get(ctx, podKey(o.pod)).Result()
-	if l, ok := parseLease(cur); ok && err == nil && l.epoch != o.epoch() && o.answers(ctx, l) {
-		return fmt.Errorf("%w: pod %s epoch %s answers at %s", errDuplicatePod, o.pod, l.epoch, l.addr)
-	}
-	return fmt.Errorf("take lease of pod %s: held by another process", o.pod)
-}
-
-// refreshPods is readPods between two renewals.
-func (o *owners) refreshPods(ctx context.Context) error {
-	o.leaseMu.Lock()
-	defer o.leaseMu.Unlock()
+// leaveNotes tells each pod where one of the events failed that it was given up, and returns when Redis has all notes. A note is named
+// by the route and a number that is never used again, so its reader deletes exactly what it has acted upon. It outlives the lease
+// of the life that it is for; the next life of that pod was overlooked, and marks a gap everywhere.
+func (l *lease) leaveNotes(ctx context.Context, notes []note) error {
 	ctx, cancel := context.WithTimeout(ctx, leaseTimeout)
 	defer cancel()
-	names, err := o.rdb.SMembers(ctx, podsKey).Result()
-	if err != nil {
-		return fmt.Errorf("read the names of all pods: %w", err)
+	type target struct {
+		member
+		route  string
+		reason string
 	}
-	return o.readPods(ctx, names)
-}
-
-// readPods reads the leases of all pods named in the set: those that hold are the live pods. Answers that name a pod
-// whose lease has gone or changed are dropped, since an expiry writes no log entry.
-func (o *owners) readPods(ctx context.Context, names []string) error {
-	p := o.pipe()
-	cmds := make([]*redis.StringCmd, len(names))
-	for i, id := range names {
-		cmds[i] = p.Get(ctx, podKey(id))
-	}
-	if err := execGets(ctx, p); err != nil {
-		o.m.redisErrorsTotal.with("lease").Inc()
-		return fmt.Errorf("read %d leases: %w", len(names), err)
-	}
-	live := make(map[string]lease, len(names))
-	for i, id := range names {
-		if l, ok := parseLease(cmds[i].Val()); ok {
-			live[id] = l
-		} else if err := o.rdb.SRem(ctx, podsKey, id).Err(); err != nil {
-			slog.Debug("dead pod not removed", "peer", id, "err", err)
+	p, done := l.rdb.Pipeline(), map[target]bool{}
+	own := l.self.Load().member
+	for _, n := range notes {
+		for _, m := range n.p.missed {
+			if m == (member{}) {
+				m = own
+			}
+			t := target{m, noteRoute(n.p.event), n.reason}
+			if done[t] {
+				continue
+			}
+			done[t] = true
+			name := t.route + "#" + own.life + "." + strconv.FormatUint(l.notes.Add(1), 10)
+			p.HSet(ctx, noteKey(m), name, n.reason)
+			p.PExpire(ctx, noteKey(m), 4*l.cfg.Load().PodLease)
 		}
 	}
-	if o.replacePods(live) {
-		addrs := make(map[string]string, len(live))
-		for id, l := range live {
-			addrs[id] = l.addr
-		}
-		for _, f := range o.watchers {
-			f(addrs)
-		}
+	if _, err := p.Exec(ctx); err != nil {
+		l.m.redisErrorsTotal.with("note").Inc()
+		return fmt.Errorf("leave %d notes: %w", len(done), err)
 	}
 	return nil
 }
 
-// replacePods says whether the live pods have changed since the last renewal. A look-up may have heard of a new lease before,
-// and have put it into o.pods; answers that name the epoch before it are still to be dropped.
-func (o *owners) replacePods(live map[string]lease) bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.pods = maps.Clone(live) // look-ups write to it, the caller reads live
-	if maps.Equal(live, o.renewed) {
-		return false
+// noteRoute is what a note says of whom the event was for: an agent's sockets, or the admins whose scope covers it.
+func noteRoute(ev *event) string {
+	who := ev.company + ":" + ev.agent
+	if ev.kind == kindAgent {
+		return "admins:" + who
 	}
-	o.renewed = live
-	for r, a := range o.cache {
-		for _, m := range a.peers {
-			if live[m.pod].epoch != m.epoch {
-				delete(o.cache, r)
-				break
-			}
-		}
-	}
-	return true
+	return who
 }
 
-// goneAway notes that Redis does not answer: events go on to the owners last known, no new sockets are taken.
-func (o *owners) goneAway(err error) {
-	if o.away.CompareAndSwap(false, true) {
-		slog.Warn("Redis is away: events go on to the owners last known, no new sockets", "err", err)
-		poke(o.wakeLease)
-	}
-}
-
-// cameBack claims everything again, whatever Redis may have kept.
-func (o *owners) cameBack() {
-	o.mu.Lock()
-	o.doubtUntil = time.Now().Add(o.cfg.Load().SessionRefreshInterval)
-	o.claimAgainLocked()
-	o.mu.Unlock()
-	o.away.Store(false)
-	slog.Info("Redis is back: everything is claimed again")
-	for _, f := range o.returns {
-		f()
-	}
-}
-
-// available says whether Redis answers and the lease is known to hold: else no new sockets (503).
-func (o *owners) available() bool { return !o.away.Load() && o.fresh() }
-
-// fresh says whether the last successful renewal was sent less than a lease ago, by this process' monotonic clock.
-func (o *owners) fresh() bool {
-	at := o.heldAt.Load()
-	return at != 0 && time.Since(o.base)-time.Duration(at) < o.cfg.Load().PodLease
-}
-
-// suspended says whether this process may have stood still: its lease has run out by its own clock, and that is not for
-// Redis being away. Not every failure means that:
-//  1. A read or a renewal is sent.
-//  2. The process is suspended, and others take over when its lease ends.
-//  3. Awake again, it finds the time for the answer over, and Redis counts as away.
-//
-// So only a renewal counts that failed after the lease had run out, a moment ago, and within the time that it was given.
-func (o *owners) suspended() bool {
-	held, failed := o.heldAt.Load(), time.Duration(o.failedAt.Load())
-	if held == 0 || o.fresh() {
-		return false
-	}
-	return failed < time.Duration(held)+o.cfg.Load().PodLease || time.Since(o.base)-failed > stillAway
-}
-
-// noteFailed notes a renewal that failed, unless the process stood still meanwhile.
-func (o *owners) noteFailed(sent time.Time) {
-	if time.Since(sent) < 2*leaseTimeout {
-		o.failedAt.Store(int64(time.Since(o.base)))
-	}
-}
-
-// confirm returns at once while the lease was renewed less than its length ago. Else the process was suspended and
-// others may have taken over: lease and session locks are confirmed before it returns, unless Redis does not answer
-// within 1 s, or did not a moment ago. Every writer calls it before it writes to sockets.
-func (o *owners) confirm() {
-	if !o.suspended() {
-		return
-	}
-	o.leaseMu.Lock()
-	defer o.leaseMu.Unlock()
-	if !o.suspended() {
-		return
-	}
-	if err := o.renewOnce(context.Background()); err == nil {
-		slog.Warn("pod was suspended: lease and sessions confirmed before the next write", "pod", o.pod)
-	}
+// parseNote is noteRoute's inverse, for the name of a note.
+func parseNote(name string) (company, agent string, toAdmins bool) {
+	who, _, _ := strings.Cut(name, "#")
+	who, toAdmins = strings.CutPrefix(who, "admins:")
+	company, agent, _ = strings.Cut(who, ":")
+	return company, agent, toAdmins
 }
 
 // close gives up the lease for good, at the end of a drain. A renewal after it would take the lease anew, and the next
 // process of this id would wait for it to run out.
-func (o *owners) close(ctx context.Context) error {
-	o.leaseMu.Lock()
-	defer o.leaseMu.Unlock()
-	o.givenUp = true
-	own := lease{o.epoch(), o.address}
-	if own.epoch == "" {
+func (l *lease) close(ctx context.Context) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.givenUp = true
+	own := *l.self.Load()
+	if own.life == "" {
 		return nil
 	}
-	o.flushMarks(ctx) // those of the last second
-	n, err := dropLease.Run(ctx, o.rdb, []string{podKey(o.pod)}, own.String()).Int()
+	n, err := dropLease.Run(ctx, l.rdb, []string{podKey(l.pod)}, own.value()).Int()
 	if err != nil {
-		return fmt.Errorf("give up lease of pod %s: %w", o.pod, err)
+		return fmt.Errorf("give up lease of pod %s: %w", l.pod, err)
 	}
 	if n == 1 { // else the name is that of another process
-		o.rdb.SRem(ctx, podsKey, o.pod)
+		l.rdb.SRem(ctx, podsKey, l.pod)
 	}
 	return nil
 }

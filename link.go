@@ -42,7 +42,7 @@ const (
 // flight is an event on its way to a peer. Whoever takes it out of the link's queue or flights, under mu, settles it.
 type flight struct {
 	d          *delivery
-	epoch      string    // that it is addressed to
+	to         member    // that it is addressed to
 	since      time.Time // when it was pushed, then when it was put into a batch
 	generation uint64    // of the breaker
 }
@@ -167,7 +167,7 @@ func (l *link) next() *peerpb.Batch {
 	if q.link != l || len(l.queue) == 0 {
 		return nil
 	}
-	b := &peerpb.Batch{Epoch: l.queue[0].epoch}
+	b := &peerpb.Batch{Life: l.queue[0].to.life}
 	size, now := 0, time.Now()
 	most := min(batchEvents, len(l.queue), q.ps.window()-len(l.flights))
 	if most <= 0 {
@@ -175,7 +175,7 @@ func (l *link) next() *peerpb.Batch {
 	}
 	for len(b.Events) < most && size < batchBytes {
 		f := l.queue[len(b.Events)]
-		if size += len(f.d.payload); f.epoch != b.Epoch || len(b.Events) > 0 && size > batchBytes {
+		if size += len(f.d.payload); f.to.life != b.Life || len(b.Events) > 0 && size > batchBytes {
 			break
 		}
 		l.number++
@@ -213,7 +213,7 @@ func (l *link) read(stream peerpb.Peer_DeliverClient) error {
 		done = l.answered(a, done[:0])
 		for i, f := range done {
 			if f.d != nil {
-				f.d.settle(outcomeFromWire(a.GetOutcomes()[i]))
+				f.d.settleAt(f.to, outcomeFromWire(a.GetOutcomes()[i]))
 			}
 		}
 		clear(done)
@@ -281,12 +281,8 @@ func (l *link) endLocked(why ending, err error) []flight {
 func (l *link) end(why ending, err error) {
 	q := l.peer
 	q.mu.Lock()
-	was := q.link
 	lost := l.endLocked(why, err)
 	q.mu.Unlock()
-	if was == l {
-		q.tellLost()
-	}
 	failAll(lost)
 }
 

@@ -15,8 +15,8 @@ import (
 )
 
 // The lock of a session is the Redis key session:<key>. Its value is "<holder>" or "<holder> <heir>", each a claim
-// "<pod>#<epoch>#<socket>#<turn>". Only the socket decides whose lock it is: its id is unique for ever, while a
-// pod may move to a new epoch under it.
+// "<pod>#<life>#<socket>#<turn>". Only the socket decides whose lock it is: its id is unique for ever, while a
+// pod may move to a new life under it.
 //
 // The heir is the newcomer that waits. Turns are given by Redis as newcomers arrive, each above all that the value
 // names, so that of several newcomers the last one wins whatever pod they came to, and nobody compares clocks (but
@@ -25,7 +25,7 @@ import (
 //
 // Each script touches one key, as Redis Cluster wants it. All may be sent twice: go-redis does when an answer was lost.
 
-// claimScript takes the lock KEYS[1] for the socket ARGV[2] of ARGV[1] (pod and epoch) if it is free, its own, or
+// claimScript takes the lock KEYS[1] for the socket ARGV[2] of ARGV[1] (pod and life) if it is free, its own, or
 // held by the claim ARGV[4], which is to be dispossessed; else it makes it the heir, unless a later one is.
 // ARGV[3] is the turn, 0 on arrival; ARGV[5] the life in ms. Returns the turn and the value found, ” = taken.
 var claimScript = redis.NewScript(`
@@ -44,7 +44,7 @@ if newest < mine then redis.call('SET', KEYS[1], holder .. ' ' .. claim, 'KEEPTT
 return {mine, value}`)
 
 // restoreScript writes the claim ARGV[1] of the socket ARGV[2] where the lock is missing or its own (of an older
-// epoch). Returns ” or the value of whoever holds it now. An heir is left out: if it lives, it comes again.
+// life). Returns ” or the value of whoever holds it now. An heir is left out: if it lives, it comes again.
 var restoreScript = redis.NewScript(`
 local value = redis.call('GET', KEYS[1]) or ''
 local holder = string.match(value, '^[^ ]*')
@@ -69,13 +69,13 @@ func lockKey(key string) string { return "session:" + key }
 
 // lockClaim is a claim taken apart. One that this service did not write has only its text, and turn 0.
 type lockClaim struct {
-	text               string
-	pod, epoch, socket string
-	turn               int64
+	text              string
+	pod, life, socket string
+	turn              int64
 }
 
 func (c lockClaim) String() string {
-	return c.pod + "#" + c.epoch + "#" + c.socket + "#" + strconv.FormatInt(c.turn, 10)
+	return c.pod + "#" + c.life + "#" + c.socket + "#" + strconv.FormatInt(c.turn, 10)
 }
 
 // newSocketID is unique for ever. It begins with the time when its client came, in ms since 1970.
@@ -99,14 +99,14 @@ func parseLock(value string) (holder, heir lockClaim) {
 	return parseLockClaim(first), parseLockClaim(second)
 }
 
-// parseLockClaim takes one claim apart; pod ids and epochs have no '#'.
+// parseLockClaim takes one claim apart; pod ids and lives have no '#'.
 func parseLockClaim(text string) lockClaim {
 	c := lockClaim{text: text}
 	pod, rest, _ := strings.Cut(text, "#")
-	epoch, rest, _ := strings.Cut(rest, "#")
+	life, rest, _ := strings.Cut(rest, "#")
 	socket, number, _ := strings.Cut(rest, "#")
 	if turn, err := strconv.ParseInt(number, 10, 64); err == nil {
-		c.pod, c.epoch, c.socket, c.turn = pod, epoch, socket, turn
+		c.pod, c.life, c.socket, c.turn = pod, life, socket, turn
 	}
 	return c
 }
@@ -171,7 +171,7 @@ func (l *lockStore) claim(ctx context.Context, key string, c lockClaim, oust str
 	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
 	reply, err := claimScript.Run(ctx, l.rdb, []string{lockKey(key)},
-		c.pod+"#"+c.epoch, c.socket, c.turn, oust, l.ttl()).Slice()
+		c.pod+"#"+c.life, c.socket, c.turn, oust, l.ttl()).Slice()
 	if err != nil {
 		l.m.redisErrorsTotal.with("session_claim").Inc()
 		return 0, "", err
@@ -290,29 +290,12 @@ func (s *sessions) queueDrop(key, socket string) {
 // notify wakes work; a wake-up that is still pending will do.
 func (s *sessions) notify() { poke(s.wake) }
 
-// reclaim has all locks renewed at once: Redis is back, may have lost data, or the epoch is new. It does not block.
+// reclaim has all locks renewed at once: Redis is back, may have lost data, or the life is new. It does not block.
 func (s *sessions) reclaim() {
 	s.mu.Lock()
 	s.sweep = true
 	s.mu.Unlock()
 	s.notify()
-}
-
-// confirm renews all locks and closes the sockets that lost theirs before it returns; with an error where Redis
-// did not answer for all, or ctx ended before.
-func (s *sessions) confirm(ctx context.Context) error {
-	answer := make(chan error, 1) // never closed; work answers once, whether or not someone still waits
-	select {
-	case s.confirms <- answer:
-	case <-ctx.Done():
-		return fmt.Errorf("confirm sessions: %w", ctx.Err())
-	}
-	select {
-	case err := <-answer:
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("confirm sessions: %w", ctx.Err())
-	}
 }
 
 // work sends every renewal and every release of this pod, one batch after the other: so no renewal overtakes a
@@ -328,8 +311,6 @@ func (s *sessions) work(ctx context.Context) {
 			defer cancel()
 			s.sendDrops(final)
 			return
-		case answer := <-s.confirms:
-			answer <- s.renewAll(ctx)
 		case <-s.wake:
 		case <-timer.C:
 		}
@@ -406,7 +387,7 @@ func (s *sessions) renewAll(ctx context.Context) error {
 }
 
 // renew lengthens the locks of those of list that are still to be held, restores those that are missing or bear an
-// older epoch, and closes the sockets whose lock another holds. A socket whose lock gets no answer stays.
+// older life, and closes the sockets whose lock another holds. A socket whose lock gets no answer stays.
 func (s *sessions) renew(ctx context.Context, list []*session) error {
 	list = s.renewable(list)
 	if len(list) == 0 {
@@ -421,7 +402,7 @@ func (s *sessions) renew(ctx context.Context, list []*session) error {
 	var stale []int
 	for i, r := range replies {
 		holder, _ := parseLock(r.value)
-		if r.err == nil && (r.value == "" || holder.socket == list[i].id && holder.epoch != claims[i].epoch) {
+		if r.err == nil && (r.value == "" || holder.socket == list[i].id && holder.life != claims[i].life) {
 			stale = append(stale, i)
 		}
 	}

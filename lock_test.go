@@ -27,7 +27,7 @@ type lockServer struct {
 	locks   map[string]storedLock // by the key of the session
 	scripts map[string]bool       // what EVALSHA knows
 	pods    []*testPod
-	leases  map[string]string // pod -> epoch
+	leases  map[string]string // pod -> life
 	sent    []string          // "<op> <key> <socket>" as they were applied
 }
 
@@ -225,10 +225,10 @@ func (v *lockServer) restart() {
 	clear(v.scripts)
 }
 
-func (v *lockServer) setLease(pod, epoch string) {
+func (v *lockServer) setLease(pod, life string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.leases[pod] = epoch
+	v.leases[pod] = life
 }
 
 func (v *lockServer) lease(pod string) string {
@@ -239,6 +239,20 @@ func (v *lockServer) lease(pod string) string {
 
 // oneRound is the REFRESH_INTERVAL of the tests and a little: every lock was renewed once.
 const oneRound = 10*time.Second + time.Millisecond
+
+// heldLease is that of a pod in the server's own book.
+type heldLease struct {
+	v   *lockServer
+	pod string
+}
+
+func (l heldLease) podID() string   { return l.pod }
+func (l heldLease) life() string    { return l.v.lease(l.pod) }
+func (l heldLease) available() bool { return true }
+
+func (l heldLease) holds(_ context.Context, pod, life string) (bool, error) {
+	return l.v.lease(pod) == life, nil
+}
 
 type testPod struct {
 	*sessions
@@ -252,14 +266,7 @@ func (v *lockServer) pod(t *testing.T, id string) *testPod {
 	cfg := &settings{}
 	cfg.Store(&Config{SessionTTL: 30 * time.Second, SessionRefreshInterval: 10 * time.Second, PodLease: 6 * time.Second})
 	v.setLease(id, "e1")
-	p := &testPod{sessions: makeSessions(cfg, rdb, newMetrics(), podLease{
-		podID:     func() string { return id },
-		epoch:     func() string { return v.lease(id) },
-		available: func() bool { return true },
-		holds: func(_ context.Context, pod, epoch string) (bool, error) {
-			return v.lease(pod) == epoch, nil
-		},
-	})}
+	p := &testPod{sessions: newSessions(cfg, rdb, newMetrics(), heldLease{v, id})}
 	v.mu.Lock()
 	v.pods = append(v.pods, p)
 	v.mu.Unlock()
@@ -336,7 +343,7 @@ func wantTook(t *testing.T, start time.Time, least, most time.Duration) {
 }
 
 func TestParseLock(t *testing.T) {
-	claim := lockClaim{text: "pod.1_x-y#e1#SOCKET#12", pod: "pod.1_x-y", epoch: "e1", socket: "SOCKET", turn: 12}
+	claim := lockClaim{text: "pod.1_x-y#e1#SOCKET#12", pod: "pod.1_x-y", life: "e1", socket: "SOCKET", turn: 12}
 	for value, want := range map[string][2]lockClaim{
 		"":                            {},
 		claim.text:                    {claim},

@@ -5,10 +5,11 @@
 //
 //	consumer.go  the connection to NATS and the flow; stream.go the stream; durable.go the one durable pull consumer of all pods
 //	event.go     a message's subject and payload, and the delivery that counts its targets
-//	router.go    consumer -> owners -> sockets here and peers there; pulled.go -> ack or NAK; parked.go what was NAKed
-//	owner.go     who owns a route; ownerlog.go the log that keeps the cache exact; claim.go this pod's claims; lease.go its lease
-//	frame.go     the outbound frame, encoded once; deflate.go compressed once; inbound.go messages of clients; buffer.go the send ring and the shared writers
-//	conn.go      one socket: read loop, json.v1, heartbeat, closing
+//	router.go    an event's way: sockets here, look-up, peers; verdict.go what JetStream is told; share.go what this pod may hold
+//	owner.go     claims and look-ups; lease.go who this pod is, and who the others are; beat.go the heartbeat that issues positions
+//	buffer.go    the send ring; writer.go the shared writers; frame.go the outbound frame; deflate.go compressed once
+//	conn.go      one socket: its life; protocol.go json.v1; inbound.go messages of clients; replay.go the past of a socket
+//	hub.go       the sockets of this pod, by agent
 //	session.go   exclusive sessions in Redis; auth.go keys and tokens; ids.go what may be an id; server.go HTTP; origin.go whose pages may come
 //	peer.go      the talk among pods; roster.go their sessions, for operators
 //	config.go    settings; commands.go the command line; metrics.go every metric
@@ -50,14 +51,18 @@ type service struct {
 	cfg      *settings
 	m        *Metrics
 	rdb      redis.UniversalClient
+	lease    *lease
 	owners   *owners
 	peers    *peers
 	sessions *sessions
-	hub      *hub
-	router   *router
 	consumer *consumer
+	hub      *hub
+	share    *share
+	router   *router
+	beat     *beat
 	server   *server
 
+	rpc        *net.TCPAddr    // where peers dial this pod
 	starting   context.Context // ends the wait for the lease, at the beginning of the drain
 	giveUp     context.CancelFunc
 	background context.Context // ends the loops below, at the end of the drain
@@ -136,34 +141,22 @@ func newService(cfg *Config) (*service, error) {
 	if s.rdb, err = newRedis(cfg); err != nil {
 		return nil, err
 	}
-	s.owners = newOwners(s.cfg, s.rdb, s.m)
-	s.peers = newPeers(s.cfg, s.m, cfg.ServerPodID, s.owners.epoch)
-	s.sessions = newSessions(s.cfg, s.rdb, s.m, s.owners)
-	if s.consumer, err = newConsumer(s.cfg, s.m, s.owners); err != nil {
+	s.lease = newLease(s.cfg, s.rdb, s.m)
+	s.owners = newOwners(s.cfg, s.rdb, s.m, s.lease)
+	s.share = newShare(s.cfg, s.m)
+	s.peers = newPeers(s.cfg, s.m, s.lease, s.share)
+	s.sessions = newSessions(s.cfg, s.rdb, s.m, s.lease)
+	if s.consumer, err = newConsumer(s.cfg, s.m, s.lease); err != nil {
 		return nil, err
 	}
 	auth := newAuth(s.cfg, s.rdb, s.m)
-	s.hub = newHub(s.cfg, s.m, s.owners, s.consumer.streamSeq)
-	past := newPast(s.cfg, s.consumer.nc, s.consumer.js)
-	past.connects = s.consumer.connects.Load
-	s.hub.openPast, s.hub.expectPast = past.open, past.expect
-	s.hub.openToken = func(ctx context.Context, token string, admin bool) (*claims, *apiError) {
-		if admin {
-			return auth.openAdmin(ctx, token)
-		}
-		return auth.openUser(ctx, token)
-	}
-	s.router = newRouter(s.cfg, s.m, s.owners, s.hub, s.peers)
-	s.consumer.accept, s.consumer.anew, s.consumer.limit = s.router.accept, s.router.forgetSeq, s.peers.setMaxPayload
-	s.router.connected = s.consumer.up.Load
-	s.owners.identify, s.owners.replaced = s.peers.identify, s.fail
-	s.owners.noteSeq = func() uint64 { return max(s.router.lastSeen.Load(), s.consumer.known.Load()) }
-	s.peers.deliver, s.peers.lost, s.peers.share = s.router.fromPeer, s.owners.forgetPod, s.router.parked.share
-	s.owners.onPods(s.peers.keep)
-	s.owners.onConfirm(s.sessions.confirm)
-	s.owners.onReturn(s.sessions.reclaim)
-	s.server = newServer(s.cfg, s.m, auth, s.sessions, s.owners, s.hub, s.ready)
-	s.server.roster = &roster{cfg.ServerPodID, s.hub, s.peers, s.owners, s.sessions}
+	s.hub = newHub(s.cfg, s.m, s.owners, s.consumer, auth)
+	s.router = newRouter(s.cfg, s.m, s.lease, s.consumer, s.owners, s.hub, s.peers, s.share)
+	s.consumer.to = s.router
+	s.peers.deliver = s.router.fromPeer
+	s.beat = &beat{cfg: s.cfg, m: s.m, lease: s.lease, owners: s.owners, sessions: s.sessions, hub: s.hub, peers: s.peers, consumer: s.consumer}
+	s.server = newServer(s.cfg, s.m, auth, s.sessions, s.lease, s.hub, s.ready)
+	s.server.roster = &roster{cfg.ServerPodID, s.hub, s.peers, s.lease, s.sessions}
 	s.peers.sessions = s.server.roster.here
 	return s, nil
 }
@@ -172,13 +165,19 @@ func newService(cfg *Config) (*service, error) {
 func (s *service) ready() (map[string]string, bool) {
 	nats, consumer := s.consumer.status()
 	state := map[string]string{"nats": nats, "consumer": consumer, "redis": "connected", "grpc": "serving"}
-	if !s.owners.available() {
+	switch {
+	case !s.lease.available():
 		state["redis"] = "disconnected"
+	case consumer == "active" && s.hub.position() == nil:
+		state["consumer"] = "waiting for its first position"
+	}
+	if s.router.waiting.Load() > 0 && s.router.unansweredNow() > 0 {
+		state["consumer"] = "waiting for Redis to say who owns agents"
 	}
 	if !s.peers.serving() {
 		state["grpc"] = "stopped"
 	}
-	return state, nats == "connected" && consumer == "active" && s.owners.available() && s.peers.serving()
+	return state, nats == "connected" && state["consumer"] == "active" && state["redis"] == "connected" && s.peers.serving()
 }
 
 // start binds the ports, then takes up the work as its dependencies come: none of them needs to be there yet.
@@ -192,7 +191,7 @@ func (s *service) start() error {
 	if err != nil {
 		return fmt.Errorf("bind the gRPC port: %w", err)
 	}
-	s.owners.advertise = func(ctx context.Context) (string, error) { return advertised(ctx, cfg, rpc.Addr().(*net.TCPAddr)) }
+	s.rpc = rpc.Addr().(*net.TCPAddr)
 	slog.Info("listening", "http", web.Addr().String(), "grpc", rpc.Addr().String())
 	s.loop(func() { s.fail(s.peers.serve(rpc)) })
 	s.loop(func() { s.fail(s.server.serve(web)) })
@@ -232,7 +231,8 @@ func (s *service) fail(err error) {
 // work waits for the pod's lease and then starts the loops. Nothing is pulled before the lease is there: every event
 // would be NAKed.
 func (s *service) work() {
-	if err := s.owners.start(s.starting); err != nil {
+	advertise := func(ctx context.Context) (string, error) { return advertised(ctx, s.cfg.Load(), s.rpc) }
+	if err := s.lease.start(s.starting, advertise, s.peers); err != nil {
 		if s.starting.Err() == nil {
 			s.fail(err)
 		}
@@ -240,8 +240,8 @@ func (s *service) work() {
 		close(s.consumer.stopped)
 		return
 	}
-	s.loop(func() { s.owners.claimLoop(s.background) })
-	s.loop(func() { s.owners.leaseLoop(s.background) })
+	s.loop(func() { s.owners.run(s.background) })
+	s.loop(func() { s.fail(s.beat.run(s.background)) })
 	s.loop(func() { s.hub.run(s.background) })
 	s.loop(func() { s.router.tick(s.background) })
 	s.loop(func() { s.consumer.tellAge(s.background) })
@@ -336,7 +336,7 @@ func (s *service) drain(signals <-chan os.Signal) error {
 	s.endLocks()
 	step("release sessions", 3*time.Second, until(s.locks))
 	step("release routes", 2*time.Second, s.owners.releaseAll)
-	step("give up the lease", time.Second, s.owners.close)
+	step("give up the lease", time.Second, s.lease.close)
 	step("stop gRPC", 2*time.Second, s.peers.stop)
 	step("stop HTTP", 2*time.Second, s.server.shutdown)
 	step("leave NATS", 2*time.Second, s.consumer.close)
@@ -347,7 +347,7 @@ func (s *service) drain(signals <-chan os.Signal) error {
 		close(ended)
 	}()
 	step("end the loops", time.Second, until(ended)) // one may wait for a Redis that is silent
-	slog.Info("drained", "seconds", time.Since(began).Seconds(), "in_hand", s.router.inHand.Load())
+	slog.Info("drained", "seconds", time.Since(began).Seconds(), "in_hand", s.share.inHand.Load())
 	return s.rdb.Close()
 }
 

@@ -127,8 +127,10 @@ type Metrics struct {
 	consumerLag                   *gauges
 	consumerPaused                *gauges
 	consumerHeartbeatAge          *gauges
-	ownerCacheHitsTotal           *counters
-	ownerCacheMissesTotal         *counters
+	ownerLookupsTotal             *counters
+	ownerLookupSeconds            *histograms
+	ownerUnanswered               *gauges
+	positionAge                   *gauges
 	grpcMessagesSentTotal         *counters
 	grpcMessagesReceivedTotal     *counters
 	grpcForwardRetryAttempts      *counters
@@ -215,9 +217,11 @@ func (m *Metrics) declareEvents() {
 	m.consumerLag = m.gauge("consumer_lag", "Events in the stream that the consumer has not given out yet.")
 	m.consumerPaused = m.gauge("consumer_paused", "1 while somebody has paused the consumer.")
 	m.consumerHeartbeatAge = m.gauge("consumer_heartbeat_age_seconds", "Since the consumer last showed life.")
-	m.ownerCacheHitsTotal = m.counter("owner_cache_hits_total", "Owner look-ups answered from memory.")
-	m.ownerCacheMissesTotal = m.counter("owner_cache_misses_total", "Owner look-ups that asked Redis.")
-	m.targetsTotal = m.counter("targets_total", "Events for single sockets: pushed = written + dropped + duplicate + failed + waiting (dws_websocket_buffer_used).", "outcome")
+	m.ownerLookupsTotal = m.counter("owner_lookups_total", "Routes whose owners Redis was asked for.")
+	m.ownerLookupSeconds = m.histogram("owner_lookup_seconds", "Answers of Redis about the owners of a batch of events.", latencyBuckets)
+	m.ownerUnanswered = m.gauge("owner_unanswered", "Events that wait for Redis to say who owns their agents.")
+	m.positionAge = m.gauge("position_age_seconds", "Since the pod last issued a position.")
+	m.targetsTotal = m.counter("targets_total", "Events for single sockets: pushed = written + dropped + duplicate + replayed + unselected + gone + failed + waiting (dws_websocket_buffer_used).", "outcome")
 	m.websocketMessagesDroppedTotal = m.counter("websocket_messages_dropped_total", "Events that a socket gave up.", "reason")
 	m.websocketBufferUsed = m.gauge("websocket_buffer_used", "Events waiting in the send rings of all sockets.")
 	m.websocketBufferCapacity = m.gauge("websocket_buffer_capacity", "Room in the send rings of all sockets.")

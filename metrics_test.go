@@ -19,7 +19,8 @@ auth_success_total{token_type} auth_failure_total{token_type,reason} origins_ref
 session_lock_attempts_total{user_type,lock_type} session_lock_success_total session_lock_failure_total{reason}
 session_lock_renewal_attempts_total session_lock_renewal_success_total session_lock_renewal_failure_total{reason}
 nats_messages_received_total{kind} events_total{kind,outcome} events_in_hand event_delivery_seconds redelivered_total
-parked_events ack_pending consumer_lag consumer_paused consumer_heartbeat_age_seconds owner_cache_hits_total owner_cache_misses_total
+parked_events ack_pending consumer_lag consumer_paused consumer_heartbeat_age_seconds
+owner_lookups_total owner_lookup_seconds owner_unanswered position_age_seconds
 grpc_messages_sent_total{target_pod_id} grpc_messages_received_total{source_pod_id} grpc_forward_retry_attempts_total
 grpc_forward_retry_success_total grpc_forward_retry_failure_total grpc_forward_seconds grpc_pool_size
 grpc_pool_connections_created_total grpc_pool_connections_closed_total{reason} grpc_circuitbreaker_tripped_total
@@ -41,18 +42,19 @@ func labelsOf(m *Metrics) []string {
 	for _, f := range []*counters{m.connectionsTotal, m.closesTotal, m.messagesReceivedTotal, m.messagesSentTotal, m.authSuccessTotal,
 		m.authFailureTotal, m.originsRefusedTotal, m.sessionConflictsTotal, m.sessionLockAttemptsTotal, m.sessionLockSuccessTotal, m.sessionLockFailureTotal,
 		m.sessionLockRenewalAttempts, m.sessionLockRenewalSuccess, m.sessionLockRenewalFailure, m.natsMessagesReceivedTotal,
-		m.eventsTotal, m.redeliveredTotal, m.ownerCacheHitsTotal, m.ownerCacheMissesTotal, m.grpcMessagesSentTotal,
+		m.eventsTotal, m.redeliveredTotal, m.ownerLookupsTotal, m.grpcMessagesSentTotal,
 		m.grpcMessagesReceivedTotal, m.grpcForwardRetryAttempts, m.grpcForwardRetrySuccess, m.grpcForwardRetryFailure,
 		m.grpcPoolConnectionsCreated, m.grpcPoolConnectionsClosed, m.grpcCircuitbreakerTripped, m.targetsTotal,
 		m.websocketMessagesDroppedTotal, m.gapsTotal, m.slowClientsDisconnectedTotal, m.redisErrorsTotal, m.resumeRequestsTotal,
 		m.resumeEventsTotal, m.resumeGapsTotal, m.configReloadsTotal} {
 		f.with(note(f.name, f.labels)...).Add(7)
 	}
-	for _, f := range []*gauges{m.activeConnections, m.upgradesWaiting, m.eventsInHand, m.parkedEvents, m.ackPending, m.consumerLag, m.consumerPaused, m.consumerHeartbeatAge,
+	for _, f := range []*gauges{m.activeConnections, m.upgradesWaiting, m.eventsInHand, m.parkedEvents, m.ackPending, m.consumerLag, m.consumerPaused,
+		m.consumerHeartbeatAge, m.ownerUnanswered, m.positionAge,
 		m.grpcPoolSize, m.grpcCircuitbreakerOpen, m.websocketBufferUsed, m.websocketBufferCapacity, m.buildInfo} {
 		f.with(note(f.name, f.labels)...).Set(1.5)
 	}
-	for _, f := range []*histograms{m.connectionDurationSeconds, m.eventDeliverySeconds, m.grpcForwardSeconds} {
+	for _, f := range []*histograms{m.connectionDurationSeconds, m.eventDeliverySeconds, m.ownerLookupSeconds, m.grpcForwardSeconds} {
 		f.with(note(f.name, f.labels)...).Update(0.3)
 	}
 	return all
@@ -213,16 +215,16 @@ func TestExpositionAtTheStart(t *testing.T) {
 
 func TestForgetDropsTheSeries(t *testing.T) {
 	m := newMetrics()
-	m.grpcMessagesSentTotal.with("gone").Add(3)
+	m.grpcMessagesSentTotal.with("left").Add(3)
 	m.grpcMessagesSentTotal.with("stays").Add(4)
-	m.grpcMessagesSentTotal.forget("gone")
+	m.grpcMessagesSentTotal.forget("left")
 	m.grpcMessagesSentTotal.forget("never-there")
 	var b strings.Builder
 	m.write(&b)
-	if strings.Contains(b.String(), "gone") || !strings.Contains(b.String(), `{target_pod_id="stays"} 4`) {
+	if strings.Contains(b.String(), "left") || !strings.Contains(b.String(), `{target_pod_id="stays"} 4`) {
 		t.Errorf("series after forget:\n%s", b.String())
 	}
-	if n := m.grpcMessagesSentTotal.with("gone").Get(); n != 0 {
+	if n := m.grpcMessagesSentTotal.with("left").Get(); n != 0 {
 		t.Errorf("a series made again starts at %d", n)
 	}
 }

@@ -34,7 +34,7 @@ func migrateCommand(in *invocation) int {
 // that conf can be used: the required keys are there, and each address, name and key of old. No note holds a secret.
 func migrate(old string) (conf string, notes []string, whole bool) {
 	var lines []*oldLine
-	for text := range strings.Lines(old) {
+	for text := range strings.Lines(strings.TrimPrefix(old, "\ufeff")) { // which some editors put before a text
 		lines = append(lines, readOldLine(strings.TrimSpace(text)))
 	}
 	taken := onePerSetting(lines)
@@ -107,6 +107,9 @@ func readOldLine(text string) *oldLine {
 		name = now
 	}
 	l.to = entry{name: settingPrefix + name, value: part[2] + part[3] + part[4]}
+	if name == "WEBSOCKET_ALLOWED_ORIGINS" { // which hold for any scheme now
+		l.to.value = strings.NewReplacer("https://", "", "http://", "").Replace(l.to.value)
+	}
 	if seconds && l.to.value != "" {
 		l.to.value += "s"
 	}

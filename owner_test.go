@@ -3,674 +3,346 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/redis/go-redis/v9"
 )
 
-// newTestOwners has no Redis behind it: only what lives in memory may be used.
-func newTestOwners(t *testing.T) *owners {
-	t.Helper()
-	cfg := &settings{}
-	cfg.Store(&Config{ServerPodID: "pod-1", PodOwnerCacheSize: 64, PodLease: 6 * time.Second, SessionRefreshInterval: time.Second})
-	rdb := redis.NewClient(&redis.Options{Addr: "127.0.0.1:1"})
-	t.Cleanup(func() { rdb.Close() })
-	o := newOwners(cfg, rdb, newMetrics())
-	o.epochNow = "e1"
-	return o
+var (
+	ann = route{"acme", "ann"}
+	bob = route{"acme", "bob"}
+)
+
+// newTestOwners are those of pod-1 in a life of its own; they write nothing before run.
+func newTestOwners(t *testing.T, v *redisServer) *owners {
+	cfg := testSettings(nil)
+	l := testLease(t, v, cfg)
+	return newOwners(cfg, l.rdb, newMetrics(), l)
+}
+
+// startOwners has them write until the test ends, inside of its bubble.
+func startOwners(t *testing.T, o *owners) {
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		o.run(ctx)
+		close(ended)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-ended
+	})
 }
 
 func TestRouteKeys(t *testing.T) {
-	for _, r := range []route{
-		{routeGeneral, "c", "a", ""},
-		{routeMessages, "c", "a", "chat"},
-		{routeMessages, "c", "a", "a.b:c:general"},
-		{routeMessages, "c", "a", "general"},
-		{routeAgents, "*", "a", ""},
-		{routeAgents, "*", "*", ""},
-	} {
-		if got, ok := parseRoute(r.key()); !ok || got != r {
-			t.Errorf("parseRoute(%q) = %v, %v, want %v", r.key(), got, ok, r)
-		}
-	}
-	for _, bad := range []string{"", "route", "route:c:a", "route:c:a:x", "pod:c:a:general", "route:c:a:general:x", "*"} {
-		if r, ok := parseRoute(bad); ok {
-			t.Errorf("parseRoute(%q) = %v, want refused", bad, r)
+	for r, want := range map[route]string{ann: "route:acme:ann", admins: "route:admins", {"admins", "x"}: "route:admins:x"} {
+		if got := r.key(); got != want {
+			t.Errorf("%v is %s, want %s", r, got, want)
 		}
 	}
 }
 
-func TestMarksSurviveTheLog(t *testing.T) {
-	for _, m := range []mark{{0, "shed", ""}, {18446744073709551615, "owner", ""}, {7, "expired", "pod-1#e1"}} {
-		for _, r := range []route{{}, {routeMessages, "c", "a", "except"}} {
-			o, h := newTestOwners(t), &pipelined{}
-			o.rdb.AddHook(h)
-			marks, all, key := map[route]mark{r: m}, (*mark)(nil), r.key()
-			if r == (route{}) {
-				marks, all, key = nil, &m, "*"
+// TestClaims: a route is claimed with its first socket and released with its last; a claim that comes again has another name.
+func TestClaims(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newRedisServer(t)
+		o := newTestOwners(t, v)
+		startOwners(t, o)
+		prefix := "pod-1#" + o.lease.life() + "#"
+		want := func(r route, n ...string) {
+			t.Helper()
+			synctest.Wait()
+			var names []string
+			for _, n := range n {
+				names = append(names, prefix+n)
 			}
-			if err := o.writeMarks(t.Context(), marks, all); err != nil {
+			if got := v.members(r.key()); !slices.Equal(got, names) {
+				t.Fatalf("%s is claimed by %v, want %v", r.key(), got, names)
+			}
+		}
+		for range 2 {
+			if err := o.claim(t.Context(), ann); err != nil {
 				t.Fatal(err)
 			}
-			entry := h.entries()[0].Values
-			if gotR, got, isMark, ok := parseField(entry, key); !ok || !isMark || gotR != r || got != m {
-				t.Errorf("%v reads as %v, %v (%v, %v), want %v, %v", entry, gotR, got, isMark, ok, r, m)
-			}
-			// A pod of before there were exceptions reads a mark of three words, and writes nothing else.
-			if entry[key] != "gap "+strconv.FormatUint(m.since, 10)+" "+m.reason {
-				t.Errorf("%v: older pods cannot read the mark", entry)
-			}
-			delete(entry, exceptField+key)
-			if _, got, isMark, _ := parseField(entry, key); !isMark || got != (mark{m.since, m.reason, ""}) {
-				t.Errorf("an older pod's mark %v reads as %v, %v", entry, got, isMark)
-			}
+			want(ann, "1")
 		}
-	}
-	for _, bad := range []string{"", "gap", "gap 1", "gap x shed", "lost 1 shed", "gap 1 shed more"} {
-		if m, ok := parseMark(bad); ok {
-			t.Errorf("parseMark(%q) = %v, want refused", bad, m)
+		if err := o.claim(t.Context(), admins); err != nil {
+			t.Fatal(err)
 		}
-	}
-}
-
-func TestMarkKeepsTheLowestAndOverflowsIntoOne(t *testing.T) {
-	o := newTestOwners(t)
-	r := route{routeGeneral, "c", "a", ""}
-	for _, seq := range []uint64{9, 5, 7} {
-		o.announce(map[route][]*conn{r: nil}, mark{since: seq, reason: "shed"}, 10, func() {})
-	}
-	if o.marks[r].since != 5 {
-		t.Errorf("marked since %d, want the lowest, 5", o.marks[r].since)
-	}
-	for i := range 100 {
-		o.announce(map[route][]*conn{{routeGeneral, "c", randomID(4), ""}: nil}, mark{since: uint64(10 + i), reason: "shed"}, 10, func() {})
-	}
-	if len(o.marks) != 64 {
-		t.Errorf("%d routes marked, want the cache's size, 64", len(o.marks))
-	}
-	if o.markAll == nil || o.markAll.since != 73 {
-		t.Errorf("overflow is marked as %v, want since 73", o.markAll)
-	}
-}
-
-// TestClaimAndReleaseCross drives the crossings of claim and release of one route: whatever changed while a write was
-// under way is written next, and no answer is given for a claim that was not written.
-func TestClaimAndReleaseCross(t *testing.T) {
-	o := newTestOwners(t)
-	r := route{routeGeneral, "c", "a", ""}
-	a, b := &conn{}, &conn{}
-	o.away.Store(true) // attach's fast path and its wait are not meant here
-	attach := func(c *conn) chan error {
-		o.mu.Lock()
-		defer o.mu.Unlock()
-		lr := o.routes[r]
-		if lr == nil {
-			lr = &localRoute{route: r}
-			o.routes[r] = lr
+		want(admins, "2")
+		o.release(ann)
+		want(ann, "1")
+		o.release(ann)
+		want(ann)
+		o.claim(t.Context(), ann)
+		want(ann, "3")
+		if n := o.left(); n != 0 {
+			t.Errorf("%d are still to be written", n)
 		}
-		lr.conns = append(lr.conns[:len(lr.conns):len(lr.conns)], c)
-		done := make(chan error, 1)
-		lr.waiters = append(lr.waiters, done)
-		o.queueLocked(lr)
-		return done
-	}
-	take := func() ([]*localRoute, []bool) {
-		batch, claim, _ := o.takeBatch()
-		return batch, claim
-	}
-
-	first := attach(a)
-	batch, claim := take()
-	if len(batch) != 1 || !claim[0] {
-		t.Fatalf("attach queued %d writes, claim %v", len(batch), claim)
-	}
-	o.detach(a, r) // while the claim is under way
-	if o.claimed(batch, claim, "e1", nil) != true {
-		t.Fatal("the release that came during the claim is not queued")
-	}
-	if err := <-first; err != nil {
-		t.Fatalf("the claim was written, its waiter got %v", err)
-	}
-	batch, claim = take()
-	if len(batch) != 1 || claim[0] {
-		t.Fatalf("want one release, got %d writes, claim %v", len(batch), claim)
-	}
-	if got := o.routes[r].claimed; got != "" {
-		t.Fatalf("while its release is under way the route counts as claimed under %q: a newcomer would not wait", got)
-	}
-	second := attach(b) // while the release is under way
-	o.claimed(batch, claim, "e1", nil)
-	select {
-	case err := <-second:
-		t.Fatalf("the newcomer was answered (%v) by the release of its predecessor", err)
-	default:
-	}
-	batch, claim = take()
-	if len(batch) != 1 || !claim[0] {
-		t.Fatalf("want the newcomer's claim, got %d writes, claim %v", len(batch), claim)
-	}
-	o.claimed(batch, claim, "e1", nil)
-	if err := <-second; err != nil {
-		t.Fatal(err)
-	}
-
-	// A new epoch while a claim under the old one is under way: not answered before the new one is claimed.
-	third := attach(a)
-	batch, claim = take()
-	o.mu.Lock()
-	o.epochNow = "e2"
-	o.claimAgainLocked()
-	o.mu.Unlock()
-	o.claimed(batch, claim, "e1", nil)
-	select {
-	case <-third:
-		t.Fatal("answered though the claim names an epoch that is gone")
-	default:
-	}
-	batch, claim = take()
-	if len(batch) != 1 {
-		t.Fatalf("%d writes under the new epoch, want 1", len(batch))
-	}
-	o.claimed(batch, claim, "e2", nil)
-	if err := <-third; err != nil || o.routes[r].claimed != "e2" {
-		t.Fatalf("claimed under %q, waiter got %v", o.routes[r].claimed, err)
-	}
-
-	o.detach(a, r)
-	o.detach(b, r)
-	batch, claim = take()
-	o.claimed(batch, claim, "e2", nil)
-	if len(o.routes) != 0 || len(o.dirty) != 0 {
-		t.Errorf("%d routes and %d writes left after the last release", len(o.routes), len(o.dirty))
-	}
+	})
 }
 
-func TestNobodyIsNotBelievedAfterAnOutage(t *testing.T) {
-	o := newTestOwners(t)
-	r := route{routeGeneral, "c", "a", ""}
-	now := time.Now()
-	if l := o.find(r, now); l.known || l.nobody {
-		t.Errorf("an unknown route: known %v, nobody %v", l.known, l.nobody)
-	}
-	o.cache[r] = &answer{nobodySince: now}
-	if l := o.find(r, now); !l.known || !l.nobody {
-		t.Errorf("known %v, nobody %v, want both", l.known, l.nobody)
-	}
-	o.doubtUntil = now.Add(time.Second)
-	if o.find(r, now).nobody {
-		t.Error("nobody believed while in doubt")
-	}
-	if !o.find(r, now.Add(2*time.Second)).nobody {
-		t.Error("nobody not believed after the doubt has ended")
-	}
-	o.away.Store(true)
-	if o.find(r, now.Add(2*time.Second)).nobody {
-		t.Error("nobody believed while Redis is away")
-	}
-}
-
-func TestAppliedEntriesDropAndMark(t *testing.T) {
-	o := newTestOwners(t)
-	r1, r2 := route{routeGeneral, "c", "a", ""}, route{routeGeneral, "c", "b", ""}
-	o.cache[r1], o.cache[r2] = &answer{}, &answer{}
-	o.awaySeq = 8
-	o.apply([]redis.XMessage{{ID: "1-1", Values: map[string]any{r1.key(): "", "pod:x": "reads"}}})
-	if o.cache[r1] != nil || o.cache[r2] == nil {
-		t.Error("want the named route dropped and the other kept")
-	}
-	if m, ok := o.marks[r1]; !ok || m.since != 7 || len(o.marks) != 1 {
-		t.Errorf("marks %v, want the named route since 7: events were acked without knowing of the change", o.marks)
-	}
-}
-
-// TestANewEpochHeardOfByALookUp: the answers that name the epoch before are dropped with the next renewal, though a
-// look-up has put the new lease among the live pods already; and those who watch the pods are told.
-func TestANewEpochHeardOfByALookUp(t *testing.T) {
-	o := newTestOwners(t)
-	r := route{routeGeneral, "c", "a", ""}
-	o.replacePods(map[string]lease{"pod-1": {"e1", "x"}, "pod-2": {"old", "y"}})
-	o.cache[r] = &answer{peers: []member{{"pod-2", "old"}}}
-	o.pods["pod-2"] = lease{"new", "z"} // as leasesOf does
-	if !o.replacePods(map[string]lease{"pod-1": {"e1", "x"}, "pod-2": {"new", "z"}}) {
-		t.Error("watchers are not told of the new lease")
-	}
-	if o.cache[r] != nil {
-		t.Error("an answer that names the epoch of a dead process is kept: its events would fail until they expire")
-	}
-}
-
-// cannedRedis answers the commands of a client in order, each by name, without a server.
-type cannedRedis struct {
-	t       *testing.T
-	answers []func(redis.Cmder) error
-}
-
-func (s *cannedRedis) DialHook(next redis.DialHook) redis.DialHook { return next }
-
-func (s *cannedRedis) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
-	return next
-}
-
-func (s *cannedRedis) ProcessHook(redis.ProcessHook) redis.ProcessHook {
-	return func(_ context.Context, cmd redis.Cmder) error {
-		if len(s.answers) == 0 {
-			s.t.Errorf("unexpected command %v", cmd)
-			return errors.New("unexpected")
+// TestClaimIsAnsweredByRedis: nobody is told that a route is claimed before Redis has said so, and who does not wait has no part in it.
+func TestClaimIsAnsweredByRedis(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newRedisServer(t)
+		o := newTestOwners(t, v)
+		startOwners(t, o)
+		v.lose = 3
+		start := time.Now()
+		if err := o.claim(t.Context(), ann); err != nil {
+			t.Fatal(err)
 		}
-		answer := s.answers[0]
-		s.answers = s.answers[1:]
-		err := answer(cmd)
-		cmd.SetErr(err)
-		return err
-	}
-}
-
-// TestOldKnowledgeIsComparedWithEveryPage: an outage may fill more than one page of the log, and the read of a later one
-// may fail.
-func TestOldKnowledgeIsComparedWithEveryPage(t *testing.T) {
-	o := newTestOwners(t)
-	first, last := route{routeGeneral, "c", "a", ""}, route{routeGeneral, "c", "z", ""}
-	o.place = redis.XMessage{ID: "1-0", Values: map[string]any{"pod:x": "reads"}}
-	full := []redis.XMessage{o.place}
-	for i := 1; i < logPage; i++ {
-		full = append(full, redis.XMessage{ID: "2-" + strconv.Itoa(i), Values: map[string]any{first.key(): ""}})
-	}
-	rest := []redis.XMessage{full[logPage-1], {ID: "3-0", Values: map[string]any{last.key(): ""}}}
-	page := func(p []redis.XMessage) func(redis.Cmder) error {
-		return func(cmd redis.Cmder) error {
-			cmd.(*redis.XMessageSliceCmd).SetVal(p)
-			return nil
+		if took := time.Since(start); took != 900*time.Millisecond {
+			t.Errorf("answered after %v, want after three pauses: three answers were lost", took)
 		}
-	}
-	gone := func(redis.Cmder) error { return errors.New("gone") }
-	o.rdb.AddHook(&cannedRedis{t, []func(redis.Cmder) error{page(full), gone, page(rest)}})
-	o.noteStale(8)
-	if err := o.readLog(t.Context()); err == nil {
-		t.Fatal("the read of the second page failed, and nobody says so")
-	}
-	if err := o.readLog(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	for _, r := range []route{first, last} {
-		if m, ok := o.marks[r]; !ok || m.since != 7 {
-			t.Errorf("%s is marked %v (%v), want since 7: an event may have been acked without this owner", r.key(), m, ok)
+		v.change(func() { v.down = true })
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := o.claim(ctx, bob); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("a claim without an answer: %v", err)
 		}
-	}
-	if o.awaySeq != 0 {
-		t.Error("all is read, and the first sequence of the outage is still noted")
-	}
-}
-
-// TestALostPlaceIsNotForgotten: Redis may fail between the read that finds the place lost and the entry that makes a new one.
-func TestALostPlaceIsNotForgotten(t *testing.T) {
-	o := newTestOwners(t)
-	o.place = redis.XMessage{ID: "1-0", Values: map[string]any{"pod:x": "reads"}}
-	entry := redis.XMessage{ID: "5-0", Values: map[string]any{podKey("pod-1"): "reads"}}
-	empty := func(redis.Cmder) error { return nil }
-	gone := func(redis.Cmder) error { return errors.New("gone") }
-	added := func(cmd redis.Cmder) error {
-		cmd.(*redis.StringCmd).SetVal(entry.ID)
-		return nil
-	}
-	o.rdb.AddHook(&cannedRedis{t, []func(redis.Cmder) error{empty, gone, added}})
-	o.noteStale(8)
-	if err := o.readLog(t.Context()); err == nil {
-		t.Fatal("no new place was taken, and nobody says so")
-	}
-	if err := o.readLog(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if o.markAll == nil || o.markAll.since != 7 || !time.Now().Before(o.doubtUntil) || o.instances == nil {
-		t.Errorf("marked %v, doubt until %v, instances %v: the loss was forgotten", o.markAll, o.doubtUntil, o.instances)
-	}
-}
-
-// TestNobodySinceTheReleaseOnly: a route whose last socket has just gone has not been without an owner for as long as
-// other pods have had none.
-func TestNobodySinceTheReleaseOnly(t *testing.T) {
-	o := newTestOwners(t)
-	r := route{routeGeneral, "c", "a", ""}
-	now := time.Now()
-	o.cache[r] = &answer{nobodySince: now.Add(-time.Hour)}
-	o.routes[r] = &localRoute{route: r, queued: true}
-	if l := o.find(r, now); !l.nobody || l.since != now {
-		t.Errorf("nobody %v since %v ago, want since now: the release is under way", l.nobody, now.Sub(l.since))
-	}
-}
-
-// TestOwnersLastKnownStay: while Redis is away, neither an absent socket nor a broken stream takes the other owners away.
-func TestOwnersLastKnownStay(t *testing.T) {
-	o := newTestOwners(t)
-	r := route{routeGeneral, "c", "a", ""}
-	o.cache[r] = &answer{peers: []member{{"pod-2", "x"}, {"pod-3", "y"}}}
-	o.away.Store(true)
-	o.forget(r)
-	o.forgetPod("pod-2")
-	if l := o.find(r, time.Now()); !l.known || len(l.peers) != 2 {
-		t.Errorf("known %v, peers %v, want both", l.known, l.peers)
-	}
-	o.away.Store(false)
-	o.forgetPod("pod-2")
-	if o.find(r, time.Now()).known {
-		t.Error("with Redis there, an answer that names a lost pod is kept")
-	}
-}
-
-// pipelined takes what is sent to Redis in pipelines.
-type pipelined struct {
-	redis.Hook
-	cmds []redis.Cmder
-	err  error
-}
-
-func (h *pipelined) DialHook(next redis.DialHook) redis.DialHook          { return next }
-func (h *pipelined) ProcessHook(next redis.ProcessHook) redis.ProcessHook { return next }
-
-func (h *pipelined) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
-	return func(_ context.Context, cmds []redis.Cmder) error {
-		h.cmds = append(h.cmds, cmds...)
-		return h.err
-	}
-}
-
-// entries are those that were appended to the log.
-func (h *pipelined) entries() (all []redis.XMessage) {
-	for _, cmd := range h.cmds {
-		args := cmd.Args()
-		e := redis.XMessage{Values: map[string]any{}}
-		for kv := range slices.Chunk(args[slices.Index(args, any("*"))+1:], 2) {
-			e.Values[kv[0].(string)] = kv[1]
+		v.change(func() { v.down = false })
+		time.Sleep(time.Second)
+		if got := v.members(bob.key()); len(got) != 0 || o.claims[bob] != nil || o.left() != 0 {
+			t.Errorf("claimed by %v for nobody", got)
 		}
-		all = append(all, e)
-	}
-	return all
+	})
 }
 
-func TestTwoMarksOfOneRoute(t *testing.T) {
-	for _, tc := range []struct{ a, b, want mark }{
-		{mark{5, "shed", "p#1"}, mark{9, "expired", "p#1"}, mark{5, "shed", "p#1"}},
-		{mark{5, "shed", "p#1"}, mark{9, "expired", ""}, mark{5, "shed", ""}},
-		{mark{5, "shed", "p#1"}, mark{9, "expired", "p#2"}, mark{5, "shed", ""}},
-	} {
-		o, r := newTestOwners(t), route{routeGeneral, "c", "a", ""}
-		for _, two := range [][2]mark{{tc.a, tc.b}, {tc.b, tc.a}} {
-			clear(o.marks)
-			o.markAll = nil
-			for _, m := range two {
-				o.markLocked(r, m)
-				o.markAllLocked(m)
-			}
-			if o.marks[r] != tc.want || *o.markAll != tc.want {
-				t.Errorf("%v and %v are %v, of all routes %v, want %v", two[0], two[1], o.marks[r], *o.markAll, tc.want)
+// TestClaimUnderANewLife: a claim that is under way when the pod takes a new life is answered when the new name is written.
+func TestClaimUnderANewLife(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newRedisServer(t)
+		o := newTestOwners(t, v)
+		startOwners(t, o)
+		if err := o.claim(t.Context(), ann); err != nil {
+			t.Fatal(err)
+		}
+		v.delay = 100 * time.Millisecond
+		answered := make(chan time.Time, 1)
+		start := time.Now()
+		go func() {
+			o.claim(t.Context(), bob)
+			answered <- time.Now()
+		}()
+		time.Sleep(50 * time.Millisecond) // it is under way
+		o.lease.self.Store(&owner{member: member{"pod-1", "next"}})
+		if err := o.claimAll(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if took := (<-answered).Sub(start); took != 200*time.Millisecond {
+			t.Errorf("answered after %v, want when the second name was written", took)
+		}
+		for _, r := range []route{ann, bob} {
+			if !slices.ContainsFunc(v.members(r.key()), func(name string) bool { return strings.HasPrefix(name, "pod-1#next#") }) {
+				t.Errorf("%s is claimed by %v, want the new life among them", r.key(), v.members(r.key()))
 			}
 		}
-	}
+		v.change(func() { v.down, v.delay = true, 0 })
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := o.claimAll(ctx); err == nil {
+			t.Error("all claimed again without Redis")
+		}
+		// Meanwhile one is released that Redis has under this life: it is not forgotten.
+		name := o.claims[bob].name
+		v.change(func() { v.down, v.sets[bob.key()][name] = false, true })
+		o.release(bob)
+		if err := o.claimAll(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if slices.Contains(v.members(bob.key()), name) {
+			t.Errorf("bob is still claimed by %v", v.members(bob.key()))
+		}
+	})
 }
 
-// TestGapsOnlyForThoseWhoMissed: a mark of this pod sends no gap to its own sockets that have had the event, but all others get
-// theirs: those here that have not, those that came while it was under way, those of other pods and of a successor with
-// this pod's id; and whoever resumes from now on gets what was given up.
-func TestGapsOnlyForThoseWhoMissed(t *testing.T) {
-	r := route{routeGeneral, "acme", "ann", ""}
-	for _, tc := range []struct {
-		name      string
-		had, come int // sockets that have had it, and that have come since
-		left      bool
-		readAs    member
-		merged    bool // with a mark of other origin
-		all       bool // beyond OWNER_CACHE_SIZE
-		want      int  // gaps
-	}{
-		{name: "all have had it", had: 2, readAs: member{"pod-1", "e1"}},
-		{name: "all have had it, and one has left", had: 2, left: true, readAs: member{"pod-1", "e1"}},
-		{name: "nobody is here", readAs: member{"pod-1", "e1"}},
-		{name: "one has come since", had: 1, come: 1, readAs: member{"pod-1", "e1"}, want: 2},
-		{name: "not known who has had it", come: 2, readAs: member{"pod-1", "e1"}, want: 2},
-		{name: "another pod", had: 2, readAs: member{"pod-2", "e1"}, want: 2},
-		{name: "a successor", had: 2, readAs: member{"pod-1", "e2"}, want: 2},
-		{name: "with another mark", had: 2, readAs: member{"pod-1", "e1"}, merged: true, want: 2},
-		{name: "one mark for all routes", had: 2, readAs: member{"pod-1", "e1"}, all: true},
-		{name: "one mark for all routes, another pod", had: 2, readAs: member{"pod-2", "e1"}, all: true, want: 2},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			router, h := newTestRouter(t), &pipelined{}
-			o := router.owners
-			o.rdb.AddHook(h)
-			var conns []*conn
-			for range tc.had + tc.come {
-				conns = append(conns, router.hub.newConn(goneConn{}, &claims{}, lock{release: func() {}}, "req"))
-			}
-			had := conns[:tc.had]
-			if tc.left {
-				conns = conns[1:]
-			}
-			o.routes[r] = &localRoute{route: r, conns: conns}
-			if tc.all {
-				o.cfg.Load().PodOwnerCacheSize = 0
-			}
-			wantFrom := func(when string) {
-				t.Helper()
-				if got := o.resumeFrom(90, r); got != 6 {
-					t.Errorf("%s, a client that has had 90 resumes from %d, want 6: it may come from another pod", when, got)
+// TestClaimsAtRandom: sockets come and go while commands are late, answers are lost and the pod takes new lives. At the end of each
+// round exactly the routes with sockets are claimed, whatever order Redis saw; no name was ever used twice.
+func TestClaimsAtRandom(t *testing.T) {
+	for seed := range uint64(40) {
+		synctest.Test(t, func(t *testing.T) {
+			v := newRedisServer(t)
+			o := newTestOwners(t, v)
+			startOwners(t, o)
+			rnd := rand.New(rand.NewPCG(seed, 1))
+			sockets := map[route]int{}
+			wait := make(chan route, 1000) // claims that were answered
+			waiting := 0
+			names := map[string]bool{}
+			for range 20 {
+				for range 50 {
+					r := route{"c", fmt.Sprint(rnd.IntN(6))}
+					switch rnd.IntN(10) {
+					case 0:
+						v.change(func() { v.lose = rnd.IntN(2) })
+					case 1:
+						v.change(func() { v.delay = time.Duration(rnd.IntN(2000)) * time.Millisecond })
+					case 2:
+						v.change(func() { v.late = rnd.IntN(2) })
+					case 3:
+						time.Sleep(time.Duration(rnd.IntN(500)) * time.Millisecond)
+					case 4:
+						if rnd.IntN(5) == 0 {
+							o.lease.self.Store(&owner{member: member{"pod-1", randomID(3)}})
+							ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rnd.IntN(4000))*time.Millisecond)
+							o.claimAll(ctx)
+							cancel()
+						}
+					case 5, 6:
+						if sockets[r] > 0 {
+							sockets[r]--
+							o.release(r)
+						}
+					default:
+						waiting++
+						go func() {
+							if err := o.claim(t.Context(), r); err != nil {
+								t.Error(err)
+							}
+							wait <- r
+						}()
+					}
+					for len(wait) > 0 {
+						waiting--
+						sockets[<-wait]++
+					}
+				}
+				v.change(func() { v.lose, v.delay, v.late = 0, 0, 0 })
+				for ; waiting > 0; waiting-- {
+					sockets[<-wait]++
+				}
+				if err := o.releaseAll(t.Context()); err != nil { // and claims
+					t.Fatal(err)
+				}
+				time.Sleep(3 * time.Second) // what is late has come
+				for i := range 6 {
+					r := route{"c", fmt.Sprint(i)}
+					if _, err := o.find(t.Context(), []route{r}); err != nil { // takes out what came late
+						t.Fatal(err)
+					}
+					got := v.members(r.key())
+					if sockets[r] == 0 && len(got) != 0 || sockets[r] > 0 && (len(got) != 1 || got[0] != o.claims[r].name) {
+						t.Fatalf("seed %d: with %d sockets %s is claimed by %v", seed, sockets[r], r.key(), got)
+					}
 				}
 			}
-			o.announce(map[route][]*conn{r: had}, mark{since: 6, reason: "shed"}, 10, func() {})
-			wantFrom("announced")
-			if tc.merged {
-				o.markLocked(r, mark{since: 8, reason: "owner"})
-			}
-			o.flushMarks(t.Context())
-			wantFrom("written")
-			o.pod, o.epochNow = tc.readAs.pod, tc.readAs.epoch
-			clear(o.missed)
-			o.apply(h.entries())
-			wantFrom("read")
-			gaps := 0
-			for _, c := range conns {
-				if c.ring.gapNoted {
-					gaps++
-				}
-			}
-			if gaps != tc.want {
-				t.Errorf("%d gaps, want %d", gaps, tc.want)
-			}
-		})
-	}
-}
-
-// TestLogEntriesAreSmall: the last entry of the log is read again with every batch of events, so thousands of marks do not
-// go into one; none is left out.
-func TestLogEntriesAreSmall(t *testing.T) {
-	o := newTestOwners(t)
-	o.cfg.Load().PodOwnerCacheSize = 4096
-	h := &pipelined{}
-	o.rdb.AddHook(h)
-	const marks = 1000
-	told := 0
-	for i := range marks {
-		o.announce(map[route][]*conn{{routeGeneral, "c", strconv.Itoa(i), ""}: nil}, mark{since: 7, reason: "shed"}, 10, func() { told++ })
-	}
-	h.err = errUnavailable
-	o.flushMarks(t.Context())
-	h.cmds, h.err = nil, nil
-	if told > 0 {
-		t.Errorf("%d events given up before their marks were in the log", told)
-	}
-	o.flushMarks(t.Context())
-	if told != marks {
-		t.Errorf("%d events given up when their marks were in the log, want %d", told, marks)
-	}
-	named := map[string]bool{}
-	for _, cmd := range h.cmds {
-		n := 0
-		for i, arg := range cmd.Args() {
-			if s, ok := arg.(string); ok && strings.HasPrefix(s, "route:") {
-				n++
-				named[s] = cmd.Args()[i+1] == "gap 7 shed"
-			}
-		}
-		if n == 0 || n > logFields {
-			t.Errorf("an entry of %d routes, want 1 to %d: %v", n, logFields, cmd)
-		}
-	}
-	for i := range marks {
-		if key := (route{routeGeneral, "c", strconv.Itoa(i), ""}).key(); !named[key] {
-			t.Fatalf("the mark of %s is in no entry", key)
-		}
-	}
-}
-
-// TestRoomIsNotMadeAtTheBatchsExpense: however small the cache, what one batch needs is in it when the batch is dispatched.
-func TestRoomIsNotMadeAtTheBatchsExpense(t *testing.T) {
-	o := newTestOwners(t) // room for 64
-	named := func(name string, n int) (routes []route) {
-		for i := range n {
-			routes = append(routes, route{routeMessages, "c", "a", name + strconv.Itoa(i)})
-		}
-		return routes
-	}
-	load := func(batch []route) {
-		missing := o.missing(batch)
-		o.makeRoom(len(missing), batch)
-		for _, r := range missing {
-			o.cache[r] = &answer{}
-		}
-		for _, r := range batch {
-			if !o.find(r, time.Now()).known {
-				t.Fatalf("%s is not known after its own batch's look-up", r.key())
-			}
-		}
-	}
-	load(named("a", 40))
-	load(append(named("a", 10), named("b", 40)...))
-	if len(o.cache) > 64 {
-		t.Errorf("%d answers are cached, there is room for 64", len(o.cache))
-	}
-	load(named("c", 200)) // more than there is room for
-	load(named("d", 2))
-	if len(o.cache) > 64 {
-		t.Errorf("%d answers are still cached", len(o.cache))
-	}
-}
-
-// TestMarksThatRecur: who comes after the latest mark is not sent back to before the first, and nobody is sent less far back than
-// what they may have missed, however many there are; after RESUME_MAX_AGE they are forgotten.
-func TestMarksThatRecur(t *testing.T) {
-	o, r := newTestOwners(t), route{routeGeneral, "acme", "ann", ""}
-	cfg := o.cfg.Load()
-	cfg.ResumeMaxAge = time.Hour
-	age := func(by time.Duration, seq uint64) {
-		for _, all := range o.missed {
-			for i := range all {
-				all[i].read = all[i].read.Add(-by)
-			}
-		}
-		o.forgetMissed(seq)
-	}
-	want := func(since, from uint64) {
-		t.Helper()
-		if got := o.resumeFrom(since, r); got != from {
-			t.Errorf("who has had %d resumes from %d, want %d", since, got, from)
-		}
-	}
-	o.lags(110)
-	o.lags(100)
-	o.lags(120)
-	want(5000, 100)
-	age(cfg.PodLease+1, 300)
-	want(300, 100)
-	want(301, 301)
-	want(90, 90)
-	for i := range uint64(2 * missedKept) { // one mark each thousand, heard of by all 300 later
-		base := 1000 * (i + 1)
-		o.missedLocked(r, mark{since: base}, time.Now())
-		want(base+5000, base)
-		age(cfg.PodLease+1, base+300)
-		want(base+300, base)
-		want(base+301, base+301)
-		want(base-1, base-1)
-		want(250, 100)
-		want(1200, 1000)
-		if n := len(o.missed[r]); n > missedKept {
-			t.Fatalf("%d marks are kept", n)
-		}
-	}
-	age(cfg.ResumeMaxAge+cfg.PodLease, 1)
-	want(250, 250)
-	if len(o.missed) > 0 {
-		t.Errorf("%d routes are kept", len(o.missed))
-	}
-}
-
-// TestLeavingWithoutLease: while Redis is away for longer than a lease, other pods may have found nobody on this one's routes, and the
-// gap that follows is not for who has left by then: their routes are marked. Else nothing is: thousands would be told to resume
-// that have done so elsewhere while this pod was suspended.
-func TestLeavingWithoutLease(t *testing.T) {
-	const none = 1 << 40
-	for _, tc := range []struct {
-		name      string
-		held      time.Duration // ago; none = never
-		away      bool
-		regap     bool
-		regapAway bool
-		want      uint64 // since of the mark; none = no mark
-	}{
-		{name: "lease held", held: time.Second, want: none},
-		{name: "away for a moment", held: time.Second, away: true, want: none},
-		{name: "never held", held: none, away: true, want: none},
-		{name: "away for longer", held: time.Minute, away: true, want: 70},
-		{name: "suspended", held: time.Minute, want: none},
-		{name: "away before the gap to come", held: time.Second, regap: true, regapAway: true, want: 60},
-		{name: "suspended before the gap to come", held: time.Second, regap: true, want: none},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			router := newTestRouter(t)
-			o, user, chat := router.owners, route{routeGeneral, "acme", "ann", ""}, route{routeMessages, "acme", "ann", "c1"}
-			o.base = time.Now().Add(-time.Hour)
-			o.away.Store(tc.away)
-			o.seqHeld, o.regap, o.regapAway, o.regapSince = 70, tc.regap, tc.regapAway, 60
-			if tc.held != none {
-				o.heldAt.Store(int64(time.Hour - tc.held))
-			}
-			c := router.hub.newConn(goneConn{}, &claims{}, lock{release: func() {}}, "req")
-			for _, r := range []route{user, chat} {
-				o.routes[r] = &localRoute{route: r, conns: []*conn{c}}
-				o.detach(c, r)
-				switch m, marked := o.marks[r]; {
-				case marked != (tc.want != none):
-					t.Errorf("%s is marked: %t", r.key(), marked)
-				case marked && m != mark{tc.want, "owner", ""}:
-					t.Errorf("%s is marked by %v, want since %d", r.key(), m, tc.want)
+			for _, c := range v.executed("sadd route:") {
+				name := c[strings.LastIndexByte(c, ' ')+1:]
+				if r := c[:strings.LastIndexByte(c, ' ')]; names[name] && !names[r+" "+name] {
+					t.Fatalf("%s names claims of two routes", name)
+				} else {
+					names[name], names[r+" "+name] = true, true
 				}
 			}
 		})
+		if t.Failed() {
+			return
+		}
+	}
+}
+
+// TestFind: owners are the other pods whose claim is of the life that their lease holds. All other claims are ignored and taken out of
+// the set; so are those of this pod that stand for nothing.
+func TestFind(t *testing.T) {
+	v := newRedisServer(t)
+	o := newTestOwners(t, v)
+	go o.run(t.Context()) // ends with the test
+	for _, m := range []member{{"pod-2", "l2"}, {"pod-3", "l3"}, {"pod-4", "new"}} {
+		v.addPod(m)
+	}
+	if err := o.lease.refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	v.addPod(member{"pod-5", "l5"}) // nobody has told us yet
+	if err := o.claim(t.Context(), ann); err != nil {
+		t.Fatal(err)
+	}
+	living := []string{o.claims[ann].name, "pod-2#l2#7", "pod-2#l2#8", "pod-3#l3#1", "pod-4#new#1", "pod-5#l5#1"}
+	dead := []string{"pod-1#" + o.lease.life() + "#999", "pod-1#before#1", "pod-4#old#1", "pod-9#l9#1", "pod-2#l2", "pod-2", "", "#", "nonsense"}
+	v.change(func() {
+		for _, name := range slices.Concat(living, dead) {
+			v.sets[ann.key()][name] = true
+		}
+	})
+	found, err := o.find(t.Context(), []route{bob, ann})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pods []string
+	for _, peer := range found[1] {
+		pods = append(pods, peer.String()+"@"+peer.addr)
+	}
+	slices.Sort(pods)
+	want := []string{"pod-2#l2@pod-2:1", "pod-2#l2@pod-2:1", "pod-3#l3@pod-3:1", "pod-4#new@pod-4:1", "pod-5#l5@pod-5:1"}
+	if len(found[0]) != 0 || !slices.Equal(pods, want) {
+		t.Errorf("owners are %v and %v, want nobody and %v", found[0], pods, want)
+	}
+	slices.Sort(living)
+	if got := v.members(ann.key()); !slices.Equal(got, living) {
+		t.Errorf("left in the set: %v, want %v", got, living)
+	}
+	if _, known := (*o.lease.known.Load())["pod-5"]; !known {
+		t.Error("the pod that the look-up heard of is not known: without Redis it would get nothing")
+	}
+}
+
+// TestLivesAreReadAfterClaims: a pod may take a new life and claim between two reads. Its lease is read when its claim is known, else a
+// living claim would be taken for dead.
+func TestLivesAreReadAfterClaims(t *testing.T) {
+	v := newRedisServer(t)
+	o := newTestOwners(t, v)
+	v.addPod(member{"pod-2", "old"})
+	if err := o.lease.refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	v.before = func(args []string) {
+		if args[0] == "smembers" && args[1] == ann.key() { // just before Redis reads the set
+			v.addPod(member{"pod-2", "new"})
+			v.change(func() { v.sets[ann.key()] = map[string]bool{"pod-2#old#1": true, "pod-2#new#1": true} })
+		}
+	}
+	found, err := o.find(t.Context(), []route{ann})
+	if err != nil || len(found[0]) != 1 || found[0][0].life != "new" {
+		t.Errorf("owners are %v, %v; want pod-2's new life", found, err)
+	}
+	if got := v.members(ann.key()); !slices.Equal(got, []string{"pod-2#new#1"}) {
+		t.Errorf("left in the set: %v", got)
 	}
 }
 
 // clusterAnswers is a pipeline's end as of a cluster: the first command's error, whatever the others had.
 type clusterAnswers struct {
 	redis.Hook
+	sets []string
 	errs []error
 }
 
 func (h clusterAnswers) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return func(_ context.Context, cmds []redis.Cmder) error {
 		for i, cmd := range cmds {
+			if set, ok := cmd.(*redis.StringSliceCmd); ok {
+				set.SetVal(h.sets)
+				continue
+			}
 			cmd.SetErr(h.errs[i%len(h.errs)])
 		}
-		return h.errs[0]
+		return cmds[0].Err()
 	}
 }
 
 func (h clusterAnswers) DialHook(next redis.DialHook) redis.DialHook { return next }
 
-func (h clusterAnswers) ProcessHook(redis.ProcessHook) redis.ProcessHook {
-	return func(context.Context, redis.Cmder) error { return nil }
-}
+func (h clusterAnswers) ProcessHook(next redis.ProcessHook) redis.ProcessHook { return next }
 
 // TestLeaseThatCouldNotBeRead: a pod whose lease gave no answer is not taken for dead because that of another was missing.
 func TestLeaseThatCouldNotBeRead(t *testing.T) {
@@ -683,78 +355,142 @@ func TestLeaseThatCouldNotBeRead(t *testing.T) {
 		{"one missing, one not read", []error{redis.Nil, errUnavailable}, true},
 		{"one not read, one missing", []error{errUnavailable, redis.Nil}, true},
 	} {
-		t.Run(tc.name, func(t *testing.T) {
-			o := newTestOwners(t)
-			o.rdb.AddHook(clusterAnswers{errs: tc.errs})
-			set := redis.NewStringSliceCmd(t.Context())
-			set.SetVal([]string{"pod-8#e8", "pod-9#e9"})
-			if _, err := o.leasesOf(t.Context(), []*redis.StringSliceCmd{set}); (err != nil) != tc.fail {
-				t.Errorf("look-up: %v", err)
-			}
-			if err := o.readPods(t.Context(), []string{"pod-8", "pod-9"}); (err != nil) != tc.fail {
-				t.Errorf("renewal: %v", err)
-			}
-		})
-	}
-}
-
-// heldLease answers as Redis does to a pod whose lease holds, and whose place in the owner log is place.
-type heldLease struct {
-	redis.Hook
-	place redis.XMessage
-}
-
-func (h heldLease) DialHook(next redis.DialHook) redis.DialHook { return next }
-
-func (h heldLease) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
-	return func(_ context.Context, cmds []redis.Cmder) error {
-		for _, cmd := range cmds {
-			if c, ok := cmd.(*redis.Cmd); ok {
-				c.SetVal(int64(1))
-			}
+		cfg := testSettings(nil)
+		rdb := redis.NewClient(&redis.Options{Addr: "127.0.0.1:1"})
+		defer rdb.Close()
+		rdb.AddHook(clusterAnswers{sets: []string{"pod-8#l8#1", "pod-9#l9#1"}, errs: tc.errs})
+		o := newOwners(cfg, rdb, newMetrics(), newLease(cfg, rdb, newMetrics()))
+		if _, err := o.find(t.Context(), []route{ann}); (err != nil) != tc.fail {
+			t.Errorf("%s: look-up: %v", tc.name, err)
 		}
-		return nil
-	}
-}
-
-func (h heldLease) ProcessHook(redis.ProcessHook) redis.ProcessHook {
-	return func(_ context.Context, cmd redis.Cmder) error {
-		if c, ok := cmd.(*redis.XMessageSliceCmd); ok {
-			c.SetVal([]redis.XMessage{h.place})
-		}
-		return nil
-	}
-}
-
-// TestGapsReachBackToLateEvents: while pods catch up, the newest sequence that is known is above what others may yet end
-// without the sockets here. What a gap would be sent with is below that, from the poll that finds it out until the end of it.
-func TestGapsReachBackToLateEvents(t *testing.T) {
-	o := newTestOwners(t)
-	o.cfg.Load().ResumeMaxAge = time.Hour
-	o.place = redis.XMessage{ID: "1-0", Values: map[string]any{podKey("pod-1"): "reads"}}
-	o.rdb.AddHook(heldLease{place: o.place})
-	want := func(when string, seq uint64) {
-		t.Helper()
-		if o.seqHeld != seq || o.seqRead != seq {
-			t.Errorf("%s, gaps would be since %d for a lost lease, and since %d for a lost place, want %d", when, o.seqHeld, o.seqRead, seq)
+		if _, err := o.lease.read(t.Context(), []string{"pod-8", "pod-9"}); (err != nil) != tc.fail {
+			t.Errorf("%s: renewal: %v", tc.name, err)
 		}
 	}
-	renew := func(known uint64) {
-		t.Helper()
-		o.noteSeq = func() uint64 { return known }
-		if err := o.renew(t.Context()); err != nil {
+}
+
+// TestFindWithoutRedis: a look-up that is not answered says so, takes nothing out, and has the lease renewed at once, which finds out
+// whether Redis is away.
+func TestFindWithoutRedis(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newRedisServer(t)
+		o := newTestOwners(t, v)
+		v.change(func() { v.sets[ann.key()] = map[string]bool{"pod-9#dead#1": true} })
+		for _, trouble := range []func(){
+			func() { v.down = true },
+			func() { v.down, v.delay = false, time.Second },
+		} {
+			v.change(trouble)
+			ctx, cancel := context.WithTimeout(t.Context(), lookupTimeout)
+			start := time.Now()
+			found, err := o.find(ctx, []route{ann})
+			cancel()
+			if err == nil || found != nil || time.Since(start) > lookupTimeout {
+				t.Errorf("found %v, %v after %v", found, err, time.Since(start))
+			}
+			select {
+			case <-o.lease.wake:
+			default:
+				t.Error("the lease is not renewed for it")
+			}
+		}
+		v.change(func() { v.down, v.delay = false, 0 })
+		if got := v.members(ann.key()); len(got) != 1 {
+			t.Errorf("left in the set: %v", got)
+		}
+	})
+}
+
+// TestClaimsGivenUp: a crowd whose claims Redis does not answer goes away. Nothing of it is written later, in whatever order.
+func TestClaimsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newRedisServer(t)
+		o := newTestOwners(t, v)
+		startOwners(t, o)
+		v.change(func() { v.down = true })
+		ctx, cancel := context.WithCancel(t.Context())
+		for i := range 3 * claimBatch {
+			go o.claim(ctx, route{"c", fmt.Sprint(i)})
+		}
+		time.Sleep(time.Second)
+		cancel()
+		synctest.Wait()
+		v.change(func() { v.down = false })
+		if err := o.releaseAll(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-	}
-	renew(60000)
-	want("with nothing late", 60000)
-	o.lags(100)
-	want("as the poll finds late events", 100)
-	o.lags(20000)
-	renew(60100)
-	want("while they are caught up with", 100)
-	o.missed[route{}][0].read = time.Now().Add(-o.cfg.Load().PodLease - 1)
-	renew(60200)
-	renew(60201)
-	want("a lease after the last of them", 60201)
+		for i := range 3 * claimBatch {
+			if got := v.members(route{"c", fmt.Sprint(i)}.key()); len(got) != 0 {
+				t.Fatalf("agent %d is claimed by %v", i, got)
+			}
+		}
+	})
+}
+
+// TestReleaseAll: the end of a drain waits until Redis has every release, but not for ever.
+func TestReleaseAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newRedisServer(t)
+		o := newTestOwners(t, v)
+		startOwners(t, o)
+		routes := make([]route, 500) // of more than two pipelines
+		for i := range routes {
+			routes[i] = route{"c", fmt.Sprint(i)}
+			go o.claim(t.Context(), routes[i])
+		}
+		synctest.Wait()
+		if n := len(slices.Collect(maps.Keys(v.sets))); n != 501 { // and the pods
+			t.Fatalf("%d sets", n)
+		}
+		v.change(func() { v.down = true })
+		for _, r := range routes {
+			o.release(r)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := o.releaseAll(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("without Redis: %v", err)
+		}
+		v.change(func() { v.down = false })
+		if err := o.releaseAll(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range routes {
+			if got := v.members(r.key()); len(got) != 0 {
+				t.Fatalf("%s is still claimed by %v", r.key(), got)
+			}
+		}
+	})
+}
+
+// TestClaimGivenUpDuringClaimAll: a route whose last socket leaves while all claims are written anew holds nobody up.
+func TestClaimGivenUpDuringClaimAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newRedisServer(t)
+		o := newTestOwners(t, v)
+		run, stop := context.WithCancel(t.Context())
+		go o.run(run)
+		for _, r := range []route{ann, bob} {
+			if err := o.claim(t.Context(), r); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stop()
+		synctest.Wait()
+		began, done := time.Now(), make(chan error)
+		go func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+			defer cancel()
+			done <- o.claimAll(ctx)
+		}()
+		synctest.Wait()
+		o.release(bob)
+		startOwners(t, o)
+		if err := <-done; err != nil || time.Since(began) > 0 {
+			t.Errorf("after %v: %v", time.Since(began), err)
+		}
+		if got := len(v.members(ann.key())); got != 2 {
+			t.Errorf("%d claims of ann, want that of before and the one of now", got)
+		}
+	})
 }

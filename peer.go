@@ -48,25 +48,18 @@ type peers struct {
 
 	cfg   *settings
 	m     *Metrics
-	pod   string
-	epoch func() string // of this pod's lease now; any goroutine calls it
+	lease *lease
+	share *share
 	certs *certificates // nil: no mTLS
 
-	// deliver takes an event that a peer addressed to this pod's epoch, pushes it to the sockets here and nowhere else,
-	// and settles it, as absent where there is none. It must not block. Set before serve; nil: all is absent.
+	// deliver takes an event that a peer addressed to this pod's life, pushes it to the sockets here and nowhere else,
+	// and settles it. It must not block. Set before serve.
 	deliver func(d *delivery)
-	// sessions lists this pod's sockets for another pod. Set before serve; nil: there are none.
+	// sessions lists this pod's sockets for another pod. Set before serve.
 	sessions func(*peerpb.List) *peerpb.Sessions
-	// lost is told of a pod that could not be dialled, or whose stream broke: what is believed of its sockets may be
-	// wrong. It must not block. Set before serve; may be nil.
-	lost func(pod string)
-
-	// share is how many events this pod may hold in all. Set before serve; nil: no bound.
-	share func() int64
 
 	network    func(ctx context.Context, addr string) (net.Conn, error) // dials; tests put their own here
 	maxPayload atomic.Int64
-	stuckNow   atomic.Int64 // what stuck says
 	server     *grpc.Server
 	health     *health.Server
 	up         atomic.Bool
@@ -81,11 +74,10 @@ type peers struct {
 	sources map[string]bool // pods that have a series of received events
 }
 
-// newPeers prepares the server, which serve starts, and starts the care for the pool, which stop ends. epoch must tell
-// the epoch of this pod's lease at any time.
-func newPeers(cfg *settings, m *Metrics, podID string, epoch func() string) *peers {
+// newPeers prepares the server, which serve starts, and starts the care for the pool, which stop ends.
+func newPeers(cfg *settings, m *Metrics, l *lease, s *share) *peers {
 	c := cfg.Load()
-	p := &peers{cfg: cfg, m: m, pod: podID, epoch: epoch, certs: newCertificates(c), health: health.NewServer(),
+	p := &peers{cfg: cfg, m: m, lease: l, share: s, certs: newCertificates(c), health: health.NewServer(),
 		stopping: make(chan struct{}), pool: map[peerKey]*peer{}, sources: map[string]bool{}}
 	p.network = func(ctx context.Context, addr string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
@@ -162,9 +154,10 @@ func (p *peers) stop(ctx context.Context) error {
 	return nil
 }
 
-// Identify names this pod and its epoch to anyone who asks.
-func (p *peers) Identify(context.Context, *peerpb.IdentifyRequest) (*peerpb.IdentifyResponse, error) {
-	return &peerpb.IdentifyResponse{Pod: p.pod, Epoch: p.epoch()}, nil
+// Identify names this pod and its life to anyone who asks.
+func (p *peers) Identify(_ context.Context, who *peerpb.IdentifyRequest) (*peerpb.IdentifyResponse, error) {
+	overlooked := who.GetLife() != "" && p.lease.overlooks(member{who.GetPod(), who.GetLife()})
+	return &peerpb.IdentifyResponse{Pod: p.lease.pod, Life: p.lease.life(), Overlooked: overlooked}, nil
 }
 
 // intake is a stream that another pod opened to this one. Its reader (receive) and its handler (Deliver) share it; the
@@ -290,11 +283,11 @@ func (in *intake) take(b *peerpb.Batch) {
 	in.open += len(b.GetEvents())
 	in.mu.Unlock()
 	in.notify()
-	here := b.GetEpoch() == in.ps.epoch() && in.ps.deliver != nil
+	here := b.GetLife() == "" || b.GetLife() == in.ps.lease.life()
 	for _, e := range b.GetEvents() {
 		in.number++
 		if !here {
-			in.settle(in.number, absent)
+			in.settle(in.number, failed)
 			continue
 		}
 		ev, err := in.ps.eventFromWire(e)
@@ -352,7 +345,7 @@ func (in *intake) answer() error {
 	list := in.list
 	in.list = nil
 	in.mu.Unlock()
-	if list != nil && in.ps.sessions != nil {
+	if list != nil {
 		if err := in.stream.Send(&peerpb.Response{Body: &peerpb.Response_Sessions{Sessions: in.ps.sessions(list)}}); err != nil {
 			return err
 		}
@@ -373,9 +366,9 @@ func (in *intake) idle() bool {
 var (
 	kindToWire = [...]peerpb.Kind{kindChat: peerpb.Kind_KIND_CHAT, kindContact: peerpb.Kind_KIND_CONTACT,
 		kindMessage: peerpb.Kind_KIND_MESSAGE, kindAgent: peerpb.Kind_KIND_AGENT}
-	outcomeToWire = [...]peerpb.Outcome{written: peerpb.Outcome_OUTCOME_WRITTEN, duplicate: peerpb.Outcome_OUTCOME_DUPLICATE,
-		replayed: peerpb.Outcome_OUTCOME_REPLAYED, dropped: peerpb.Outcome_OUTCOME_DROPPED, shed: peerpb.Outcome_OUTCOME_SHED,
-		absent: peerpb.Outcome_OUTCOME_ABSENT, failed: peerpb.Outcome_OUTCOME_FAILED}
+	outcomeToWire = [...]peerpb.Outcome{gone: peerpb.Outcome_OUTCOME_GONE, unselected: peerpb.Outcome_OUTCOME_UNSELECTED,
+		duplicate: peerpb.Outcome_OUTCOME_DUPLICATE, written: peerpb.Outcome_OUTCOME_WRITTEN, replayed: peerpb.Outcome_OUTCOME_REPLAYED,
+		dropped: peerpb.Outcome_OUTCOME_DROPPED, failed: peerpb.Outcome_OUTCOME_FAILED}
 )
 
 // outcomeFromWire reads an outcome; what this version does not know was no success.
@@ -422,6 +415,7 @@ func (p *peers) eventFromWire(e *peerpb.Event) (*event, error) {
 	}
 	ev := &event{seq: e.GetSeq(), kind: kind(k), company: e.GetCompany(), agent: e.GetAgent(), chat: e.GetChat(),
 		stored: time.Unix(0, e.GetStored()), requestID: e.GetRequestId(), payload: e.GetPayload()}
+	ev.toUsers = p.cfg.Load().EventsAgentsToUsers
 	ev.frame = newEventFrame(ev, false, p.cfg.Load().EventsTypeInPayload)
 	return ev, nil
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -32,25 +33,23 @@ var (
 
 // peerConfig holds the defaults of all settings that the peers read.
 func peerConfig() *Config {
-	return &Config{AuthTokenAESKey: peerKeyA, NATSAckWait: 30 * time.Second, PeerTimeout: 5 * time.Second, PeerIdleTimeout: 5 * time.Minute,
+	return &Config{AuthTokenAESKey: peerKeyA, NATSAckWait: 30 * time.Second, NATSMaxAckPending: 65536, PodLease: 6 * time.Second, PeerTimeout: 5 * time.Second, PeerIdleTimeout: 5 * time.Minute,
 		PeerHealthInterval: time.Minute, PeerBreakerThreshold: 5, PeerBreakerOpen: 30 * time.Second, PeerWindow: 1024}
 }
 
 // startPeers serves a pod on a free loopback port until the test ends and returns it with its address.
-func startPeers(t *testing.T, pod, epoch string, cfg *Config, change ...func(*peers)) (*peers, string) {
+func startPeers(t *testing.T, pod, life string, cfg *Config, change ...func(*peers)) (*peers, string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return servePeers(t, pod, epoch, cfg, l, change...), l.Addr().String()
+	return servePeers(t, pod, life, cfg, l, change...), l.Addr().String()
 }
 
-func servePeers(t *testing.T, pod, epoch string, cfg *Config, l net.Listener, change ...func(*peers)) *peers {
+func servePeers(t *testing.T, pod, life string, cfg *Config, l net.Listener, change ...func(*peers)) *peers {
 	t.Helper()
-	s := &settings{}
-	s.Store(cfg)
-	p := newPeers(s, newMetrics(), pod, func() string { return epoch })
+	p := newTestPeers(pod, life, cfg)
 	for _, f := range change {
 		f(p)
 	}
@@ -65,6 +64,16 @@ func servePeers(t *testing.T, pod, epoch string, cfg *Config, l net.Listener, ch
 		}
 	})
 	return p
+}
+
+// newTestPeers makes those of a pod that has this life.
+func newTestPeers(pod, life string, cfg *Config) *peers {
+	s, m := &settings{}, newMetrics()
+	s.Store(cfg)
+	l := newLease(s, nil, m)
+	l.pod = pod
+	l.self.Store(&owner{member: member{pod, life}})
+	return newPeers(s, m, l, newShare(s, m))
 }
 
 // peerPipes is a network in memory, for tests under synctest: its clock runs only when everyone waits.
@@ -288,9 +297,9 @@ func TestPeerIsOpenForHealthAndIdentify(t *testing.T) {
 	p, addr := startPeers(t, "pod-a", "e1", peerConfig())
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	pod, epoch, err := p.identify(ctx, addr)
-	if err != nil || pod != "pod-a" || epoch != "e1" {
-		t.Fatalf("identify = %q %q, %v", pod, epoch, err)
+	who, err := p.identify(ctx, addr, member{})
+	if err != nil || who.GetPod() != "pod-a" || who.GetLife() != "e1" || who.GetOverlooked() {
+		t.Fatalf("identify = %v, %v", who, err)
 	}
 	conn := dialPlain(t, addr)
 	h, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{})
@@ -335,8 +344,8 @@ func TestPeersExchange(t *testing.T) {
 	b, addrB := startPeers(t, "pod-b", "eb", peerConfig(), takeAll(written, seenB))
 	toA, toB := newPeerLedger(t), newPeerLedger(t)
 	for seq := uint64(1); seq <= n; seq++ {
-		a.push("pod-b", "eb", addrB, toB.delivery(seq))
-		b.push("pod-a", "ea", addrA, toA.delivery(seq))
+		a.push(member{"pod-b", "eb"}, addrB, toB.delivery(seq))
+		b.push(member{"pod-a", "ea"}, addrA, toA.delivery(seq))
 	}
 	toB.want(n, written)
 	toA.want(n, dropped)
@@ -356,10 +365,10 @@ func TestPeersExchange(t *testing.T) {
 // TestPeerOutcomes: every outcome survives the way back.
 func TestPeerOutcomes(t *testing.T) {
 	a, _ := startPeers(t, "pod-a", "ea", peerConfig())
-	for o := written; o <= failed; o++ {
+	for o := gone; o <= failed; o++ {
 		_, addr := startPeers(t, "pod-b", "eb", peerConfig(), takeAll(o, nil))
 		l := newPeerLedger(t)
-		a.push("pod-b", "eb", addr, l.delivery(1))
+		a.push(member{"pod-b", "eb"}, addr, l.delivery(1))
 		l.want(1, o)
 	}
 	if got := outcomeFromWire(99); got != failed {
@@ -367,27 +376,34 @@ func TestPeerOutcomes(t *testing.T) {
 	}
 }
 
-// TestPeerRefusesOtherEpoch: what is addressed to a former epoch, or to a pod without sockets, is absent.
-func TestPeerRefusesOtherEpoch(t *testing.T) {
+// TestPeerNamesWhoMissed: what is addressed to a former life fails, and the delivery remembers where: whoever gives it up leaves a note
+// for that life, whose sockets are told by the life after it.
+func TestPeerNamesWhoMissed(t *testing.T) {
 	a, _ := startPeers(t, "pod-a", "ea", peerConfig())
 	_, addr := startPeers(t, "pod-b", "eb-2", peerConfig(), wantNoDelivery(t))
-	_, bare := startPeers(t, "pod-c", "ec", peerConfig())
+	_, good := startPeers(t, "pod-c", "ec", peerConfig(), takeAll(written, nil))
 	l := newPeerLedger(t)
-	a.push("pod-b", "eb-1", addr, l.delivery(1))
-	a.push("pod-c", "ec", bare, l.delivery(2))
-	l.want(2, absent)
+	d := l.delivery(1)
+	d.open.Store(3)
+	a.push(member{"pod-b", "eb-1"}, addr, d)
+	a.push(member{"pod-c", "ec"}, good, d)
+	d.settle(written)
+	l.want(1, failed)
+	if !slices.Equal(d.missed, []member{{"pod-b", "eb-1"}}) {
+		t.Errorf("missed by %v", d.missed)
+	}
 }
 
-// TestPeerMixedEpochs: one stream carries events for several epochs, each judged by its own.
-func TestPeerMixedEpochs(t *testing.T) {
+// TestPeerMixedLives: one stream carries events for several lives, each judged by its own.
+func TestPeerMixedLives(t *testing.T) {
 	a, _ := startPeers(t, "pod-a", "ea", peerConfig())
 	_, addr := startPeers(t, "pod-b", "eb-2", peerConfig(), takeAll(written, nil))
 	old, now := newPeerLedger(t), newPeerLedger(t)
 	for seq := uint64(1); seq <= 100; seq++ {
-		a.push("pod-b", "eb-1", addr, old.delivery(seq))
-		a.push("pod-b", "eb-2", addr, now.delivery(seq))
+		a.push(member{"pod-b", "eb-1"}, addr, old.delivery(seq))
+		a.push(member{"pod-b", "eb-2"}, addr, now.delivery(seq))
 	}
-	old.want(100, absent)
+	old.want(100, failed)
 	now.want(100, written)
 }
 
@@ -420,7 +436,7 @@ func TestPeerFaultyEvents(t *testing.T) {
 				}
 				return
 			}
-			a.push("pod-b", "eb", addr, d)
+			a.push(member{"pod-b", "eb"}, addr, d)
 			l.want(1, failed)
 		})
 	}
@@ -438,22 +454,28 @@ func TestPeerWindowFull(t *testing.T) {
 	})
 	waiting, over, next := newPeerLedger(t), newPeerLedger(t), newPeerLedger(t)
 	for seq := uint64(1); seq <= 12; seq++ {
-		a.push("pod-b", "eb", addr, waiting.delivery(seq))
+		a.push(member{"pod-b", "eb"}, addr, waiting.delivery(seq))
 	}
-	wantEventually(t, "the peer is slow", func() bool { return a.stuck() == 12 })
+	slow := func() bool {
+		q := a.get(peerKey{"pod-b", addr})
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		return q.slow
+	}
+	wantEventually(t, "the peer is slow", slow)
 	if n := len(held); n != 8 {
 		t.Errorf("%d events in flight, want the window, 8", n)
 	}
 	for seq := uint64(1); seq <= 100; seq++ {
-		a.push("pod-b", "eb", addr, over.delivery(seq))
+		a.push(member{"pod-b", "eb"}, addr, over.delivery(seq))
 	}
 	over.want(100, failed)
 	for range 12 {
 		(<-held).settle(written)
 	}
 	waiting.want(12, written)
-	wantEventually(t, "the peer is slow no more", func() bool { return a.stuck() == 0 })
-	a.push("pod-b", "eb", addr, next.delivery(1))
+	wantEventually(t, "the peer is slow no more", func() bool { return !slow() })
+	a.push(member{"pod-b", "eb"}, addr, next.delivery(1))
 	(<-held).settle(duplicate)
 	next.want(1, duplicate)
 }
@@ -470,7 +492,7 @@ func TestPeerBigEvents(t *testing.T) {
 		if seq%10 == 0 {
 			d.payload = fmt.Appendf(nil, `{"a":"%s"}`, strings.Repeat("x", 6<<20))
 		}
-		a.push("pod-b", "eb", addr, d)
+		a.push(member{"pod-b", "eb"}, addr, d)
 	}
 	l.want(20, written)
 }
@@ -484,7 +506,7 @@ func TestPeerStopAnswersWhatItHas(t *testing.T) {
 	})
 	l := newPeerLedger(t)
 	for seq := uint64(1); seq <= 10; seq++ {
-		a.push("pod-b", "eb", addr, l.delivery(seq))
+		a.push(member{"pod-b", "eb"}, addr, l.delivery(seq))
 	}
 	first := <-held
 	stopped := make(chan struct{})
@@ -515,8 +537,7 @@ func TestPeerBrokenStream(t *testing.T) {
 		var hold atomic.Bool
 		hold.Store(true)
 		late := make(chan *delivery, 1000)
-		lost := make(chan string, 10)
-		a := servePeers(t, "pod-a", "ea", peerConfig(), net.listen("a"), net.on, func(p *peers) { p.lost = func(pod string) { lost <- pod } })
+		a := servePeers(t, "pod-a", "ea", peerConfig(), net.listen("a"), net.on)
 		servePeers(t, "pod-b", "eb", peerConfig(), net.listen("b"), func(p *peers) {
 			p.deliver = func(d *delivery) {
 				d.open.Store(1)
@@ -529,20 +550,17 @@ func TestPeerBrokenStream(t *testing.T) {
 		})
 		l := newPeerLedger(t)
 		for seq := uint64(1); seq <= 500; seq++ {
-			a.push("pod-b", "eb", "b", l.delivery(seq))
+			a.push(member{"pod-b", "eb"}, "b", l.delivery(seq))
 		}
 		time.Sleep(100 * time.Millisecond)
 		net.cut()
 		l.want(500, failed)
-		if pod := <-lost; pod != "pod-b" {
-			t.Errorf("lost %q", pod)
-		}
 		for len(late) > 0 {
 			(<-late).settle(written) // after the end of its stream: of no use to anyone, and no harm
 		}
 		hold.Store(false)
 		again := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", again.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", again.delivery(1))
 		again.want(1, written)
 		if q := a.get(peerKey{"pod-b", "b"}); q.breaker.state != breakerClosed || net.dialled() != 2 {
 			t.Errorf("breaker %s after one broken stream, %d dials", q.breaker.state, net.dialled())
@@ -573,12 +591,12 @@ func TestPeerRestartsUnderLoad(t *testing.T) {
 		const each = 2000
 		for g := range uint64(4) {
 			pushers.Go(func() {
-				from, pod, epoch, addr := a, "pod-b", "eb", "b"
+				from, pod, life, addr := a, "pod-b", "eb", "b"
 				if g%2 == 1 {
-					from, pod, epoch, addr = b, "pod-a", "ea", "a"
+					from, pod, life, addr = b, "pod-a", "ea", "a"
 				}
 				for i := range uint64(each) {
-					from.push(pod, epoch, addr, l.delivery(g*each+i+1))
+					from.push(member{pod, life}, addr, l.delivery(g*each+i+1))
 					if i%50 == 0 {
 						time.Sleep(20 * time.Millisecond)
 					}

@@ -32,19 +32,19 @@ type peer struct {
 
 	mu      sync.Mutex // guards all below, and the link's fields that say so
 	gone    bool       // takes nothing any more
-	epoch   string     // of the last push
+	life    string     // of the last push
 	slow    bool       // at the last look, events waited for longer than a moment
 	breaker breaker
 	link    *link // nil while nothing was sent for long; made by the next push
 }
 
-// push sends d to the sockets of pod, which has epoch and is dialled at addr, and settles it exactly once, now or
-// later. Never blocks; any goroutine may call. A full window, an open breaker and a peer that is gone settle it as
-// failed: the event comes again. A full window counts only once the peer is slow: while it settles what it gets at once,
-// more than a window waits for it but for a moment, and the router's accept bounds how much.
-func (p *peers) push(pod, epoch, addr string, d *delivery) {
-	if q := p.get(peerKey{pod, addr}); q == nil || !q.take(epoch, d) {
-		d.settle(failed)
+// push sends d to the sockets of a pod, which is dialled at addr, and settles it exactly once, now or later. Never blocks; any
+// goroutine may call. A full window, an open breaker and a peer that is gone settle it as failed: the event comes again. A full
+// window counts only once the peer is slow: while it settles what it gets at once, more than a window waits for it but for a moment,
+// and the share bounds how much.
+func (p *peers) push(to member, addr string, d *delivery) {
+	if q := p.get(peerKey{to.pod, addr}); q == nil || !q.take(to, d) {
+		d.settleAt(to, failed)
 	}
 }
 
@@ -68,29 +68,19 @@ func (p *peers) get(key peerKey) *peer {
 // keep drops every peer that is not in live, which maps the ids of the live pods to their addresses: its connection,
 // its breaker and, unless the pod lives on at another address, its metric series.
 func (p *peers) keep(live map[string]string) {
-	p.remove(func(key peerKey) bool { return live[key.pod] != key.addr }, func(pod string) bool { return live[pod] == "" })
-}
-
-// forget drops everything about pod.
-func (p *peers) forget(pod string) {
-	p.remove(func(key peerKey) bool { return key.pod == pod }, func(other string) bool { return other == pod })
-}
-
-// remove drops the peers whose key is dropped, and the series of the pods that are unnamed.
-func (p *peers) remove(dropped func(peerKey) bool, unnamed func(pod string) bool) {
 	var drop []*peer
 	p.mu.Lock()
 	for key, q := range p.pool {
-		if dropped(key) {
+		if live[key.pod] != key.addr {
 			drop = append(drop, q)
 			delete(p.pool, key)
-			if unnamed(key.pod) {
+			if live[key.pod] == "" {
 				p.m.grpcMessagesSentTotal.forget(key.pod)
 			}
 		}
 	}
 	for pod := range p.sources {
-		if unnamed(pod) {
+		if live[pod] == "" {
 			delete(p.sources, pod)
 			p.m.grpcMessagesReceivedTotal.forget(pod)
 		}
@@ -120,18 +110,18 @@ func (q *peer) drop(why ending) {
 // failAll settles what the caller has taken out of a link; not under a lock, since the end of a delivery goes far.
 func failAll(flights []flight) {
 	for _, f := range flights {
-		f.d.settle(failed)
+		f.d.settleAt(f.to, failed)
 	}
 }
 
 // take queues d and says true, or says that it cannot be sent now.
-func (q *peer) take(epoch string, d *delivery) bool {
+func (q *peer) take(to member, d *delivery) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if l := q.link; q.gone || q.slow && l != nil && len(l.queue)+len(l.flights) >= q.ps.window() {
 		return false
 	}
-	q.lookAtEpochLocked(epoch)
+	q.lookAtLifeLocked(to.life)
 	before := q.breaker.state
 	generation, ok := q.breaker.allow()
 	q.noteLocked(before)
@@ -142,16 +132,16 @@ func (q *peer) take(epoch string, d *delivery) bool {
 		q.connectLocked()
 	}
 	l, now := q.link, time.Now()
-	l.queue = append(l.queue, flight{d, epoch, now, generation})
+	l.queue = append(l.queue, flight{d, to, now, generation})
 	l.generation, l.used = generation, now
 	poke(l.wake)
 	return true
 }
 
-// lookAtEpochLocked closes the breaker when the pod has a new epoch: it has renewed its lease since the failures, mostly
+// lookAtLifeLocked closes the breaker when the pod has a new life: it has renewed its lease since the failures, mostly
 // as a new process at the old address, and what its former life did is no ground to refuse it.
-func (q *peer) lookAtEpochLocked(epoch string) {
-	if epoch == q.epoch {
+func (q *peer) lookAtLifeLocked(life string) {
+	if life == "" || life == q.life {
 		return
 	}
 	before := q.breaker.state
@@ -159,7 +149,7 @@ func (q *peer) lookAtEpochLocked(epoch string) {
 		q.breaker.reset()
 		q.noteLocked(before)
 	}
-	q.epoch = epoch
+	q.life = life
 }
 
 // noteLocked tells of a change of the breaker's state: metrics and log.
@@ -210,12 +200,10 @@ func (p *peers) watch() {
 			p.mu.Lock()
 			all := slices.Collect(maps.Values(p.pool))
 			p.mu.Unlock()
-			stuck := 0
 			for _, q := range all {
 				q.look(now)
-				stuck += q.stuckAt(now)
+				q.noteSlow(now)
 			}
-			p.stuckNow.Store(int64(stuck))
 		}
 	}
 }
@@ -223,41 +211,29 @@ func (p *peers) watch() {
 // window is how many events may be in flight to one peer: a quarter of this pod's share of the consumer at the most, so
 // that a sick one leaves room for those that wait for anything else.
 func (p *peers) window() int {
-	n := p.cfg.Load().PeerWindow
-	if p.share != nil {
-		n = min(n, max(1, int(p.share()/4)))
-	}
-	return n
+	return min(p.cfg.Load().PeerWindow, max(1, int(p.share.size()/4)))
 }
 
-// stuck is the number of events that wait for peers which do not take or settle them at once, as of the last look.
-func (p *peers) stuck() int { return int(p.stuckNow.Load()) }
-
-func (q *peer) stuckAt(now time.Time) (n int) {
+// noteSlow finds out whether events wait for the peer for longer than a moment.
+func (q *peer) noteSlow(now time.Time) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	defer func() { q.slow = n > 0 }()
+	q.slow = false
 	if q.link == nil {
-		return 0
+		return
 	}
 	// A peer short of CPU time stands still for 100 ms, and half of a share takes 160 ms at the 13,000 events/s of a busy core.
-	// Called slow for either, it cost thousands of events in a burst: NAKs fill the share at once, the rest is shed (measured).
+	// Called slow for either, it cost thousands of events in a burst: NAKs fill the share at once, the rest is given up (measured).
 	limit := peerPause
 	if now.Sub(q.link.progress) < peerPause { // it takes what it gets
 		limit *= 2
 	}
-	old := func(f flight) bool { return now.Sub(f.since) >= limit }
 	for _, f := range q.link.flights {
-		if old(f) {
-			n++
-		}
+		q.slow = q.slow || now.Sub(f.since) >= limit
 	}
 	for _, f := range q.link.queue {
-		if old(f) {
-			n++
-		}
+		q.slow = q.slow || now.Sub(f.since) >= limit
 	}
-	return n
 }
 
 // look fails what is overdue, and ends or checks the link when it is time to.
@@ -271,9 +247,11 @@ func (q *peer) look(now time.Time) {
 	}
 	lost := l.missedLocked(now.Add(-c.PeerTimeout))
 	lost = append(lost, l.lateLocked(now.Add(-q.ps.cfg.lateAfter()))...)
-	tripped := q.breaker.state == breakerOpen
+	if len(lost) > 0 {
+		poke(l.wake) // there is room in the window
+	}
 	switch {
-	case tripped:
+	case q.breaker.state == breakerOpen:
 		lost = append(lost, l.endLocked(endTripped, nil)...)
 	case l.conn == nil:
 	case len(l.flights)+len(l.queue) > 0:
@@ -287,17 +265,7 @@ func (q *peer) look(now time.Time) {
 		q.ps.wg.Go(func() { l.checkHealth(l.conn, c.PeerTimeout) })
 	}
 	q.mu.Unlock()
-	if tripped {
-		q.tellLost()
-	}
 	failAll(lost)
-}
-
-// tellLost makes the pod's sockets be looked up anew.
-func (q *peer) tellLost() {
-	if q.ps.lost != nil {
-		q.ps.lost(q.key.pod)
-	}
 }
 
 // dial prepares a connection to addr; gRPC makes it with the first call.
@@ -312,18 +280,18 @@ func (p *peers) dial(addr string) (*grpc.ClientConn, error) {
 	)
 }
 
-// identify asks which pod lives at addr.
-func (p *peers) identify(ctx context.Context, addr string) (pod, epoch string, err error) {
+// identify asks which pod lives at addr, and whether Redis has told it that who asks has no lease.
+func (p *peers) identify(ctx context.Context, addr string, who member) (*peerpb.IdentifyResponse, error) {
 	conn, err := p.dial(addr)
 	if err != nil {
-		return "", "", fmt.Errorf("identify the pod at %s: %w", addr, err)
+		return nil, fmt.Errorf("identify the pod at %s: %w", addr, err)
 	}
 	defer conn.Close()
-	who, err := peerpb.NewPeerClient(conn).Identify(ctx, &peerpb.IdentifyRequest{})
+	answer, err := peerpb.NewPeerClient(conn).Identify(ctx, &peerpb.IdentifyRequest{Pod: who.pod, Life: who.life})
 	if err != nil {
-		return "", "", fmt.Errorf("identify the pod at %s: %w", addr, err)
+		return nil, fmt.Errorf("identify the pod at %s: %w", addr, err)
 	}
-	return who.GetPod(), who.GetEpoch(), nil
+	return answer, nil
 }
 
 // list asks pod for its sockets, over a connection of its own: an operator asks rarely, and events wait for nothing.

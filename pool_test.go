@@ -76,9 +76,7 @@ func (s *scriptedPeer) got() (events, streams int) {
 // scripted serves pod-b, scripted, at "b" of n.
 func scripted(t *testing.T, n *peerPipes) *scriptedPeer {
 	t.Helper()
-	set := &settings{}
-	set.Store(peerConfig())
-	s := &scriptedPeer{peers: newPeers(set, newMetrics(), "pod-b", func() string { return "eb" })}
+	s := &scriptedPeer{peers: newTestPeers("pod-b", "eb", peerConfig())}
 	server := grpc.NewServer(grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}))
 	peerpb.RegisterPeerServer(server, s)
 	healthpb.RegisterHealthServer(server, s.health)
@@ -128,23 +126,23 @@ func TestBreakerByMissingReceived(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
 		four := newPeerLedger(t)
 		for seq := uint64(1); seq <= 4; seq++ {
-			a.push("pod-b", "eb", "b", four.delivery(seq))
+			a.push(member{"pod-b", "eb"}, "b", four.delivery(seq))
 		}
 		time.Sleep(6 * time.Second)
 		four.want(4, failed)
 		wantBreaker(t, a, breakerClosed, 0)
 
 		more := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", more.delivery(5))
+		a.push(member{"pod-b", "eb"}, "b", more.delivery(5))
 		time.Sleep(2 * time.Second)
-		a.push("pod-b", "eb", "b", more.delivery(6)) // in flight when the fifth is overdue: the stream is given up with it
+		a.push(member{"pod-b", "eb"}, "b", more.delivery(6)) // in flight when the fifth is overdue: the stream is given up with it
 		time.Sleep(4 * time.Second)
 		more.want(2, failed)
 		wantBreaker(t, a, breakerOpen, 1)
 
 		refused := newPeerLedger(t)
 		for seq := uint64(1); seq <= 100; seq++ {
-			a.push("pod-b", "eb", "b", refused.delivery(seq))
+			a.push(member{"pod-b", "eb"}, "b", refused.delivery(seq))
 		}
 		refused.want(100, failed)
 		if events, streams := b.got(); events != 6 || streams != 1 || n.dialled() != 1 {
@@ -156,7 +154,7 @@ func TestBreakerByMissingReceived(t *testing.T) {
 			probes := newPeerLedger(t)
 			var all sync.WaitGroup
 			for g := range uint64(50) {
-				all.Go(func() { a.push("pod-b", "eb", "b", probes.delivery(g+1)) })
+				all.Go(func() { a.push(member{"pod-b", "eb"}, "b", probes.delivery(g+1)) })
 			}
 			all.Wait()
 			time.Sleep(100 * time.Millisecond)
@@ -174,7 +172,7 @@ func TestBreakerByMissingReceived(t *testing.T) {
 		b.mu.Unlock()
 		time.Sleep(30 * time.Second)
 		last := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", last.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", last.delivery(1))
 		last.want(1, written)
 		wantBreaker(t, a, breakerClosed, 3)
 	})
@@ -185,7 +183,7 @@ func TestLateAnswersAreIgnored(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
 		l := newPeerLedger(t)
 		for seq := uint64(1); seq <= 4; seq++ {
-			a.push("pod-b", "eb", "b", l.delivery(seq))
+			a.push(member{"pod-b", "eb"}, "b", l.delivery(seq))
 		}
 		time.Sleep(6 * time.Second)
 		l.want(4, failed)
@@ -193,7 +191,7 @@ func TestLateAnswersAreIgnored(t *testing.T) {
 		b.answer(0, &peerpb.Answers{Received: 99, Settled: []uint64{0, 5, 99}, Outcomes: make([]peerpb.Outcome, 3)}) // never sent
 		time.Sleep(100 * time.Millisecond)
 		l.want(4, failed)
-		a.push("pod-b", "eb", "b", l.delivery(5))
+		a.push(member{"pod-b", "eb"}, "b", l.delivery(5))
 		time.Sleep(6 * time.Second)
 		l.want(5, failed)
 		wantBreaker(t, a, breakerOpen, 1) // the late ones did not count as successes in between
@@ -209,10 +207,10 @@ func TestReceivedStartsAnew(t *testing.T) {
 		lost, good := newPeerLedger(t), newPeerLedger(t)
 		for round := uint64(1); round <= 5; round++ {
 			for i := range uint64(4) {
-				a.push("pod-b", "eb", "b", lost.delivery(round*10+i))
+				a.push(member{"pod-b", "eb"}, "b", lost.delivery(round*10+i))
 			}
 			time.Sleep(6 * time.Second)
-			a.push("pod-b", "eb", "b", good.delivery(round))
+			a.push(member{"pod-b", "eb"}, "b", good.delivery(round))
 			time.Sleep(100 * time.Millisecond)
 			b.answer(0, &peerpb.Answers{Received: round * 5, Settled: []uint64{round * 5}, Outcomes: []peerpb.Outcome{peerpb.Outcome_OUTCOME_DROPPED}})
 			time.Sleep(100 * time.Millisecond)
@@ -233,7 +231,7 @@ func TestLateDelivery(t *testing.T) {
 			l := newPeerLedger(t)
 			start := time.Now()
 			for seq := uint64(1); seq <= 10; seq++ {
-				a.push("pod-b", "eb", "b", l.delivery(seq))
+				a.push(member{"pod-b", "eb"}, "b", l.delivery(seq))
 			}
 			time.Sleep(100 * time.Millisecond)
 			b.answer(0, &peerpb.Answers{Received: uint64(10 * round)})
@@ -254,12 +252,12 @@ func TestLateProbe(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
 		l := newPeerLedger(t)
 		for seq := uint64(1); seq <= 5; seq++ {
-			a.push("pod-b", "eb", "b", l.delivery(seq))
+			a.push(member{"pod-b", "eb"}, "b", l.delivery(seq))
 		}
 		time.Sleep(36 * time.Second)
 		old := l.delivery(6)
 		old.arrived = old.arrived.Add(-27 * time.Second)
-		a.push("pod-b", "eb", "b", old)
+		a.push(member{"pod-b", "eb"}, "b", old)
 		time.Sleep(2 * time.Second)
 		l.want(6, failed)
 		wantBreaker(t, a, breakerOpen, 2)
@@ -267,7 +265,7 @@ func TestLateProbe(t *testing.T) {
 		b.answers = true
 		b.mu.Unlock()
 		again := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", again.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", again.delivery(1))
 		again.want(1, written)
 		wantBreaker(t, a, breakerClosed, 2)
 	})
@@ -282,14 +280,14 @@ func TestBreakerByDialFailures(t *testing.T) {
 		for round := range uint64(5) {
 			wantBreaker(t, a, breakerClosed, 0)
 			for i := range uint64(20) {
-				a.push("pod-b", "eb", "b", l.delivery(round*20+i+1))
+				a.push(member{"pod-b", "eb"}, "b", l.delivery(round*20+i+1))
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
 		l.want(100, failed)
 		wantBreaker(t, a, breakerOpen, 1)
 		time.Sleep(30 * time.Second)
-		a.push("pod-b", "eb", "b", l.delivery(101))
+		a.push(member{"pod-b", "eb"}, "b", l.delivery(101))
 		l.want(101, failed)
 		wantBreaker(t, a, breakerOpen, 2)
 		if n.dialled() != 11 {
@@ -298,20 +296,20 @@ func TestBreakerByDialFailures(t *testing.T) {
 	})
 }
 
-// TestBreakerForgetsAFormerLife: a pod that has a new epoch has renewed its lease since; it is tried at once.
+// TestBreakerForgetsAFormerLife: a pod that has a new life has renewed its lease since; it is tried at once.
 func TestBreakerForgetsAFormerLife(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
 		b.answers = true
 		n.refuse = 10
 		l := newPeerLedger(t)
 		for seq := uint64(1); seq <= 5; seq++ {
-			a.push("pod-b", "eb-former", "b", l.delivery(seq))
+			a.push(member{"pod-b", "eb-former"}, "b", l.delivery(seq))
 			time.Sleep(100 * time.Millisecond)
 		}
 		l.want(5, failed)
 		wantBreaker(t, a, breakerOpen, 1)
 		again := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", again.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", again.delivery(1))
 		again.want(1, written)
 		wantBreaker(t, a, breakerClosed, 1)
 	})
@@ -323,7 +321,7 @@ func TestRetryOnUnavailable(t *testing.T) {
 		b.answers = true
 		n.refuse = 1
 		l := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", l.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", l.delivery(1))
 		l.want(1, written)
 		wantPeerMetric(t, "retries", counterValue(a.m.grpcForwardRetryAttempts.with()), 1)
 		wantPeerMetric(t, "retries that worked", counterValue(a.m.grpcForwardRetrySuccess.with()), 1)
@@ -344,7 +342,7 @@ func TestSilentAddress(t *testing.T) {
 		}()
 		ledger := newPeerLedger(t)
 		for seq := uint64(1); seq <= 10; seq++ {
-			a.push("pod-m", "em", "mute", ledger.delivery(seq))
+			a.push(member{"pod-m", "em"}, "mute", ledger.delivery(seq))
 		}
 		time.Sleep(5*time.Second - 1)
 		if got := ledger.counts(); len(got) != 0 {
@@ -365,7 +363,7 @@ func TestSlowDial(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
 		n.delay = 3 * time.Second
 		l := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", l.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", l.delivery(1))
 		time.Sleep(7 * time.Second)
 		b.answer(0, &peerpb.Answers{Received: 1, Settled: []uint64{1}, Outcomes: []peerpb.Outcome{peerpb.Outcome_OUTCOME_WRITTEN}})
 		l.want(1, written)
@@ -378,7 +376,7 @@ func TestStreamsThatBreakUnused(t *testing.T) {
 		b.answers = true
 		for round := range uint64(6) {
 			l := newPeerLedger(t)
-			a.push("pod-b", "eb", "b", l.delivery(round+1))
+			a.push(member{"pod-b", "eb"}, "b", l.delivery(round+1))
 			l.want(1, written)
 			n.cut()
 			time.Sleep(100 * time.Millisecond)
@@ -402,7 +400,7 @@ func TestPeerThatReadsNothing(t *testing.T) {
 		for seq := uint64(1); seq <= 20; seq++ {
 			d := l.delivery(seq)
 			d.payload = fmt.Appendf(nil, `{"a":"%s"}`, strings.Repeat("x", 1<<20))
-			a.push("pod-b", "eb", "b", d)
+			a.push(member{"pod-b", "eb"}, "b", d)
 		}
 		time.Sleep(11 * time.Second)
 		l.want(20, failed)
@@ -417,7 +415,7 @@ func TestIdleConnection(t *testing.T) {
 		b.answers = true
 		l := newPeerLedger(t)
 		for seq := uint64(1); seq <= 3; seq++ {
-			a.push("pod-b", "eb", "b", l.delivery(seq))
+			a.push(member{"pod-b", "eb"}, "b", l.delivery(seq))
 			time.Sleep(4 * time.Minute)
 		}
 		if n.dialled() != 1 {
@@ -426,7 +424,7 @@ func TestIdleConnection(t *testing.T) {
 		time.Sleep(62 * time.Second)
 		wantPeerMetric(t, "pool size", a.m.grpcPoolSize.with().Get(), 0)
 		wantPeerMetric(t, "closed", counterValue(a.m.grpcPoolConnectionsClosed.with(string(endIdle))), 1)
-		a.push("pod-b", "eb", "b", l.delivery(4))
+		a.push(member{"pod-b", "eb"}, "b", l.delivery(4))
 		l.want(4, written)
 		wantPeerMetric(t, "pool size", a.m.grpcPoolSize.with().Get(), 1)
 		wantBreaker(t, a, breakerClosed, 0)
@@ -441,11 +439,11 @@ func TestBlackHole(t *testing.T) {
 		a := servePeers(t, "pod-a", "ea", peerConfig(), n.listen("a"), n.on)
 		b := servePeers(t, "pod-b", "eb", peerConfig(), n.listen("b"), takeAll(written, nil))
 		l := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", l.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", l.delivery(1))
 		l.want(1, written)
 		n.mute.Store(true)
 		lost := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", lost.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", lost.delivery(1))
 		time.Sleep(6 * time.Second)
 		lost.want(1, failed)
 		time.Sleep(keepaliveTime + keepaliveTimeout)
@@ -466,7 +464,7 @@ func TestUnhealthyPeer(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
 		b.answers = true
 		l := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", l.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", l.delivery(1))
 		time.Sleep(90 * time.Second)
 		wantPeerMetric(t, "pool size of a healthy peer", a.m.grpcPoolSize.with().Get(), 1)
 		b.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
@@ -487,19 +485,19 @@ func TestUnhealthyProbe(t *testing.T) {
 		n.refuse = 10
 		for seq := uint64(1); seq <= 5; seq++ {
 			l := newPeerLedger(t)
-			a.push("pod-b", "eb", "b", l.delivery(seq))
+			a.push(member{"pod-b", "eb"}, "b", l.delivery(seq))
 			l.want(1, failed)
 		}
 		wantBreaker(t, a, breakerOpen, 1)
 		b.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
 		time.Sleep(30 * time.Second)
 		probe := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", probe.delivery(6))
+		a.push(member{"pod-b", "eb"}, "b", probe.delivery(6))
 		time.Sleep(3 * time.Second)
 		probe.want(1, failed)
 		wantBreaker(t, a, breakerOpen, 2)
 		b.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
-		a.push("pod-b", "eb", "b", newPeerLedger(t).delivery(7))
+		a.push(member{"pod-b", "eb"}, "b", newPeerLedger(t).delivery(7))
 		wantBreaker(t, a, breakerHalfOpen, 2)
 	})
 }
@@ -509,7 +507,7 @@ func TestUnhealthyProbe(t *testing.T) {
 func TestPeerGone(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
 		l := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", l.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", l.delivery(1))
 		time.Sleep(100 * time.Millisecond)
 		a.keep(map[string]string{"pod-a": "a", "pod-b": "b"})
 		if got := l.counts(); len(got) != 0 {
@@ -520,13 +518,13 @@ func TestPeerGone(t *testing.T) {
 		wantPeerSeries(t, a, `dws_grpc_messages_sent_total{target_pod_id="pod-b"}`, true)
 		n.refuse = 1000
 		for seq := uint64(2); seq <= 6; seq++ {
-			a.push("pod-b", "eb", "b", l.delivery(seq))
+			a.push(member{"pod-b", "eb"}, "b", l.delivery(seq))
 			time.Sleep(100 * time.Millisecond)
 		}
 		wantBreaker(t, a, breakerOpen, 1)
 		a.receivedFrom("pod-b").Inc()
 		wantPeerSeries(t, a, `dws_grpc_messages_received_total{source_pod_id="pod-b"}`, true)
-		a.forget("pod-b")
+		a.keep(nil)
 		wantPeerMetric(t, "breakers open", a.m.grpcCircuitbreakerOpen.with().Get(), 0)
 		wantPeerSeries(t, a, `dws_grpc_messages_sent_total{target_pod_id="pod-b"}`, false)
 		wantPeerSeries(t, a, `dws_grpc_messages_received_total{source_pod_id="pod-b"}`, false)
@@ -549,11 +547,11 @@ func wantPeerSeries(t *testing.T, p *peers, series string, want bool) {
 func TestStopFailsWhatIsInFlight(t *testing.T) {
 	peerBubble(t, peerConfig(), func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
 		l := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", l.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", l.delivery(1))
 		time.Sleep(100 * time.Millisecond)
-		a.push("pod-c", "ec", "nowhere", l.delivery(2))
+		a.push(member{"pod-c", "ec"}, "nowhere", l.delivery(2))
 		a.stop(t.Context())
-		a.push("pod-b", "eb", "b", l.delivery(3))
+		a.push(member{"pod-b", "eb"}, "b", l.delivery(3))
 		l.want(3, failed)
 	})
 }
@@ -566,8 +564,6 @@ func (b benchTokens) settled(*delivery, outcome) { b <- struct{}{} }
 // BenchmarkPeerForward is one event's way to another pod over loopback and back, with a full window: both pods share the
 // processors of this process.
 func BenchmarkPeerForward(b *testing.B) {
-	set := &settings{}
-	set.Store(peerConfig())
 	var pods [2]*peers
 	var addrs [2]string
 	for i, name := range []string{"pod-a", "pod-b"} {
@@ -575,7 +571,7 @@ func BenchmarkPeerForward(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		p := newPeers(set, newMetrics(), name, func() string { return "e" })
+		p := newTestPeers(name, "e", peerConfig())
 		takeAll(written, nil)(p)
 		go p.serve(l)
 		defer p.stop(b.Context())
@@ -592,7 +588,7 @@ func BenchmarkPeerForward(b *testing.B) {
 		<-places
 		d := &delivery{event: ev, count: 1, arrived: time.Now(), src: places}
 		d.open.Store(1)
-		pods[0].push("pod-b", "e", addrs[1], d)
+		pods[0].push(member{"pod-b", "e"}, addrs[1], d)
 	}
 	for range cap(places) {
 		<-places
@@ -602,15 +598,15 @@ func BenchmarkPeerForward(b *testing.B) {
 // TestSeriesOfAPodThatComesBack: a pod that had no lease for a moment keeps its stream to this one, and what it sends is
 // counted again.
 func TestSeriesOfAPodThatComesBack(t *testing.T) {
-	b, addr := startPeers(t, "pod-b", "eb", peerConfig())
+	b, addr := startPeers(t, "pod-b", "eb", peerConfig(), takeAll(gone, nil))
 	a, _ := startPeers(t, "pod-a", "ea", peerConfig())
 	ledger := newPeerLedger(t)
-	a.push("pod-b", "eb", addr, ledger.delivery(1))
-	ledger.want(1, absent)
+	a.push(member{"pod-b", "eb"}, addr, ledger.delivery(1))
+	ledger.want(1, gone)
 	b.keep(map[string]string{"pod-b": addr})
 	b.keep(map[string]string{"pod-b": addr, "pod-a": "elsewhere"})
-	a.push("pod-b", "eb", addr, ledger.delivery(2))
-	ledger.want(2, absent)
+	a.push(member{"pod-b", "eb"}, addr, ledger.delivery(2))
+	ledger.want(2, gone)
 	if n := b.m.grpcMessagesReceivedTotal.with("pod-a").Get(); n != 1 {
 		t.Errorf("%d events counted since the pod is back, want 1", n)
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"log/slog"
 	"time"
 )
 
@@ -64,7 +63,6 @@ type request struct {
 	ChatID  *string `json:"chat_id"`
 	Payload struct {
 		ChatID *string `json:"chat_id"`
-		Since  *uint64 `json:"since"`
 		Token  *string `json:"token"`
 	} `json:"payload"`
 }
@@ -91,7 +89,7 @@ func (c *conn) message(_ byte, p []byte) {
 	case req.Type == "select_chat":
 		c.selectChat(&req)
 	case req.Type == "resume":
-		c.resume(&req)
+		c.resume()
 	case req.Type == "refresh_token":
 		c.refreshToken(&req)
 	default:
@@ -102,8 +100,7 @@ func (c *conn) message(_ byte, p []byte) {
 // fault answers an error; the socket stays as it is.
 func (c *conn) fault(e *apiError) { c.reply("error", e) }
 
-// selectChat makes the socket a target of a chat's messages, and no longer of those of the chat before. The read loop
-// waits for the claim, so messages of a client take effect in their order.
+// selectChat makes a chat the one whose messages this socket gets. That is a matter of the socket alone: its pod owns the agent.
 func (c *conn) selectChat(req *request) {
 	id := req.Payload.ChatID
 	if id == nil {
@@ -119,127 +116,23 @@ func (c *conn) selectChat(req *request) {
 			return
 		}
 	}
-	chat, now := *id, c.ring.selection()
-	fresh := chat != "" && chat != now
-	since := req.Payload.Since
-	replays := since != nil && chat != ""
-	if replays { // before the claim: what comes between the two would be held, and replayed as well
-		c.ring.replaying(chat, *since, time.Now())
-	}
-	if fresh {
-		c.ring.selecting(chat)
-		if err := c.claim(c.chatRoute(chat)); err != nil {
-			c.ring.goLive()
-			c.notSelected("claim the chat", err)
-			return
-		}
-	}
-	var info replayInfo
-	var err error
-	if replays {
-		info = c.replay(c.h.resumeFrom(*since, c.chatRoute(chat)), []string{c.chatSubject(chat)})
-	}
-	if info.Seq, err = c.streamSeq(); err != nil {
-		if fresh {
-			c.h.detach(c, c.chatRoute(chat))
-		}
-		c.notSelected("read the stream's sequence", err)
-		if info.Gap { // of a chat that was selected before too, live events were left to the replay
-			c.gap(*since, "owner")
-		}
-		return
-	}
-	c.confirmChat(chat, fresh, newReply("chat_selected", struct {
+	ctx, done := c.untilClosed(routeTimeout)
+	defer done()
+	seq, _ := c.h.replays.seq(ctx) // an older one, if NATS is away
+	f := newReply("chat_selected", struct {
 		ChatID string `json:"chat_id"`
-		replayInfo
-	}{chat, info}), info.to)
-}
-
-func (c *conn) confirmChat(chat string, fresh bool, f *frame, to uint64) {
-	ends, old, ok, kick := c.ring.selected(chat, f, to, time.Now(), nil)
+		Seq    uint64 `json:"seq"`
+	}{*id, seq})
+	ends, kick := c.ring.selected(*id, f, time.Now(), nil)
 	c.kick(kick)
-	c.h.settle(ends, "buffer")
-	if !ok && fresh {
-		// close came while the claim was under way: it did not know of this route.
-		c.h.detach(c, c.chatRoute(chat))
-	}
-	if old != "" && old != chat {
-		c.h.detach(c, c.chatRoute(old))
-	}
+	c.h.settle(ends)
 }
 
-func (c *conn) notSelected(what string, err error) {
-	ends, _, open, _ := c.ring.selected("", nil, 0, time.Now(), nil)
-	c.h.settle(ends, "")
-	if open {
-		slog.Warn("chat not selected: "+what, append(c.logAttrs(), "err", err)...)
-		c.fault(unavailable("the chat can't be selected now; the selection is unchanged"))
+func (c *conn) openToken(ctx context.Context, token string) (*claims, *apiError) {
+	if c.claims.admin != "" {
+		return c.h.auth.openAdmin(ctx, token)
 	}
-}
-
-// holdLocked keeps a message of a chat whose confirmation is not queued yet. Attaching takes milliseconds, so a full
-// hold means trouble: the event fails and comes again when the selection is through.
-func (r *ring) holdLocked(it item, out []settlement) []settlement {
-	if len(r.held) >= r.policy.size {
-		return append(out, settlement{it.d, failed})
-	}
-	r.held = append(r.held, it)
-	return out
-}
-
-// selecting begins the selection of a chat: its messages are held until it is confirmed.
-func (r *ring) selecting(chat string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.pending = chat
-}
-
-// selected ends a selection in one step: messages of the chat before that still wait are not for this socket any more,
-// then comes the confirmation, then what was held. f is nil if the selection failed: all stays as it was. ok is false
-// if the ring was closed meanwhile; nothing is selected then. to is that of resumed, for the chat.
-func (r *ring) selected(chat string, f *frame, to uint64, now time.Time, out []settlement) (_ []settlement, old string, ok, kick bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	held := r.held
-	r.held, r.pending, r.leave = nil, "", ""
-	if r.closed || f == nil {
-		for _, it := range held {
-			out = r.settleLocked(it.d, duplicate, out)
-		}
-		return out, "", !r.closed, false
-	}
-	old, r.chat = r.chat, chat
-	if old != chat {
-		r.hadChat = span{}
-	}
-	if to > 0 && r.first > 0 {
-		r.hadChat = span{r.first, to}
-	}
-	if old != "" && old != chat {
-		out = r.siftLocked(func(d *delivery) bool { return d.kind == kindMessage && d.chat == old }, duplicate, out)
-	}
-	out = r.confirmLocked(f, held, now, out)
-	return out, old, true, r.kickLocked(now)
-}
-
-// confirmLocked queues a confirmation and, behind it, the events that were held for it.
-func (r *ring) confirmLocked(f *frame, held []item, now time.Time, out []settlement) []settlement {
-	r.insertLocked(r.n, item{f: f, at: now})
-	for _, it := range held {
-		if r.hadLocked(it.d) {
-			out = r.settleLocked(it.d, duplicate, out)
-		} else {
-			out = r.acceptLocked(it, now, out)
-		}
-	}
-	return out
-}
-
-// selection is the chat whose messages this socket gets now, "" for none.
-func (r *ring) selection() string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.chat
+	return c.h.auth.openUser(ctx, token)
 }
 
 // refreshToken lets the socket live as long as a newer token of the same identity.
@@ -250,7 +143,7 @@ func (c *conn) refreshToken(req *request) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), routeTimeout)
 	defer cancel()
-	cl, fault := c.h.openToken(ctx, *req.Payload.Token, c.claims.admin != "")
+	cl, fault := c.openToken(ctx, *req.Payload.Token)
 	if fault != nil {
 		c.fault(fault)
 		return

@@ -74,8 +74,9 @@ func clientTLS(ca, cert, key string) (*tls.Config, error) {
 // floorKey holds the consumer's ack floor, for making it again: the stream's creation in nanoseconds of 19 digits, which compare
 // as text, and the floor. A third word is the creation of a consumer that has skipped events behind it. The prefix is part of
 // the key, so that a pod with another prefix marks nothing for the others.
-func floorKey(cfg *Config) string {
-	return "ack_floor:" + cfg.NATSStreamName + ":" + cfg.NATSConsumerName + ":" + cfg.NATSSubjectPrefix
+func (l *lease) floorKey() string {
+	cfg := l.cfg.Load()
+	return "ack_floor:" + cfg.NATSStreamName + ":" + cfg.NATSConsumerName + ":" + cfg.NATSSubjectPrefix + ":" + *l.generation.Load()
 }
 
 // raiseFloor keeps the highest floor of the newest stream of the name (ARGV: its creation; floor; the consumer's creation). It
@@ -97,8 +98,8 @@ if cur then redis.call('SET', KEYS[1], cur:match('^%S+ %d+') .. ' ' .. ARGV[1]) 
 
 // noteFloor notes in Redis up to where every event of the stream has been settled. It says skipped, and which floor stands
 // there, where somebody found that the consumer made at this time has skipped events.
-func (o *owners) noteFloor(ctx context.Context, created time.Time, floor uint64, made time.Time) (noted uint64, skipped bool, err error) {
-	noted, err = raiseFloor.Run(ctx, o.rdb, []string{floorKey(o.cfg.Load())}, nanos(created), floor, nanos(made)).Uint64()
+func (l *lease) noteFloor(ctx context.Context, created time.Time, floor uint64, made time.Time) (noted uint64, skipped bool, err error) {
+	noted, err = raiseFloor.Run(ctx, l.rdb, []string{l.floorKey()}, nanos(created), floor, nanos(made)).Uint64()
 	if errors.Is(err, redis.Nil) {
 		return 0, false, nil
 	}
@@ -106,8 +107,8 @@ func (o *owners) noteFloor(ctx context.Context, created time.Time, floor uint64,
 }
 
 // noteSkipped tells all pods, those to come too, that the consumer made at this time has skipped events behind the floor noted.
-func (o *owners) noteSkipped(ctx context.Context, made time.Time) error {
-	err := markSkipped.Run(ctx, o.rdb, []string{floorKey(o.cfg.Load())}, nanos(made)).Err()
+func (l *lease) noteSkipped(ctx context.Context, made time.Time) error {
+	err := markSkipped.Run(ctx, l.rdb, []string{l.floorKey()}, nanos(made)).Err()
 	if errors.Is(err, redis.Nil) {
 		return nil
 	}
@@ -117,9 +118,9 @@ func (o *owners) noteSkipped(ctx context.Context, made time.Time) error {
 func nanos(t time.Time) string { return strconv.FormatInt(t.UnixNano(), 10) }
 
 // floor reads what noteFloor noted; found is false where nothing was.
-func (o *owners) floor(ctx context.Context) (created time.Time, floor uint64, found bool, err error) {
-	key := floorKey(o.cfg.Load())
-	s, err := o.rdb.Get(ctx, key).Result()
+func (l *lease) floor(ctx context.Context) (created time.Time, floor uint64, found bool, err error) {
+	key := l.floorKey()
+	s, err := l.rdb.Get(ctx, key).Result()
 	if errors.Is(err, redis.Nil) {
 		return time.Time{}, 0, false, nil
 	}

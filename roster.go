@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"log/slog"
 	"net/http"
 	"slices"
 	"strconv"
@@ -24,7 +25,7 @@ type roster struct {
 	pod      string
 	hub      *hub
 	peers    *peers
-	owners   *owners
+	lease    *lease
 	sessions *sessions
 }
 
@@ -75,10 +76,13 @@ func (r *roster) gather(ctx context.Context, ask *peerpb.List) (all []rosterEntr
 		}
 	}
 	var wg sync.WaitGroup
-	for pod, addr := range r.owners.otherPods(ctx) {
+	if err := r.lease.refresh(ctx); err != nil {
+		slog.Debug("live pods not read anew", "err", err)
+	}
+	for _, o := range r.lease.peers() {
 		wg.Go(func() {
-			answer, err := r.peers.list(ctx, pod, addr, ask)
-			add(pod, answer, err)
+			answer, err := r.peers.list(ctx, o.pod, o.addr, ask)
+			add(o.pod, answer, err)
 		})
 	}
 	add(r.pod, r.here(ask), nil)

@@ -238,7 +238,7 @@ func madeOf(s, bytes string) bool {
 func checkHostPort(s string) error {
 	host, port, err := net.SplitHostPort(s)
 	if n, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil || n == 0 || host != "" && checkHost(host) != nil {
-		return fmt.Errorf("%q is not an address (write it as host:port)", s)
+		return fmt.Errorf("%q is not an address (write it as host:port)", withoutUser(s))
 	}
 	return nil
 }
@@ -248,7 +248,7 @@ func checkDialable(s string) error {
 	host := s
 	if checkHost(s) != nil {
 		if err := checkHostPort(s); err != nil {
-			return fmt.Errorf("%q is not an address (write it as host or host:port)", s)
+			return fmt.Errorf("%q is not an address (write it as host or host:port)", withoutUser(s))
 		}
 		host, _, _ = net.SplitHostPort(s)
 	}
@@ -328,6 +328,9 @@ func checkOriginGlob(s string) error {
 	return nil
 }
 
+// withoutUser leaves out what stands before an @: somebody may have written an address as a URL, with its password.
+func withoutUser(s string) string { return s[strings.LastIndexByte(s, '@')+1:] }
+
 // drainSteps is what a drain needs beside the closing of sockets: stopping the pull, lease, gRPC, HTTP, NATS, Redis.
 const drainSteps = 5 * time.Second
 
@@ -338,8 +341,6 @@ var relations = []struct {
 }{
 	{func(c *Config) bool { return c.PeerTimeout+c.WebsocketWriteTimeout+lateSlack < c.NATSAckWait },
 		"$PEER_TIMEOUT + $WEBSOCKET_WRITE_TIMEOUT + " + lateSlack.String() + " must be less than $NATS_ACK_WAIT: JetStream would give an event out again while it still waits for its sockets"},
-	{func(c *Config) bool { return c.ResumeOverlap >= c.NATSRetryHorizon+c.NATSAckWait },
-		"$RESUME_OVERLAP must be at least $NATS_RETRY_HORIZON + $NATS_ACK_WAIT: a resume would miss events that were still being retried"},
 	{func(c *Config) bool { return c.NATSPrefetch+c.NATSParkedBudget <= c.NATSMaxAckPending/2 },
 		"$NATS_PREFETCH + $NATS_PARKED_BUDGET must be at most half of $NATS_MAX_ACK_PENDING: waiting events would stop the flow of all pods"},
 	{func(c *Config) bool { return c.NATSJSDomain == "" || c.NATSJSAPIPrefix == "" },

@@ -40,8 +40,6 @@ func TestRelations(t *testing.T) {
 	}{
 		{[]string{"PEER_TIMEOUT=17999ms"}, []string{"PEER_TIMEOUT=18s"},
 			"DAISI_WS_PEER_TIMEOUT (18s) + DAISI_WS_WEBSOCKET_WRITE_TIMEOUT (10s) + 2s must be less than DAISI_WS_NATS_ACK_WAIT (30s): JetStream would give an event out again while it still waits for its sockets"},
-		{[]string{"RESUME_OVERLAP=90s"}, []string{"RESUME_OVERLAP=89s"},
-			"DAISI_WS_RESUME_OVERLAP (1m29s) must be at least DAISI_WS_NATS_RETRY_HORIZON (1m) + DAISI_WS_NATS_ACK_WAIT (30s): a resume would miss events that were still being retried"},
 		{[]string{"NATS_MAX_ACK_PENDING=2000"}, []string{"NATS_MAX_ACK_PENDING=1999"},
 			"DAISI_WS_NATS_PREFETCH (500) + DAISI_WS_NATS_PARKED_BUDGET (500) must be at most half of DAISI_WS_NATS_MAX_ACK_PENDING (1999): waiting events would stop the flow of all pods"},
 		{[]string{"NATS_JS_DOMAIN=hub"}, []string{"NATS_JS_DOMAIN=hub", "NATS_JS_API_PREFIX=$JS.hub.API"},

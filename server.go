@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -36,7 +37,7 @@ type server struct {
 	auth      *auth
 	hub       *hub
 	ready     func() (map[string]string, bool)
-	available func() bool                                                                       // that of owners
+	available func() bool                                                                       // that of the lease
 	acquire   func(ctx context.Context, key, userType string, came time.Time) (*session, error) // that of sessions
 	later     func(ctx context.Context, key string, came time.Time) (bool, error)               // that of sessions
 	crowd     *crowd
@@ -55,10 +56,10 @@ type server struct {
 
 // newServer makes a server that serves nothing yet. ready tells the state of each dependency (nats, redis, grpc,
 // consumer; "connected" for a NATS that can be used) and whether all are well; it is asked at each upgrade too.
-func newServer(cfg *settings, m *Metrics, a *auth, s *sessions, o *owners, h *hub, ready func() (map[string]string, bool)) *server {
+func newServer(cfg *settings, m *Metrics, a *auth, s *sessions, l *lease, h *hub, ready func() (map[string]string, bool)) *server {
 	c := cfg.Load()
 	srv := &server{
-		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: o.available, acquire: s.acquire, later: s.later, tls: c.ServerTLSCertFile != "",
+		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: l.available, acquire: s.acquire, later: s.later, tls: c.ServerTLSCertFile != "",
 		crowd: newCrowd(cfg, m),
 	}
 	srv.draining, srv.startDrain = context.WithCancel(context.Background())
@@ -219,10 +220,13 @@ func writeError(w http.ResponseWriter, e *apiError) {
 
 // writeJSON writes v, which must be encodable. A client that is gone is no fault of ours.
 func writeJSON(w http.ResponseWriter, status int, v any) {
-	b, err := json.Marshal(v)
-	if err != nil {
+	var text bytes.Buffer
+	e := json.NewEncoder(&text)
+	e.SetEscapeHTML(false) // people read these in a terminal
+	if err := e.Encode(v); err != nil {
 		panic(err)
 	}
+	b := bytes.TrimSuffix(text.Bytes(), []byte("\n"))
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	w.WriteHeader(status)
@@ -269,7 +273,11 @@ func (s *server) whyNotReady(d dependencies) string {
 	for _, dep := range []struct{ name, state, good string }{
 		{"nats", d.NATS, "connected"}, {"redis", d.Redis, "connected"}, {"grpc", d.GRPC, "serving"}, {"consumer", d.Consumer, "active"},
 	} {
-		if dep.state != dep.good {
+		switch {
+		case dep.state == dep.good:
+		case slices.Contains([]string{"consumer", "stream", "NATS"}, strings.SplitN(dep.state, " ", 2)[0]): // a sentence of its own
+			bad = append(bad, dep.state)
+		default:
 			bad = append(bad, dep.name+" is "+dep.state)
 		}
 	}
@@ -367,10 +375,8 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 	if apiErr != nil {
 		return apiErr
 	}
-	if q := r.URL.Query(); q.Has("since") {
-		if _, err := strconv.ParseUint(q.Get("since"), 10, 64); err != nil {
-			return badRequest("since", "since must be a stream sequence")
-		}
+	if _, err := parsePast(r.URL.Query()); err != nil {
+		return err
 	}
 	if err := s.refusal(); err != nil {
 		return err
@@ -384,9 +390,6 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 			s.hub.free()
 		}
 	}()
-	if r.URL.Query().Has("since") {
-		defer s.hub.expectPast()()
-	}
 	apiErr = s.wait(r.Context(), cl, came)
 	// Both this and a fight for the session may take longer than an answer is usually given.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(acquireTimeout + s.cfg.Load().ServerWriteTimeout))

@@ -26,11 +26,11 @@ import (
 
 var allWell = map[string]string{"nats": "connected", "redis": "connected", "grpc": "serving", "consumer": "active"}
 
-// newTestServer has no hub and no sessions: its owners have no lease, so that no upgrade gets that far.
+// newTestServer has no hub and no sessions: its pod has no lease, so that no upgrade gets that far.
 func newTestServer(change func(*Config)) *server {
 	cfg, m := authSettings(change), newMetrics()
 	_, rdb := newFakeRedis()
-	return newServer(cfg, m, newAuth(cfg, rdb, m), nil, newOwners(cfg, rdb, m), nil, func() (map[string]string, bool) { return allWell, true })
+	return newServer(cfg, m, newAuth(cfg, rdb, m), nil, newLease(cfg, rdb, m), nil, func() (map[string]string, bool) { return allWell, true })
 }
 
 // ask sends one request through the whole handler; headers are "Name: value" lines.
@@ -252,9 +252,10 @@ func TestUpgradeRefusals(t *testing.T) {
 		{"/ws/d/a?x-api-key=public-1&token=" + user, nil, 403, invalid("token is for another company or agent")},
 		{"/ws/c.d/a?x-api-key=public-1&token=" + user, nil, 400, badField("company_id", `company id \"c.d\" holds '.'`+tokenIDs)},
 		{"/ws/c/a%2Fb?x-api-key=public-1&token=" + user, nil, 400, badField("agent_id", `agent id \"a/b\" holds '/'`+tokenIDs)},
-		{"/ws/c/a?x-api-key=public-1&since=x&token=" + user, nil, 400, badField("since", "since must be a stream sequence")},
-		{"/ws/c/a?x-api-key=public-1&since=&token=" + user, nil, 400, badField("since", "since must be a stream sequence")},
-		{"/ws/c/a?x-api-key=public-1&since=-1&token=" + user, nil, 400, badField("since", "since must be a stream sequence")},
+		{"/ws/c/a?x-api-key=public-1&since=x&token=" + user, nil, 400, badField("since", "since must be a position, or empty")},
+		{"/ws/c/a?x-api-key=public-1&since=7&stream=s&chat=a+b&token=" + user, nil, 400, badField("chat_id", `chat id \"a b\" holds ' ' (1 to 256 bytes of printable ASCII without blank, * and >)`)},
+		{"/ws/c/a?x-api-key=public-1&since=&token=" + user, nil, 503, away},
+		{"/ws/c/a?x-api-key=public-1&since=-1&token=" + user, nil, 400, badField("since", "since must be a position, or empty")},
 		{"/ws/c/a?x-api-key=public-1&since=18446744073709551615&token=" + user, nil, 503, away},
 		{"/ws/c/a?x-api-key=public-1&token=" + user, nil, 503, away},
 		{"/ws/c/a?token=" + user, []string{"X-API-Key: public-1", "Authorization: Bearer nonsense"}, 503, away},

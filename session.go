@@ -45,22 +45,22 @@ const (
 	killPrefix = "session_kill:"
 )
 
-// podLease is what sessions need to know of leases; owners answers.
-type podLease struct {
-	podID, epoch func() string
-	available    func() bool
-	holds        func(ctx context.Context, pod, epoch string) (bool, error)
+// podLease is what sessions need to know of leases.
+type podLease interface {
+	podID() string
+	life() string
+	available() bool
+	holds(ctx context.Context, pod, life string) (bool, error)
 }
 
 // sessions are the exclusive sessions of this pod's sockets. Locks and kill channel live in Redis, so that two tabs
 // on one pod follow the same rule as on two. One goroutine, work, sends everything that concerns live sessions' locks.
 type sessions struct {
 	lockStore
-	lease    podLease
-	silence  silence
-	seed     maphash.Seed
-	wake     chan struct{}   // capacity 1; tells work of drops or sweep; never closed
-	confirms chan chan error // to work; never closed
+	lease   podLease
+	silence silence
+	seed    maphash.Seed
+	wake    chan struct{} // capacity 1; tells work of drops or sweep; never closed
 
 	away bool // owned by work: its last batch got no answer
 
@@ -98,22 +98,13 @@ type killMessage struct {
 	Reason string `json:"reason"`
 }
 
-// newSessions also registers with o, so that the locks follow each new epoch of this pod.
-func newSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, o *owners) *sessions {
-	s := makeSessions(cfg, rdb, m, podLease{o.podID, o.epoch, o.available, o.holds})
-	o.onEpoch(func(_, _ string) { s.reclaim() })
-	return s
-}
-
-// makeSessions is newSessions for any lease.
-func makeSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, lease podLease) *sessions {
+func newSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, lease podLease) *sessions {
 	s := &sessions{
 		lockStore: lockStore{rdb, cfg, m, make(chan struct{}, claimsAtOnce)},
 		lease:     lease,
 		silence:   silence{pods: map[string]podSilence{}, waiting: map[string]int{}},
 		seed:      maphash.MakeSeed(),
 		wake:      make(chan struct{}, 1),
-		confirms:  make(chan chan error),
 	}
 	for i := range s.live {
 		s.live[i] = map[string]*session{}
@@ -140,7 +131,7 @@ func (s *sessions) acquire(ctx context.Context, key, userType string, came time.
 		s.m.sessionLockFailureTotal.with("unavailable").Inc()
 		return nil, fmt.Errorf("open session %s: %w", key, errUnavailable)
 	}
-	epoch := s.lease.epoch()
+	life := s.lease.life()
 	sess := s.register(key, came)
 	err := s.take(ctx, sess, userType)
 	if err == nil && !sess.hold() {
@@ -156,9 +147,9 @@ func (s *sessions) acquire(ctx context.Context, key, userType string, came time.
 		return nil, fmt.Errorf("open session %s: %w", key, err)
 	}
 	s.m.sessionLockSuccessTotal.with().Inc()
-	// 1. This claim was sent with the old epoch. 2. The pod takes a new one, all held locks are moved to it.
+	// 1. This claim was sent with the old life. 2. The pod takes a new one, all held locks are moved to it.
 	// 3. This one is held only now: it missed the move.
-	if s.lease.epoch() != epoch {
+	if s.lease.life() != life {
 		s.reclaim()
 	}
 	return sess, nil
@@ -273,9 +264,9 @@ func (s *sessions) claim(ctx context.Context, sess *session, oust string) (value
 	}
 }
 
-// claimOf is what sess claims under this pod's epoch of now.
+// claimOf is what sess claims under this pod's life of now.
 func (s *sessions) claimOf(sess *session) lockClaim {
-	return lockClaim{pod: s.lease.podID(), epoch: s.lease.epoch(), socket: sess.id, turn: sess.turn}
+	return lockClaim{pod: s.lease.podID(), life: s.lease.life(), socket: sess.id, turn: sess.turn}
 }
 
 // sendKill asks whatever pod has the socket to close it, and says whether Redis took the message. A lost one is no loss:

@@ -230,9 +230,6 @@ func TestSessionRedisAwayAndBack(t *testing.T) {
 		}
 		sockets[0].release()
 		time.Sleep(20 * time.Second)
-		if err := a.confirm(t.Context()); !errors.Is(err, errUnavailable) {
-			t.Fatalf("confirm: got %v, want errUnavailable", err)
-		}
 		v.restart()
 		v.set("c:a:0", "a#e1#"+sockets[0].id+"#1")
 		start := time.Now()
@@ -247,7 +244,7 @@ func TestSessionRedisAwayAndBack(t *testing.T) {
 	})
 }
 
-// Without the hook of the owners, too, all locks come back with the first slot that gets an answer.
+// Without a reclaim, too, all locks come back with the first slot that gets an answer.
 func TestSessionReclaimsByItself(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := newLockServer(t)
@@ -282,7 +279,7 @@ func TestSessionReleaseIsForgottenAfterTTL(t *testing.T) {
 	})
 }
 
-func TestSessionMovesToNewEpoch(t *testing.T) {
+func TestSessionMovesToNewLife(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := newLockServer(t)
 		a := v.pod(t, "a")
@@ -297,20 +294,6 @@ func TestSessionMovesToNewEpoch(t *testing.T) {
 			t.Fatalf("lock is %q, want %q", got, want)
 		}
 		v.wantHolder(t, "c:a:v", "OTHER")
-	})
-}
-
-func TestSessionConfirmClosesTheLostFirst(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		first, lost := a.open(t, "c:a:u"), a.open(t, "c:a:v")
-		v.set("c:a:v", "b#e1#OTHER#9")
-		if err := a.confirm(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		wantState(t, lost, "4402 session-lost")
-		wantState(t, first, "")
 	})
 }
 
@@ -393,9 +376,8 @@ func TestSessionReleasesBeforeTheEnd(t *testing.T) {
 		rdb.AddHook(v)
 		cfg := &settings{}
 		cfg.Store(&Config{SessionTTL: 30 * time.Second, SessionRefreshInterval: 10 * time.Second})
-		s := makeSessions(cfg, rdb, newMetrics(), podLease{
-			podID: func() string { return "a" }, epoch: func() string { return "e1" }, available: func() bool { return true },
-		})
+		v.setLease("a", "e1")
+		s := newSessions(cfg, rdb, newMetrics(), heldLease{v, "a"})
 		for i := range 500 {
 			sess, err := s.acquire(t.Context(), fmt.Sprint("c:a:", i), "user", time.Now())
 			if err != nil {
@@ -443,7 +425,7 @@ func TestLaterNewcomer(t *testing.T) {
 		came := time.Now()
 		time.Sleep(10 * time.Second)
 		claim := func(after time.Duration) string {
-			return lockClaim{pod: "b", epoch: "e1", socket: newSocketID(came.Add(after)), turn: 7}.String()
+			return lockClaim{pod: "b", life: "e1", socket: newSocketID(came.Add(after)), turn: 7}.String()
 		}
 		const unnamed = "b#e1#ZZZZZZZZZZZZZZZZZZZZZZZZZZ#7" // of a pod that does not tell
 		for _, c := range []struct {
@@ -480,14 +462,15 @@ func TestLaterNewcomer(t *testing.T) {
 }
 
 func TestSessionUnavailableLease(t *testing.T) {
-	s := makeSessions(&settings{}, nil, newMetrics(), podLease{available: func() bool { return false }})
+	cfg := authSettings(nil)
+	s := newSessions(cfg, nil, newMetrics(), newLease(cfg, nil, newMetrics())) // it was never taken
 	if _, err := s.acquire(t.Context(), "c:a:u", "user", time.Now()); !errors.Is(err, errUnavailable) {
 		t.Fatalf("got %v, want errUnavailable", err)
 	}
 }
 
-// A claim that was under way while the pod took a new epoch, and so missed the move, is moved as soon as it is held.
-func TestSessionAcquiredOverNewEpoch(t *testing.T) {
+// A claim that was under way while the pod took a new life, and so missed the move, is moved as soon as it is held.
+func TestSessionAcquiredOverNewLife(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := newLockServer(t)
 		a := v.pod(t, "a")

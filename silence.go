@@ -13,8 +13,8 @@ import (
 // free all at once: a burst of thousands did harm (measured).
 type silence struct {
 	mu      sync.Mutex
-	pods    map[string]podSilence // by pod and epoch; those that tell nothing any more go when one is added
-	waiting map[string]int        // newcomers that wait for a pod at the moment, by pod and epoch
+	pods    map[string]podSilence // by pod and life; those that tell nothing any more go when one is added
+	waiting map[string]int        // newcomers that wait for a pod at the moment, by pod and life
 }
 
 type podSilence struct {
@@ -22,7 +22,7 @@ type podSilence struct {
 	until    time.Time // it is taken for silent; after that it has to prove silent anew, if it has its lease still
 }
 
-func silenceKey(holder lockClaim) string { return holder.pod + "#" + holder.epoch }
+func silenceKey(holder lockClaim) string { return holder.pod + "#" + holder.life }
 
 // enter notes that a newcomer waits for holder's pod, until leave, and says how many do.
 func (q *silence) enter(holder lockClaim) int {
@@ -103,14 +103,14 @@ func (s *sessions) suspect(rival lockClaim, sent time.Time) {
 	}
 }
 
-// orphaned says whether holder's pod has lost its lease, or has another epoch by now. In doubt it has not:
+// orphaned says whether holder's pod has lost its lease, or has another life by now. In doubt it has not:
 // the silence of 1 s tells as well.
 func (s *sessions) orphaned(ctx context.Context, holder lockClaim) bool {
-	if holder.pod == "" || holder.pod == s.lease.podID() && holder.epoch == s.lease.epoch() {
+	if holder.pod == "" || holder.pod == s.lease.podID() && holder.life == s.lease.life() {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
-	alive, err := s.lease.holds(ctx, holder.pod, holder.epoch)
+	alive, err := s.lease.holds(ctx, holder.pod, holder.life)
 	return err == nil && !alive
 }

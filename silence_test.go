@@ -173,8 +173,8 @@ func TestSessionSilenceIsProvenAnew(t *testing.T) {
 	})
 }
 
-// Another epoch of the pod, another pod, and a stranger's lock are not silent for its sake; nor is another for a stranger's.
-func TestSessionSilenceIsOfOneEpoch(t *testing.T) {
+// Another life of the pod, another pod, and a stranger's lock are not silent for its sake; nor is another for a stranger's.
+func TestSessionSilenceIsOfOneLife(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v, _, b, _ := silentPod(t)
 		v.setLease("c", "e1")
@@ -248,8 +248,8 @@ func TestSilenceForgets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := silence{pods: map[string]podSilence{}, waiting: map[string]int{}}
 		for i := range 1000 {
-			q.waited(lockClaim{pod: "a", epoch: fmt.Sprint(i)}, time.Now(), time.Second)
-			q.answered(lockClaim{pod: "b", epoch: fmt.Sprint(i)})
+			q.waited(lockClaim{pod: "a", life: fmt.Sprint(i)}, time.Now(), time.Second)
+			q.answered(lockClaim{pod: "b", life: fmt.Sprint(i)})
 			time.Sleep(100 * time.Millisecond)
 		}
 		q.enter(lockClaim{pod: "a"})

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -33,12 +34,6 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 	if err := holdsPrefix(info.Config, cfg.NATSSubjectPrefix); err != nil {
 		return nil, err
 	}
-	older := ""
-	if info.Config.Metadata["_nats.ver"] == "" { // the stream's server adds it from 2.11 on; this pod may be connected to another
-		older = "than 2.11"
-	}
-	c.warn(&c.saidVersion, older, "NATS is older than 2.11: it does not find messages by time, so clients that resume may have to reload",
-		"stream", cfg.NATSStreamName, "connected_to", c.nc.ConnectedServerVersion())
 	retention := ""
 	if info.Config.Retention != jetstream.LimitsPolicy {
 		retention = info.Config.Retention.String()
@@ -46,15 +41,58 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 	c.warn(&c.saidRetention, retention, "the stream has no limits retention: acked events are gone, clients cannot resume",
 		"stream", cfg.NATSStreamName, "retention", retention)
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.created.Equal(info.Created) {
-		if !c.created.IsZero() {
-			slog.Warn("the stream was made anew: it is read from its beginning", "stream", cfg.NATSStreamName)
-			c.anew(c.known.Swap(0))
-		}
-		c.floor = 0 // of another stream; what Redis noted is compared in startOf
+	another := !c.created.IsZero() && !c.created.Equal(info.Created)
+	if another {
+		c.before, c.floor, c.polled = c.created, 0, false // what Redis noted is compared in startOf
 	}
-	return s, nil
+	c.created = info.Created
+	c.mu.Unlock()
+	if another {
+		slog.Warn("the stream was made anew: it is read from its beginning", "stream", cfg.NATSStreamName)
+		c.to.newStream()
+	}
+	return s, c.checkEnd(ctx)
+}
+
+// checkEnd finds out whether the stream has lost its end, as one does that is restored from a backup: then the message with the highest
+// sequence that this pod knows is another one now, or beyond the end. Its sequences name other events from there on, so nothing may be
+// taken from it before the pods have given it another generation.
+func (c *consumer) checkEnd(ctx context.Context) error {
+	seq, stored := c.to.newestSeen()
+	if seq == 0 {
+		return nil
+	}
+	m, err := c.ask(ctx, map[string]any{"seq": seq})
+	switch {
+	case err == nil && m.Time.Equal(stored):
+		c.to.endFound()
+		return nil
+	case errors.Is(err, jetstream.ErrMsgNotFound):
+		s, err := c.js.Stream(ctx, c.cfg.Load().NATSStreamName)
+		if err != nil {
+			return err
+		}
+		if s.CachedInfo().State.LastSeq >= seq { // it was removed
+			c.to.endFound()
+			return nil
+		}
+	case err != nil:
+		return err
+	}
+	slog.Warn("the stream has lost its end: sockets are told to reload", "stream", c.cfg.Load().NATSStreamName, "seq", seq)
+	if err := c.lease.endLost(ctx); err != nil {
+		return err
+	}
+	c.setBack()
+	return nil
+}
+
+// setBack forgets what was known of the stream's sequences.
+func (c *consumer) setBack() {
+	c.mu.Lock()
+	c.floor, c.polled = 0, false
+	c.mu.Unlock()
+	c.to.newStream()
 }
 
 // holdsPrefix returns an error for a stream that can never hold an event under this prefix. Subjects of other publishers beside
@@ -155,25 +193,37 @@ func covers(a, b string) bool {
 	return len(as) == len(bs)
 }
 
-// streamSeq returns a sequence not above the stream's last one and at most 1 s old. The stream's leader is asked, once
-// for all who ask within half a second.
-func (c *consumer) streamSeq(ctx context.Context) (uint64, error) {
-	c.seqMu.Lock()
-	defer c.seqMu.Unlock()
-	if time.Since(c.seqAt) < seqMaxAge {
-		return c.seq, nil
-	}
-	if !c.up.Load() {
-		return c.seq, errors.New("last sequence of the stream: NATS is not connected")
-	}
-	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
-	defer cancel()
-	asked := time.Now()
-	s, err := c.js.Stream(ctx, c.cfg.Load().NATSStreamName)
+// ask has the stream's leader find a message (the request is that of JSApiMsgGetRequest).
+func (c *consumer) ask(ctx context.Context, request map[string]any) (*jetstream.RawStreamMsg, error) {
+	name := c.cfg.Load().NATSStreamName
+	body, err := json.Marshal(request)
 	if err != nil {
-		return c.seq, fmt.Errorf("last sequence of stream %s: %w", c.cfg.Load().NATSStreamName, err)
+		return nil, err
 	}
-	c.seq, c.seqAt = s.CachedInfo().State.LastSeq, asked
-	c.known.Store(max(c.known.Load(), c.seq))
-	return c.seq, nil
+	answer, err := c.nc.RequestWithContext(ctx, apiPrefix(c.cfg.Load())+"STREAM.MSG.GET."+name, body)
+	if err != nil {
+		return nil, fmt.Errorf("ask for a message of stream %s: %w", name, err)
+	}
+	var found struct {
+		Error   *jetstream.APIError `json:"error"`
+		Message *struct {
+			Subject string    `json:"subject"`
+			Seq     uint64    `json:"seq"`
+			Data    []byte    `json:"data"`
+			Time    time.Time `json:"time"`
+		} `json:"message"`
+	}
+	if err := json.Unmarshal(answer.Data, &found); err != nil {
+		return nil, fmt.Errorf("ask for a message of stream %s: %w", name, err)
+	}
+	switch {
+	case found.Error != nil && found.Error.ErrorCode == jetstream.JSErrCodeMessageNotFound:
+		return nil, jetstream.ErrMsgNotFound
+	case found.Error != nil:
+		return nil, fmt.Errorf("ask for a message of stream %s: %w", name, found.Error)
+	case found.Message == nil:
+		return nil, fmt.Errorf("ask for a message of stream %s: empty answer", name)
+	}
+	m := found.Message
+	return &jetstream.RawStreamMsg{Subject: m.Subject, Sequence: m.Seq, Data: m.Data, Time: m.Time}, nil
 }

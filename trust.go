@@ -46,10 +46,10 @@ const (
 var errUnproven = errors.New("it does not know our token key")
 
 // introduction is what both ends of a stream prove: that they know a token key, and that they mean this stream of these
-// two pods in these epochs. Both nonces and the role are in it, so a proof can be neither kept for later nor sent back.
+// two pods in these lives. Both nonces and the role are in it, so a proof can be neither kept for later nor sent back.
 type introduction struct {
-	client, clientEpoch, server, serverEpoch string
-	clientNonce, serverNonce                 []byte
+	client, clientLife, server, serverLife string
+	clientNonce, serverNonce               []byte
 }
 
 // proofs returns one proof per key: during a rotation neither side knows which key the other has already.
@@ -79,7 +79,7 @@ func (i *introduction) proven(keys [][]byte, role string, proofs [][]byte) bool 
 // proof is the HMAC over everything, each field with its length: no two introductions have the same bytes.
 func (i *introduction) proof(key []byte, role string) []byte {
 	mac := hmac.New(sha256.New, key)
-	for _, field := range []string{role, i.client, i.clientEpoch, i.server, i.serverEpoch, string(i.clientNonce), string(i.serverNonce)} {
+	for _, field := range []string{role, i.client, i.clientLife, i.server, i.serverLife, string(i.clientNonce), string(i.serverNonce)} {
 		mac.Write(binary.BigEndian.AppendUint32(nil, uint32(len(field))))
 		io.WriteString(mac, field)
 	}
@@ -114,14 +114,14 @@ func (p *peers) introduce(stream peerpb.Peer_DeliverClient, pod string) error {
 	if err != nil {
 		return err
 	}
-	i := introduction{client: p.pod, clientEpoch: p.epoch(), clientNonce: newNonce()}
-	hello := &peerpb.Hello{Pod: i.client, Epoch: i.clientEpoch, Nonce: i.clientNonce}
+	i := introduction{client: p.lease.pod, clientLife: p.lease.life(), clientNonce: newNonce()}
+	hello := &peerpb.Hello{Pod: i.client, Life: i.clientLife, Nonce: i.clientNonce}
 	answer, err := exchange(stream, &peerpb.Request{Body: &peerpb.Request_Hello{Hello: hello}})
 	if err != nil {
 		return err
 	}
 	challenge := answer.GetChallenge()
-	i.server, i.serverEpoch, i.serverNonce = challenge.GetPod(), challenge.GetEpoch(), challenge.GetNonce()
+	i.server, i.serverLife, i.serverNonce = challenge.GetPod(), challenge.GetLife(), challenge.GetNonce()
 	if i.server != pod {
 		return fmt.Errorf("the pod there is %q", i.server)
 	}
@@ -162,9 +162,9 @@ func (p *peers) admit(stream peerpb.Peer_DeliverServer) (pod string, err error) 
 	if len(hello.GetNonce()) != nonceSize || !validPodID(hello.GetPod()) {
 		return "", status.Error(codes.Unauthenticated, "the first message is no hello")
 	}
-	i := introduction{client: hello.GetPod(), clientEpoch: hello.GetEpoch(), clientNonce: hello.GetNonce(),
-		server: p.pod, serverEpoch: p.epoch(), serverNonce: newNonce()}
-	challenge := &peerpb.Challenge{Pod: i.server, Epoch: i.serverEpoch, Nonce: i.serverNonce, Proofs: i.proofs(keys, roleServer)}
+	i := introduction{client: hello.GetPod(), clientLife: hello.GetLife(), clientNonce: hello.GetNonce(),
+		server: p.lease.pod, serverLife: p.lease.life(), serverNonce: newNonce()}
+	challenge := &peerpb.Challenge{Pod: i.server, Life: i.serverLife, Nonce: i.serverNonce, Proofs: i.proofs(keys, roleServer)}
 	if err := stream.Send(&peerpb.Response{Body: &peerpb.Response_Challenge{Challenge: challenge}}); err != nil {
 		return "", err
 	}

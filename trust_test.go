@@ -26,14 +26,14 @@ import (
 	peerpb "daisi-ws-service/proto"
 )
 
-// TestProofCoversEverything: a proof holds for its role, pods, epochs and nonces only, and for no shifted border between
+// TestProofCoversEverything: a proof holds for its role, pods, lives and nonces only, and for no shifted border between
 // two of them.
 func TestProofCoversEverything(t *testing.T) {
 	keys, err := peerKeys(peerKeyA + ", " + peerKeyB)
 	if err != nil || len(keys) != 2 || bytes.Equal(keys[0], keys[1]) || bytes.Contains(keys[0], []byte{0xa1, 0xa1, 0xa1}) {
 		t.Fatalf("keys %x, %v", keys, err)
 	}
-	base := introduction{client: "a", clientEpoch: "1", server: "b", serverEpoch: "2", clientNonce: newNonce(), serverNonce: newNonce()}
+	base := introduction{client: "a", clientLife: "1", server: "b", serverLife: "2", clientNonce: newNonce(), serverNonce: newNonce()}
 	proofs := base.proofs(keys, roleClient)
 	if !base.proven(keys[1:], roleClient, proofs) {
 		t.Error("one key in common is not enough")
@@ -43,12 +43,12 @@ func TestProofCoversEverything(t *testing.T) {
 	}
 	changes := map[string]func(i *introduction){
 		"client":       func(i *introduction) { i.client = "c" },
-		"client epoch": func(i *introduction) { i.clientEpoch = "2" },
+		"client life":  func(i *introduction) { i.clientLife = "2" },
 		"server":       func(i *introduction) { i.server = "c" },
-		"server epoch": func(i *introduction) { i.serverEpoch = "1" },
+		"server life":  func(i *introduction) { i.serverLife = "1" },
 		"client nonce": func(i *introduction) { i.clientNonce = newNonce() },
 		"server nonce": func(i *introduction) { i.serverNonce = newNonce() },
-		"borders":      func(i *introduction) { i.client, i.clientEpoch = "", "a1" },
+		"borders":      func(i *introduction) { i.client, i.clientLife = "", "a1" },
 	}
 	for name, change := range changes {
 		i := base
@@ -76,20 +76,20 @@ func TestPeerKeyRotation(t *testing.T) {
 	a, addrA := startPeers(t, "pod-a", "ea", ca, takeAll(written, nil))
 	b, addrB := startPeers(t, "pod-b", "eb", cb, takeAll(written, nil))
 	l := newPeerLedger(t)
-	a.push("pod-b", "eb", addrB, l.delivery(1))
-	b.push("pod-a", "ea", addrA, l.delivery(2))
+	a.push(member{"pod-b", "eb"}, addrB, l.delivery(1))
+	b.push(member{"pod-a", "ea"}, addrA, l.delivery(2))
 	l.want(2, written)
 	foreign := peerConfig()
 	foreign.AuthTokenAESKey = peerKeyB
 	b.cfg.Store(foreign)
-	a.forget("pod-b")
-	a.push("pod-b", "eb", addrB, l.delivery(3))
+	a.keep(nil)
+	a.push(member{"pod-b", "eb"}, addrB, l.delivery(3))
 	l.want(3, written)
 	only := peerConfig()
 	a.cfg.Store(only)
-	a.forget("pod-b")
+	a.keep(nil)
 	refused := newPeerLedger(t)
-	a.push("pod-b", "eb", addrB, refused.delivery(1))
+	a.push(member{"pod-b", "eb"}, addrB, refused.delivery(1))
 	refused.want(1, failed)
 }
 
@@ -102,9 +102,9 @@ func TestPodWithoutKey(t *testing.T) {
 	s, addrS := startPeers(t, "pod-s", "es", stranger, wantNoDelivery(t))
 	_, addrB := startPeers(t, "pod-b", "eb", peerConfig(), wantNoDelivery(t))
 	l := newPeerLedger(t)
-	s.push("pod-a", "ea", addrA, l.delivery(1))
-	a.push("pod-s", "es", addrS, l.delivery(2))
-	a.push("pod-x", "eb", addrB, l.delivery(3))
+	s.push(member{"pod-a", "ea"}, addrA, l.delivery(1))
+	a.push(member{"pod-s", "es"}, addrS, l.delivery(2))
+	a.push(member{"pod-x", "eb"}, addrB, l.delivery(3))
 	l.want(3, failed)
 	wantPeerMetric(t, "connections", counterValue(a.m.grpcPoolConnectionsCreated.with()), 0)
 }
@@ -118,7 +118,7 @@ type impostor struct {
 // Deliver welcomes anyone and reads whatever comes.
 func (i impostor) Deliver(stream peerpb.Peer_DeliverServer) error {
 	stream.Recv()
-	stream.Send(&peerpb.Response{Body: &peerpb.Response_Challenge{Challenge: &peerpb.Challenge{Pod: "pod-b", Epoch: "eb", Nonce: newNonce(), Proofs: [][]byte{newNonce()}}}})
+	stream.Send(&peerpb.Response{Body: &peerpb.Response_Challenge{Challenge: &peerpb.Challenge{Pod: "pod-b", Life: "eb", Nonce: newNonce(), Proofs: [][]byte{newNonce()}}}})
 	stream.Send(&peerpb.Response{Body: &peerpb.Response_Welcome{Welcome: &peerpb.Welcome{}}})
 	for {
 		req, err := stream.Recv()
@@ -140,7 +140,7 @@ func TestImpostorReadsNothing(t *testing.T) {
 		go func() { served <- server.Serve(l) }()
 		a := servePeers(t, "pod-a", "ea", peerConfig(), n.listen("a"), n.on)
 		ledger := newPeerLedger(t)
-		a.push("pod-b", "eb", "b", ledger.delivery(1))
+		a.push(member{"pod-b", "eb"}, "b", ledger.delivery(1))
 		ledger.want(1, failed)
 		server.Stop()
 		<-served
@@ -164,10 +164,10 @@ func strangerStream(t *testing.T, n *peerPipes, addr string) peerpb.Peer_Deliver
 
 // TestStrangerInjectsNothing: whatever a stranger sends, in whatever order, the stream is cut and nothing is delivered.
 func TestStrangerInjectsNothing(t *testing.T) {
-	batch := &peerpb.Request{Body: &peerpb.Request_Batch{Batch: &peerpb.Batch{Epoch: "eb", Events: []*peerpb.Event{
+	batch := &peerpb.Request{Body: &peerpb.Request_Batch{Batch: &peerpb.Batch{Life: "eb", Events: []*peerpb.Event{
 		{Seq: 1, Kind: peerpb.Kind_KIND_CHAT, Company: "c", Agent: "a", Payload: []byte("{}"), Count: 1}}}}}
-	hello := &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: "pod-a", Epoch: "ea", Nonce: newNonce()}}}
-	short := &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: "pod-a", Epoch: "ea", Nonce: []byte("x")}}}
+	hello := &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: "pod-a", Life: "ea", Nonce: newNonce()}}}
+	short := &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: "pod-a", Life: "ea", Nonce: []byte("x")}}}
 	nameless := &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: "a\n", Nonce: newNonce()}}}
 	noProof := &peerpb.Request{Body: &peerpb.Request_Proof{Proof: &peerpb.Proof{}}}
 	guess := &peerpb.Request{Body: &peerpb.Request_Proof{Proof: &peerpb.Proof{Proofs: [][]byte{newNonce()}}}}
@@ -285,12 +285,12 @@ func TestPeerTLS(t *testing.T) {
 	a, addrA := startPeers(t, "pod-a", "ea", ca.issue(t, t.TempDir(), "pods.test", 2), takeAll(written, nil))
 	_, addrB := startPeers(t, "pod-b", "eb", ca.issue(t, t.TempDir(), "pods.test", 3), takeAll(written, nil))
 	l := newPeerLedger(t)
-	a.push("pod-b", "eb", addrB, l.delivery(1))
+	a.push(member{"pod-b", "eb"}, addrB, l.delivery(1))
 	l.want(1, written)
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	if pod, _, err := a.identify(ctx, addrB); err != nil || pod != "pod-b" {
-		t.Errorf("identify = %q, %v", pod, err)
+	if who, err := a.identify(ctx, addrB, member{}); err != nil || who.GetPod() != "pod-b" {
+		t.Errorf("identify = %v, %v", who, err)
 	}
 	foreign := ca.issue(t, t.TempDir(), "pods.test", 4)
 	foreign.AuthTokenAESKey = peerKeyB
@@ -304,10 +304,10 @@ func TestPeerTLS(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s, addrS := startPeers(t, "pod-s", "es", cfg, wantNoDelivery(t))
 			l := newPeerLedger(t)
-			s.push("pod-a", "ea", addrA, l.delivery(1))
-			a.push("pod-s", "es", addrS, l.delivery(2))
+			s.push(member{"pod-a", "ea"}, addrA, l.delivery(1))
+			a.push(member{"pod-s", "es"}, addrS, l.delivery(2))
 			l.want(2, failed)
-			if _, _, err := s.identify(ctx, addrA); (err == nil) != (name == "another key") {
+			if _, err := s.identify(ctx, addrA, member{}); (err == nil) != (name == "another key") {
 				t.Errorf("identify: %v", err)
 			}
 		})
@@ -333,7 +333,7 @@ func TestPeerTLSReload(t *testing.T) {
 	cfgB := ca.issue(t, dirB, "pods.test", 3)
 	b, addrB := startPeers(t, "pod-b", "eb", cfgB, takeAll(written, nil))
 	l := newPeerLedger(t)
-	a.push("pod-b", "eb", addrB, l.delivery(1))
+	a.push(member{"pod-b", "eb"}, addrB, l.delivery(1))
 	l.want(1, written)
 
 	good, err := os.ReadFile(cfgB.PeerTLSKeyFile)
@@ -354,11 +354,11 @@ func TestPeerTLSReload(t *testing.T) {
 	next.issue(t, dirA, "pods.test", 12)
 	next.issue(t, dirB, "pods.test", 13)
 	wantSerial(t, a, addrB, 13)
-	a.push("pod-b", "eb", addrB, l.delivery(2))
+	a.push(member{"pod-b", "eb"}, addrB, l.delivery(2))
 	l.want(2, written)
 	wantPeerMetric(t, "connections", counterValue(a.m.grpcPoolConnectionsCreated.with()), 1)
-	a.forget("pod-b")
-	a.push("pod-b", "eb", addrB, l.delivery(3))
+	a.keep(nil)
+	a.push(member{"pod-b", "eb"}, addrB, l.delivery(3))
 	l.want(3, written)
 }
 
@@ -387,9 +387,7 @@ func TestPeerTLSFaults(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := *cfg
 			spoil(&c)
-			s := &settings{}
-			s.Store(&c)
-			p := newPeers(s, newMetrics(), "pod-a", func() string { return "ea" })
+			p := newTestPeers("pod-a", "ea", &c)
 			defer p.stop(t.Context())
 			n := newPeerPipes()
 			if err := p.serve(n.listen("a")); err == nil {

@@ -82,7 +82,7 @@ func TestHandshakeAnswer(t *testing.T) {
 
 // TLS has no non-blocking write: its sockets always write alone.
 func TestTLSSocket(t *testing.T) {
-	th := newTestHub(t, func(c *Config) { c.WebsocketWriteTimeout = 500 * time.Millisecond })
+	th := newTestHub(t, func(c *Config) { c.WebsocketWriteTimeout = 4 * slowPause })
 	srv := httptest.NewTLSServer(http.HandlerFunc(th.handle))
 	defer srv.Close()
 	dial := func() *testClient {
@@ -103,8 +103,8 @@ func TestTLSSocket(t *testing.T) {
 	c := dial()
 	var l ledger
 	for seq := range uint64(200) {
-		th.publish(&l, kindChat, "", seq, 5000)
-		if m := c.want("event"); m.Seq != seq {
+		th.publish(&l, kindChat, "", seq+1, 5000)
+		if m := c.want("event"); m.Seq != seq+1 {
 			t.Fatal(m)
 		}
 	}
@@ -112,9 +112,9 @@ func TestTLSSocket(t *testing.T) {
 	c.wantClose(1000, "")
 
 	stuck := dial()
-	wantEventually(t, "attached", func() bool { return len(th.targets(general)) == 1 })
+	wantEventually(t, "it is a target", func() bool { return len(th.sockets(general)) == 1 })
 	for seq := range uint64(200) {
-		th.publish(&l, kindChat, "", seq, 100<<10)
+		th.publish(&l, kindChat, "", seq+1, 100<<10)
 	}
 	wantEventually(t, "counted as stuck", func() bool { return th.stuck() > 0 })
 	wantEventually(t, "closed as slow", func() bool { return th.m.closesTotal.with("4408").Get() == 1 })

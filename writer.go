@@ -19,10 +19,10 @@ const (
 
 // somethingLocked says whether a writer would find something to write.
 func (r *ring) somethingLocked() bool {
-	if !r.opened || r.ended {
+	if !r.opened || r.phase == closed {
 		return false
 	}
-	return len(r.cut) > 0 || len(r.ctrl) > 0 || r.last != nil || (r.ready && (r.n > 0 || r.gapNoted))
+	return len(r.cut) > 0 || len(r.ctrl) > 0 || r.last != nil || r.ready && r.n > 0
 }
 
 // kickLocked takes the turn for the socket's shared writer if nobody has it and there is something to write; the caller
@@ -35,7 +35,7 @@ func (r *ring) kickLocked(now time.Time) bool {
 	return true
 }
 
-// take collects what is to be written next: the rest of a cut frame, control frames, a gap, items, and last the close
+// take collects what is to be written next: the rest of a cut frame, control frames, items, and last the close
 // frame. It joins them in buf; a frame that is larger goes by itself, uncopied. Whoever has the turn calls it, and wrote
 // or fail afterwards unless it returned nothing; or once more, if it returned a frame that must be compressed first.
 func (r *ring) take(buf []byte, now time.Time) (_ []byte, raw *frame) {
@@ -45,7 +45,7 @@ func (r *ring) take(buf []byte, now time.Time) (_ []byte, raw *frame) {
 		return nil, nil
 	}
 	if r.ready {
-		r.announceLocked(now)
+		r.offerLocked(now)
 		if raw := r.rawLocked(cap(buf)); raw != nil {
 			return nil, raw
 		}
@@ -66,23 +66,6 @@ func (r *ring) take(buf []byte, now time.Time) (_ []byte, raw *frame) {
 		out = append(out, r.last...)
 	}
 	return out, nil
-}
-
-// announceLocked turns a noted gap into a message that stands before all events not yet taken, but behind the replies
-// before them: `ready` comes first.
-func (r *ring) announceLocked(now time.Time) {
-	if !r.gapNoted || r.closed {
-		return
-	}
-	i := r.flight
-	for i < r.n && r.at(i).d == nil {
-		i++
-	}
-	if i < r.n {
-		now = r.at(i).at // else it would make the events behind it look young
-	}
-	r.insertLocked(i, item{f: newGap(r.gapSince, r.gapReason), at: now})
-	r.gapNoted = false
 }
 
 // takeItemsLocked appends what fits to out. A frame that never will is returned instead if it is the first: it is shared,
@@ -127,7 +110,7 @@ func (r *ring) wrote(n int, now time.Time, out []settlement, sent func(*frame, *
 		r.flight = 1
 	}
 	out = r.afterWriteLocked(out)
-	return out, r.ended
+	return out, r.phase == closed
 }
 
 // wroteRestLocked is given the bytes written beyond those of the cut frame.
@@ -158,21 +141,24 @@ func (r *ring) writtenLocked(out []settlement, sent func(*frame, *delivery)) []s
 	r.flight--
 	it := r.removeLocked(0)
 	sent(it.f, it.d)
+	if it.place != nil {
+		r.place = *it.place
+	}
 	if it.d == nil {
 		return out
 	}
-	if !r.closed {
+	if r.phase < closing {
 		r.written.add(it.d.seq)
 	}
 	return r.settleLocked(it.d, written, out)
 }
 
-// afterWriteLocked does what close left to the writer: it fails the events that came back unwritten, and finds out
+// afterWriteLocked does what close left to the writer: it lets go of the events that came back unwritten, and finds out
 // whether all is written.
 func (r *ring) afterWriteLocked(out []settlement) []settlement {
-	if r.closed {
+	if r.phase >= closing {
 		r.unpinLocked()
-		out = r.siftLocked(everything, failed, out)
+		out = r.siftLocked(isEvent, gone, out)
 		if r.abrupt || len(r.cut) == 0 && len(r.ctrl) == 0 && r.n == 0 && r.last == nil {
 			r.endLocked()
 		}
@@ -181,13 +167,13 @@ func (r *ring) afterWriteLocked(out []settlement) []settlement {
 	return out
 }
 
-// fail ends a closed ring whose connection can't be written to any more: what was in flight is failed. Whoever has the
+// fail ends a closed ring whose connection can't be written to any more: what was in flight is gone. Whoever has the
 // turn calls it.
 func (r *ring) fail(out []settlement) []settlement {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.busy, r.pinned, r.flight = false, false, 0
-	out = r.siftLocked(everything, failed, out)
+	out = r.siftLocked(isEvent, gone, out)
 	r.endLocked()
 	r.wakeReaderLocked()
 	return out
@@ -201,14 +187,14 @@ func (r *ring) rest() bool {
 		return false
 	}
 	r.state = idle
-	r.stuckLocked(false)
+	r.stuck = false
 	r.doneLocked()
 	return true
 }
 
 // doneLocked wakes waitDone once nothing is left to write and no writer has the turn.
 func (r *ring) doneLocked() {
-	if r.done != nil && r.ended && r.state == idle {
+	if r.done != nil && r.phase == closed && r.state == idle {
 		close(r.done)
 		r.done = nil
 	}
@@ -217,7 +203,7 @@ func (r *ring) doneLocked() {
 // waitDone waits until no writer touches the socket any more, or until timeout; then it returns false.
 func (r *ring) waitDone(timeout <-chan time.Time) bool {
 	r.mu.Lock()
-	if r.ended && r.state == idle {
+	if r.phase == closed && r.state == idle {
 		r.mu.Unlock()
 		return true
 	}
@@ -239,19 +225,6 @@ func (r *ring) goAlone() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.state = alone
-}
-
-// stuckLocked keeps policy.stuck: the events in the rings of all sockets that do not take them now.
-func (r *ring) stuckLocked(stuck bool) {
-	if r.stuck == stuck {
-		return
-	}
-	r.stuck = stuck
-	if stuck {
-		r.policy.stuck.Add(int64(r.events))
-	} else {
-		r.policy.stuck.Add(-int64(r.events))
-	}
 }
 
 // scratch is what one write needs besides the socket.
@@ -342,7 +315,6 @@ func (w *writer) write(c *conn) {
 		w.h.alone(c)
 		return
 	}
-	w.h.confirm()
 	w.c, w.res = c, broken
 	err := c.raw.Write(w.try)
 	switch {
@@ -402,7 +374,7 @@ func (c *conn) account(n int, s *scratch) {
 			c.h.count.latency.Update(now.Sub(e.d.stored).Seconds())
 		}
 	}
-	c.h.settle(s.ends, "")
+	c.h.settle(s.ends)
 	clear(s.ends)
 	if half, ok := c.nc.(interface{ CloseWrite() error }); ok && ended {
 		half.CloseWrite()
@@ -449,7 +421,6 @@ func (c *conn) flow() {
 func (c *conn) flowRaw() error {
 	res := nothing
 	err := c.raw.Write(func(fd uintptr) bool {
-		c.h.confirm()
 		s := scratches.Get().(*scratch)
 		defer scratches.Put(s)
 		for {
@@ -473,7 +444,6 @@ func (c *conn) flowBlocking() error {
 	defer scratches.Put(s)
 	joined := scratch{buf: s.buf[: 0 : 16<<10], ends: s.ends}
 	for {
-		c.h.confirm()
 		b := c.take(joined.buf)
 		if len(b) == 0 {
 			return nil

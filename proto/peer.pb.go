@@ -85,9 +85,9 @@ const (
 	Outcome_OUTCOME_DUPLICATE   Outcome = 2
 	Outcome_OUTCOME_REPLAYED    Outcome = 3
 	Outcome_OUTCOME_DROPPED     Outcome = 4
-	Outcome_OUTCOME_SHED        Outcome = 5
-	Outcome_OUTCOME_ABSENT      Outcome = 6 // no such socket here, or another epoch
+	Outcome_OUTCOME_GONE        Outcome = 6 // no socket of that agent here, or it left before the event was written
 	Outcome_OUTCOME_FAILED      Outcome = 7
+	Outcome_OUTCOME_UNSELECTED  Outcome = 8 // no socket here has selected that chat, or has that scope
 )
 
 // Enum value maps for Outcome.
@@ -98,9 +98,9 @@ var (
 		2: "OUTCOME_DUPLICATE",
 		3: "OUTCOME_REPLAYED",
 		4: "OUTCOME_DROPPED",
-		5: "OUTCOME_SHED",
-		6: "OUTCOME_ABSENT",
+		6: "OUTCOME_GONE",
 		7: "OUTCOME_FAILED",
+		8: "OUTCOME_UNSELECTED",
 	}
 	Outcome_value = map[string]int32{
 		"OUTCOME_UNSPECIFIED": 0,
@@ -108,9 +108,9 @@ var (
 		"OUTCOME_DUPLICATE":   2,
 		"OUTCOME_REPLAYED":    3,
 		"OUTCOME_DROPPED":     4,
-		"OUTCOME_SHED":        5,
-		"OUTCOME_ABSENT":      6,
+		"OUTCOME_GONE":        6,
 		"OUTCOME_FAILED":      7,
+		"OUTCOME_UNSELECTED":  8,
 	}
 )
 
@@ -141,8 +141,11 @@ func (Outcome) EnumDescriptor() ([]byte, []int) {
 	return file_peer_proto_rawDescGZIP(), []int{1}
 }
 
+// IdentifyRequest may name the pod that asks and its life.
 type IdentifyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pod           string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
+	Life          string                 `protobuf:"bytes,2,opt,name=life,proto3" json:"life,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -177,10 +180,25 @@ func (*IdentifyRequest) Descriptor() ([]byte, []int) {
 	return file_peer_proto_rawDescGZIP(), []int{0}
 }
 
+func (x *IdentifyRequest) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *IdentifyRequest) GetLife() string {
+	if x != nil {
+		return x.Life
+	}
+	return ""
+}
+
 type IdentifyResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Pod           string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
-	Epoch         string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Life          string                 `protobuf:"bytes,2,opt,name=life,proto3" json:"life,omitempty"`
+	Overlooked    bool                   `protobuf:"varint,3,opt,name=overlooked,proto3" json:"overlooked,omitempty"` // Redis has just told this pod that the asking pod has no lease under that life
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -222,11 +240,18 @@ func (x *IdentifyResponse) GetPod() string {
 	return ""
 }
 
-func (x *IdentifyResponse) GetEpoch() string {
+func (x *IdentifyResponse) GetLife() string {
 	if x != nil {
-		return x.Epoch
+		return x.Life
 	}
 	return ""
+}
+
+func (x *IdentifyResponse) GetOverlooked() bool {
+	if x != nil {
+		return x.Overlooked
+	}
+	return false
 }
 
 type Request struct {
@@ -460,7 +485,7 @@ func (*Response_Sessions) isResponse_Body() {}
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Pod           string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
-	Epoch         string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Life          string                 `protobuf:"bytes,2,opt,name=life,proto3" json:"life,omitempty"`
 	Nonce         []byte                 `protobuf:"bytes,3,opt,name=nonce,proto3" json:"nonce,omitempty"` // 32 random bytes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -503,9 +528,9 @@ func (x *Hello) GetPod() string {
 	return ""
 }
 
-func (x *Hello) GetEpoch() string {
+func (x *Hello) GetLife() string {
 	if x != nil {
-		return x.Epoch
+		return x.Life
 	}
 	return ""
 }
@@ -521,7 +546,7 @@ func (x *Hello) GetNonce() []byte {
 type Challenge struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Pod           string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
-	Epoch         string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Life          string                 `protobuf:"bytes,2,opt,name=life,proto3" json:"life,omitempty"`
 	Nonce         []byte                 `protobuf:"bytes,3,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	Proofs        [][]byte               `protobuf:"bytes,4,rep,name=proofs,proto3" json:"proofs,omitempty"` // one per key that the server knows; one that the client can check is enough
 	unknownFields protoimpl.UnknownFields
@@ -565,9 +590,9 @@ func (x *Challenge) GetPod() string {
 	return ""
 }
 
-func (x *Challenge) GetEpoch() string {
+func (x *Challenge) GetLife() string {
 	if x != nil {
-		return x.Epoch
+		return x.Life
 	}
 	return ""
 }
@@ -670,7 +695,7 @@ func (*Welcome) Descriptor() ([]byte, []int) {
 // from 1, has the number n in the answers. Each event is answered by itself; a batch means nothing beyond its message.
 type Batch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Epoch         string                 `protobuf:"bytes,1,opt,name=epoch,proto3" json:"epoch,omitempty"` // of the pod that they are for; another epoch answers absent
+	Life          string                 `protobuf:"bytes,1,opt,name=life,proto3" json:"life,omitempty"` // of the pod that they are for, which fails those for another one; empty: any
 	Events        []*Event               `protobuf:"bytes,2,rep,name=events,proto3" json:"events,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -706,9 +731,9 @@ func (*Batch) Descriptor() ([]byte, []int) {
 	return file_peer_proto_rawDescGZIP(), []int{8}
 }
 
-func (x *Batch) GetEpoch() string {
+func (x *Batch) GetLife() string {
 	if x != nil {
-		return x.Epoch
+		return x.Life
 	}
 	return ""
 }
@@ -1092,11 +1117,16 @@ var File_peer_proto protoreflect.FileDescriptor
 const file_peer_proto_rawDesc = "" +
 	"\n" +
 	"\n" +
-	"peer.proto\x12\x10daisi.ws.peer.v1\"\x11\n" +
-	"\x0fIdentifyRequest\":\n" +
+	"peer.proto\x12\x10daisi.ws.peer.v1\"7\n" +
+	"\x0fIdentifyRequest\x12\x10\n" +
+	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x12\n" +
+	"\x04life\x18\x02 \x01(\tR\x04life\"X\n" +
 	"\x10IdentifyResponse\x12\x10\n" +
-	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x14\n" +
-	"\x05epoch\x18\x02 \x01(\tR\x05epoch\"\xd2\x01\n" +
+	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x12\n" +
+	"\x04life\x18\x02 \x01(\tR\x04life\x12\x1e\n" +
+	"\n" +
+	"overlooked\x18\x03 \x01(\bR\n" +
+	"overlooked\"\xd2\x01\n" +
 	"\aRequest\x12/\n" +
 	"\x05hello\x18\x01 \x01(\v2\x17.daisi.ws.peer.v1.HelloH\x00R\x05hello\x12/\n" +
 	"\x05proof\x18\x02 \x01(\v2\x17.daisi.ws.peer.v1.ProofH\x00R\x05proof\x12/\n" +
@@ -1108,21 +1138,21 @@ const file_peer_proto_rawDesc = "" +
 	"\awelcome\x18\x02 \x01(\v2\x19.daisi.ws.peer.v1.WelcomeH\x00R\awelcome\x125\n" +
 	"\aanswers\x18\x03 \x01(\v2\x19.daisi.ws.peer.v1.AnswersH\x00R\aanswers\x128\n" +
 	"\bsessions\x18\x04 \x01(\v2\x1a.daisi.ws.peer.v1.SessionsH\x00R\bsessionsB\x06\n" +
-	"\x04body\"E\n" +
+	"\x04body\"C\n" +
 	"\x05Hello\x12\x10\n" +
-	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x14\n" +
-	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x14\n" +
-	"\x05nonce\x18\x03 \x01(\fR\x05nonce\"a\n" +
+	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x12\n" +
+	"\x04life\x18\x02 \x01(\tR\x04life\x12\x14\n" +
+	"\x05nonce\x18\x03 \x01(\fR\x05nonce\"_\n" +
 	"\tChallenge\x12\x10\n" +
-	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x14\n" +
-	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x14\n" +
+	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x12\n" +
+	"\x04life\x18\x02 \x01(\tR\x04life\x12\x14\n" +
 	"\x05nonce\x18\x03 \x01(\fR\x05nonce\x12\x16\n" +
 	"\x06proofs\x18\x04 \x03(\fR\x06proofs\"\x1f\n" +
 	"\x05Proof\x12\x16\n" +
 	"\x06proofs\x18\x01 \x03(\fR\x06proofs\"\t\n" +
-	"\aWelcome\"N\n" +
-	"\x05Batch\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12/\n" +
+	"\aWelcome\"L\n" +
+	"\x05Batch\x12\x12\n" +
+	"\x04life\x18\x01 \x01(\tR\x04life\x12/\n" +
 	"\x06events\x18\x02 \x03(\v2\x17.daisi.ws.peer.v1.EventR\x06events\"b\n" +
 	"\x04List\x12\x18\n" +
 	"\acompany\x18\x01 \x01(\tR\acompany\x12\x14\n" +
@@ -1159,16 +1189,16 @@ const file_peer_proto_rawDesc = "" +
 	"\fKIND_CONTACT\x10\x02\x12\x10\n" +
 	"\fKIND_MESSAGE\x10\x03\x12\x0e\n" +
 	"\n" +
-	"KIND_AGENT\x10\x04*\xb3\x01\n" +
+	"KIND_AGENT\x10\x04*\xbd\x01\n" +
 	"\aOutcome\x12\x17\n" +
 	"\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fOUTCOME_WRITTEN\x10\x01\x12\x15\n" +
 	"\x11OUTCOME_DUPLICATE\x10\x02\x12\x14\n" +
 	"\x10OUTCOME_REPLAYED\x10\x03\x12\x13\n" +
 	"\x0fOUTCOME_DROPPED\x10\x04\x12\x10\n" +
-	"\fOUTCOME_SHED\x10\x05\x12\x12\n" +
-	"\x0eOUTCOME_ABSENT\x10\x06\x12\x12\n" +
-	"\x0eOUTCOME_FAILED\x10\a2\x9f\x01\n" +
+	"\fOUTCOME_GONE\x10\x06\x12\x12\n" +
+	"\x0eOUTCOME_FAILED\x10\a\x12\x16\n" +
+	"\x12OUTCOME_UNSELECTED\x10\b\"\x04\b\x05\x10\x052\x9f\x01\n" +
 	"\x04Peer\x12Q\n" +
 	"\bIdentify\x12!.daisi.ws.peer.v1.IdentifyRequest\x1a\".daisi.ws.peer.v1.IdentifyResponse\x12D\n" +
 	"\aDeliver\x12\x19.daisi.ws.peer.v1.Request\x1a\x1a.daisi.ws.peer.v1.Response(\x010\x01B\x1fZ\x1ddaisi-ws-service/proto;peerpbb\x06proto3"

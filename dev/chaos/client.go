@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -28,16 +29,14 @@ type client struct {
 	token          string
 	slow           bool // has a small receive buffer: a pause of its reading is felt by the pod
 	stopping       <-chan struct{}
-	ready, chosen  chan struct{} // closed at the first ready, the first chat_selected
-	backoff        time.Duration // of its own goroutine, like the next seven
-	greeted        time.Time     // ready of this socket
-	top            uint64        // highest sequence known
-	known          bool          // there is one: 0, while the stream is empty, is one too
-	owed           *uint64       // lowest since that is not answered yet
-	asked          int           // answers under way
-	again          bool          // a gap came meanwhile
-	selecting      bool          // one of the answers is that of select_chat
-	mu             sync.Mutex    // guards all below
+	ready, chosen  chan struct{}   // closed at the first ready, the first chat_selected
+	backoff        time.Duration   // of its own goroutine, like the next five
+	greeted        time.Time       // ready of this socket
+	stream         string          // what the position is of; "" = there is none
+	position       uint64          // everything up to it was had
+	had            map[uint64]bool // what came since
+	asked          int             // answers under way
+	mu             sync.Mutex      // guards all below
 	ws             *websocket.Conn
 	pod            int
 	pauseTill      time.Time
@@ -48,9 +47,11 @@ type client struct {
 	chosenAt       time.Time
 	reloaded       time.Time // of the last reload: what was acknowledged before it counts as had
 	got            map[uint64]arrival
-	fresh          []time.Time // of each first arrival
-	live, repeated int         // deliveries that were no replays; those of them that had come live before
-	twice          int         // of these, on the same socket, a short while ago
+	fresh          []time.Time     // of each first arrival
+	live, repeated int             // deliveries that were no replays; those of them that had come live before
+	twice          int             // of these, on the same socket, a short while ago
+	applied        map[uint64]bool // what the client's rule let through since the last reload
+	wrong          int             // of these, what came again, and should have been dropped
 	replayed       int
 	here           map[uint64]int // events that came live by this socket, and as its how-manieth message
 	count          int            // events by this socket
@@ -82,12 +83,14 @@ type message struct {
 	Seq     uint64 `json:"seq"`
 	Replay  bool   `json:"replay"`
 	Payload struct {
-		Seq     uint64 `json:"seq"`
-		Since   uint64 `json:"since"`
-		Resumed int    `json:"resumed"`
-		Gap     bool   `json:"gap"`
-		Reason  string `json:"reason"`
-		Code    string `json:"code"`
+		Seq      uint64 `json:"seq"`
+		Position uint64 `json:"position"`
+		Stream   string `json:"stream"`
+		Since    uint64 `json:"since"`
+		Resumed  int    `json:"resumed"`
+		Gap      bool   `json:"gap"`
+		Reason   string `json:"reason"`
+		Code     string `json:"code"`
 	} `json:"payload"`
 }
 
@@ -173,19 +176,20 @@ func (c *client) jitter() time.Duration {
 
 // dial opens the next socket, asking for what may have been missed.
 func (c *client) dial(pod int) (*websocket.Conn, error) {
-	c.asked, c.again, c.selecting = 0, false, false
-	if c.owed == nil && c.known {
-		c.owe(c.top)
-	}
+	c.asked = 1
 	url := fmt.Sprintf("ws://%s/ws/acme/%s?", c.w.pod(pod).HTTP, c.agent)
 	key := apiKey
 	if c.admin {
 		url, key = fmt.Sprintf("ws://%s/ws/admin?", c.w.pod(pod).HTTP), adminAPI
 	}
-	if c.owed != nil {
-		url += fmt.Sprintf("since=%d", *c.owed)
-		c.asked = 1
-		c.note("pod-%d: connect since %d", pod, *c.owed)
+	if c.stream != "" {
+		url += fmt.Sprintf("since=%d&stream=%s", c.position, c.stream)
+		if c.chat != "" {
+			url += "&chat=" + c.chat
+		}
+		c.note("pod-%d: connect since %d", pod, c.position)
+	} else {
+		url += "since="
 	}
 	d := websocket.Dialer{HandshakeTimeout: 5 * time.Second, NetDialContext: c.netDial}
 	ws, resp, err := d.Dial(url, http.Header{"X-API-Key": {key}, "Authorization": {"Bearer " + c.token}})
@@ -262,53 +266,46 @@ func (c *client) read(ws *websocket.Conn) error {
 func (c *client) message(ws *websocket.Conn, m message) {
 	p := m.Payload
 	if m.Type != "event" && m.Type != "pong" {
-		c.note("%s %+v", m.Type, p)
+		c.note("%s %d %+v", m.Type, m.Seq, p)
 	}
 	switch m.Type {
 	case "event":
 		c.event(m)
+	case "position":
+		c.know(m.Seq)
 	case "gap":
-		c.owe(p.Since)
-		if c.asked > 0 {
-			c.again = true
-		} else {
-			c.resume(ws)
-		}
+		c.asked++
+		time.AfterFunc(hesitation(), func() { c.send(ws, map[string]any{"type": "resume"}) })
 	case "ready":
 		c.becameReady()
-		if c.chat != "" {
-			c.choose(ws)
-		}
-		if c.owed != nil && (c.chat == "" || c.asked > 1) {
-			c.answered(ws, p.Seq, p.Gap)
-		} else {
-			c.top = max(c.top, p.Seq)
+		c.answered(p.Stream, p.Position, p.Gap)
+		if c.chat != "" && c.chosenAt.IsZero() { // later sockets name it as they connect
+			c.asked++
+			c.send(ws, map[string]any{"type": "select_chat", "payload": map[string]any{"chat_id": c.chat}})
 		}
 	case "chat_selected":
-		c.selecting = false
+		c.asked--
 		c.mu.Lock()
 		if c.chosenAt.IsZero() {
 			c.chosenAt = time.Now()
 			close(c.chosen)
 		}
 		c.mu.Unlock()
-		c.answered(ws, p.Seq, p.Gap)
 	case "resumed":
-		c.answered(ws, p.Seq, p.Gap)
-	case "error":
-		if p.Code == "Unavailable" && c.selecting { // not answered: what is owed stays owed
-			time.Sleep(300 * time.Millisecond)
-			c.asked--
-			c.choose(ws)
-		}
+		c.answered(p.Stream, p.Position, p.Gap)
 	}
 	c.mu.Lock()
-	c.resting = !c.greeted.IsZero() && c.asked == 0 && c.owed == nil
+	c.resting = !c.greeted.IsZero() && c.asked == 0
 	c.mu.Unlock()
 }
 
+// hesitation is how long a client takes to resume: half of them are busy. They are given no position meanwhile.
+func hesitation() time.Duration {
+	return time.Duration(rand.IntN(2)) * rand.N(4*time.Second)
+}
+
 func (c *client) becameReady() {
-	c.greeted, c.known = time.Now(), true
+	c.greeted = time.Now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.readyAt.IsZero() {
@@ -317,56 +314,41 @@ func (c *client) becameReady() {
 	}
 }
 
-// owe lowers what is to be asked for.
-func (c *client) owe(since uint64) {
-	if c.owed == nil || since < *c.owed {
-		c.owed = &since
-	}
+// know keeps the highest position.
+func (c *client) know(position uint64) {
+	c.position = max(c.position, position)
+	maps.DeleteFunc(c.had, func(seq uint64, _ bool) bool { return seq <= c.position })
 }
 
-func (c *client) choose(ws *websocket.Conn) {
-	c.selecting = true
-	c.asked++
-	payload := map[string]any{"chat_id": c.chat}
-	if c.owed != nil {
-		payload["since"] = *c.owed
-	}
-	c.send(ws, map[string]any{"type": "select_chat", "payload": payload})
-}
-
-func (c *client) resume(ws *websocket.Conn) {
-	c.asked++
-	c.send(ws, map[string]any{"type": "resume", "payload": map[string]any{"since": *c.owed}})
-}
-
-// answered: only when nothing is under way any more has everything after owed come.
-func (c *client) answered(ws *websocket.Conn, seq uint64, gap bool) {
+// answered: what came since the position was replayed, or all is loaded anew: what was published until now counts as had.
+func (c *client) answered(stream string, position uint64, gap bool) {
 	c.asked--
-	c.top = max(c.top, seq)
-	if gap { // a reload fetches all that was published until now
-		c.mu.Lock()
-		c.reloaded = time.Now()
-		c.reloads = append(c.reloads, c.reloaded)
-		c.mu.Unlock()
+	if gap || stream != c.stream {
+		if c.stream != "" {
+			c.mu.Lock()
+			c.reloaded = time.Now()
+			c.reloads = append(c.reloads, c.reloaded)
+			c.applied = map[uint64]bool{}
+			c.mu.Unlock()
+		}
+		c.stream, c.position, c.had = stream, 0, map[uint64]bool{}
 	}
-	switch {
-	case c.asked > 0:
-	case c.again:
-		c.again = false
-		c.resume(ws)
-	default:
-		c.owed = nil
-	}
+	c.know(position)
 }
 
 // remembered is how many events ago the service certainly knows that it has written one to a socket.
 const remembered = 200
 
 func (c *client) event(m message) {
-	c.top = max(c.top, m.Seq)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
+	if m.Seq > c.position && !c.had[m.Seq] {
+		if c.had[m.Seq] = true; c.applied[m.Seq] {
+			c.wrong++
+		}
+		c.applied[m.Seq] = true
+	}
 	before, had := c.got[m.Seq]
 	if m.Replay {
 		c.replayed++

@@ -49,6 +49,7 @@ const chats = 4
 func (cr *crowd) add(w *world, c *client) {
 	c.w, c.stopping = w, cr.stopping
 	c.ready, c.chosen, c.got = make(chan struct{}), make(chan struct{}), map[uint64]arrival{}
+	c.had, c.applied = map[uint64]bool{}, map[uint64]bool{}
 	cr.list = append(cr.list, c)
 	cr.wg.Go(c.run)
 }

@@ -11,7 +11,7 @@ import (
 )
 
 // kinds are all faults that there are.
-var kinds = []string{"kill", "term", "stop", "redis", "redisloss", "nats", "cut", "far", "hole", "slow", "reset", "vanish", "consumer"}
+var kinds = []string{"kill", "term", "stop", "freeze", "redis", "redisloss", "alone", "lag", "nats", "cut", "far", "hole", "slow", "reset", "vanish", "consumer"}
 
 // fault is one of the schedule; what is below is known when it was made.
 type fault struct {
@@ -26,7 +26,7 @@ type fault struct {
 
 func (f *fault) String() string {
 	switch f.kind {
-	case "kill", "term", "stop", "cut", "far", "hole":
+	case "kill", "term", "stop", "alone", "lag", "cut", "far", "hole":
 		return fmt.Sprintf("%s pod-%d %.1fs", f.kind, f.target, f.lasts.Seconds())
 	case "slow":
 		return fmt.Sprintf("slow user-%d %.1fs", f.target, f.lasts.Seconds())
@@ -50,7 +50,7 @@ func schedule(p plan) ([]*fault, error) {
 	free := map[string]time.Duration{}
 	var list []*fault
 	var deck []string
-	for at := 2 * time.Second; at < p.duration-time.Second && len(p.kinds) > 0; at += time.Duration(300+rng.IntN(1300)) * time.Millisecond {
+	for at := 2 * time.Second; at < p.duration-time.Second && len(p.kinds) > 0; at += time.Duration(300+rng.IntN(1100)) * time.Millisecond {
 		if len(deck) == 0 {
 			deck = deal(rng, p.kinds, at > p.duration/2)
 		}
@@ -88,8 +88,10 @@ func draw(rng *rand.Rand, p plan, kind string) (f *fault, rest time.Duration) {
 	switch kind {
 	case "stop":
 		f.lasts = ms(1000, 8000)
-	case "cut", "far", "hole":
+	case "alone", "lag", "cut", "far", "hole":
 		f.lasts = ms(1000, 6000)
+	case "freeze":
+		f.target, f.lasts = 0, ms(300, 5000)
 	case "slow":
 		f.target, f.lasts = rng.IntN(max(p.clients/4, 1))*4, ms(2000, 7000)
 	case "reset", "vanish":
@@ -112,8 +114,10 @@ func (f *fault) place() string {
 		return fmt.Sprint("way", f.target)
 	case "slow", "reset", "vanish":
 		return fmt.Sprint("client", f.target)
-	case "redisloss":
+	case "freeze", "redisloss":
 		return "redis"
+	case "lag":
+		return "alone"
 	}
 	return f.kind
 }
@@ -150,9 +154,15 @@ func (f *fault) make(ctx context.Context, w *world, cr *crowd, pub *publisher) e
 	switch f.kind {
 	case "kill", "term", "stop":
 		return f.pod(ctx, w)
-	case "cut", "far", "hole":
+	case "alone", "lag", "cut", "far", "hole":
 		f.hurt = cr.on(f.target)
 		f.way(ctx, w)
+	case "freeze":
+		if err := w.redis.Process().Signal(syscall.SIGSTOP); err != nil {
+			return err
+		}
+		wait(ctx, f.lasts)
+		return w.redis.Process().Signal(syscall.SIGCONT)
 	case "slow", "reset", "vanish":
 		c := cr.list[f.target]
 		f.hurt = []*client{c}
@@ -212,14 +222,19 @@ func (f *fault) pod(ctx context.Context, w *world) error {
 	return w.startPod(ctx, f.target)
 }
 
-// way breaks what the other pods send to the pod.
+// way breaks what the other pods send to the pod, or what it sends to Redis.
 func (f *fault) way(ctx context.Context, w *world) {
 	way := w.ways[f.target]
+	if f.kind == "alone" || f.kind == "lag" {
+		way = w.stores[f.target]
+	}
 	switch f.kind {
-	case "cut":
+	case "alone", "cut":
 		way.Cut()
 	case "far":
-		way.Latency(time.Duration(f.lasts) / 4)
+		way.Latency(f.lasts / 4)
+	case "lag": // from what look-ups take to what is too long for them, but not for a renewal
+		way.Latency(f.lasts / 40)
 	case "hole":
 		way.BlackHole()
 	}

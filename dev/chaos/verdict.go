@@ -183,10 +183,10 @@ func scrape(ctx context.Context, url string) (map[string]float64, error) {
 
 // tally is what the deliveries to all clients add up to.
 type tally struct {
-	due, excused                    int // of all events that were published
-	deliveries                      int // first ones, and those that were no replays
-	live, repeated, twice, replayed int
-	strays, reloads                 int
+	due, excused                           int // of all events that were published
+	deliveries                             int // first ones, and those that were no replays
+	live, repeated, twice, replayed, wrong int
+	strays, reloads                        int
 }
 
 func (v *verdict) count() (t tally) {
@@ -195,7 +195,7 @@ func (v *verdict) count() (t tally) {
 		known[r.seq] = r
 	}
 	for _, c := range v.cr.list {
-		t.live, t.repeated, t.twice, t.replayed = t.live+c.live, t.repeated+c.repeated, t.twice+c.twice, t.replayed+c.replayed
+		t.live, t.repeated, t.twice, t.replayed, t.wrong = t.live+c.live, t.repeated+c.repeated, t.twice+c.twice, t.replayed+c.replayed, t.wrong+c.wrong
 		t.reloads += len(c.reloads)
 		t.deliveries += len(c.got) + c.repeated
 		for seq := range c.got {
@@ -225,6 +225,7 @@ func (v *verdict) judge(t tally) {
 	is(t.due == 0 || 3*t.due < t.excused, "excused: %d events were due, %d more would have been but for a reload", t.due, t.excused)
 	is(t.strays > 0, "strays: %d events came to a client whose they were not", t.strays)
 	is(20*t.repeated >= t.deliveries, "duplicates: %d of %d deliveries, 5 %% or more", t.repeated, t.deliveries)
+	is(t.wrong > 0, "twice: %d events were let through twice by the client's rule", t.wrong)
 	is(200*t.twice >= t.deliveries, "twice: %d of %d deliveries had come by the same socket before, 0.5 %% or more", t.twice, t.deliveries)
 	is(v.pending != "", "pending: JetStream waits, %s", v.pending)
 	is(len(v.unequal) > 0, "ledgers: %s", strings.Join(v.unequal, "; "))

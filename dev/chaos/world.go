@@ -25,15 +25,16 @@ const (
 
 // world is the processes that the faults are made in.
 type world struct {
-	dir   string
-	bin   rig.Binaries
-	plan  plan
-	nats  *rig.NATS
-	redis *rig.Redis
-	ways  [pods]*rig.Proxy // between the pods
-	nc    *nats.Conn
-	js    jetstream.JetStream
-	began time.Time
+	dir    string
+	bin    rig.Binaries
+	plan   plan
+	nats   *rig.NATS
+	redis  *rig.Redis
+	ways   [pods]*rig.Proxy // between the pods
+	stores [pods]*rig.Proxy // from each pod to Redis
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	began  time.Time
 
 	mu     sync.Mutex // guards pods and faults
 	pods   [pods]*rig.Service
@@ -77,6 +78,9 @@ func newWorld(ctx context.Context, p plan) (*world, error) {
 		if w.ways[i], err = rig.StartProxy("127.0.0.1:1"); err != nil {
 			return w, err
 		}
+		if w.stores[i], err = rig.StartProxy(w.redis.Address()); err != nil {
+			return w, err
+		}
 		if err := w.startPod(ctx, i); err != nil {
 			return w, err
 		}
@@ -89,8 +93,15 @@ func newWorld(ctx context.Context, p plan) (*world, error) {
 
 func podID(i int) string { return fmt.Sprintf("pod-%d", i) }
 
-// horizon is the pods' NATS_RETRY_HORIZON.
-const horizon = 5 * time.Second
+// nakDelay and horizon are the pods' NATS_NAK_DELAY and NATS_RETRY_HORIZON: an event that comes five times to a peer that can't be
+// reached is given up, after 3 s. One for an absent agent takes as long, and holds the positions up no longer.
+const (
+	nakDelay = 200 * time.Millisecond
+	horizon  = 3 * time.Second
+)
+
+// lease is their POD_LEASE.
+const lease = 3 * time.Second
 
 // startPod starts the i-th pod, again under the same id and address. Times are shorter than the defaults so that every
 // time-out runs out in a run of half a minute, all in proportion to ACK_WAIT; the past is long enough that no client ever has
@@ -99,13 +110,11 @@ func (w *world) startPod(ctx context.Context, i int) error {
 	s, err := rig.StartService(w.bin.Service, podID(i), filepath.Join(w.dir, podID(i)+".log"), []string{
 		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_POD_ID=" + podID(i),
 		"SERVER_ADVERTISE_ADDRESS=" + w.ways[i].Address(), "SERVER_DRAIN_SPREAD=2s", "LOG_LEVEL=debug",
-		"NATS_URL=" + w.nats.URL(), "NATS_RECONNECT_WAIT=200ms", "NATS_ACK_WAIT=" + w.plan.ackWait.String(), "NATS_NAK_DELAY=300ms", "REDIS_ADDRESS=" + w.redis.Address(),
+		"NATS_URL=" + w.nats.URL(), "NATS_RECONNECT_WAIT=200ms", "NATS_ACK_WAIT=" + w.plan.ackWait.String(), "NATS_NAK_DELAY=" + nakDelay.String(), "REDIS_ADDRESS=" + w.stores[i].Address(),
 		"PEER_TIMEOUT=" + (w.plan.ackWait / 5).String(), "PEER_BREAKER_OPEN=3s",
 		"WEBSOCKET_WRITE_TIMEOUT=" + (2 * w.plan.ackWait / 5).String(), "WEBSOCKET_BLOCK_TIMEOUT=" + (w.plan.ackWait / 5).String(),
 		"WEBSOCKET_BUFFER_SIZE=32", "WEBSOCKET_DROP_POLICY=" + w.plan.policy, "RESUME_MAX_EVENTS=1000000",
-		// As short as they may be: with an overlap longer than the run every resume would replay all of it, and heal whatever
-		// was lost unannounced.
-		"NATS_RETRY_HORIZON=" + horizon.String(), "RESUME_OVERLAP=" + (horizon + w.plan.ackWait).String(),
+		"NATS_RETRY_HORIZON=" + horizon.String(), "POD_LEASE=" + lease.String(),
 		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=" + adminAPI, "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
 	})
 	if err != nil {
@@ -156,8 +165,10 @@ func (w *world) close(keep bool) {
 		if s := w.pod(i); s != nil {
 			s.Kill()
 		}
-		if w.ways[i] != nil {
-			w.ways[i].Close()
+		for _, way := range []*rig.Proxy{w.ways[i], w.stores[i]} {
+			if way != nil {
+				way.Close()
+			}
 		}
 	}
 	if w.nc != nil {

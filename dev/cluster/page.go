@@ -38,6 +38,7 @@ func (d *demo) handler() http.Handler {
 	}
 	mux.Handle("/", http.FileServerFS(page))
 	mux.HandleFunc("/chats", func(w http.ResponseWriter, r *http.Request) { answer(w, d.book.rows()) })
+	mux.HandleFunc("/messages", func(w http.ResponseWriter, r *http.Request) { answer(w, d.book.last(r.FormValue("chat"))) })
 	mux.HandleFunc("/token", d.serveToken)
 	mux.HandleFunc("/pods", d.pods.serve)
 	mux.HandleFunc("/serving", d.serveServing)

@@ -22,14 +22,26 @@ type chat struct {
 	At     time.Time `json:"at"`
 }
 
-// book is what a real back end would have in its data base: the page loads it once, then it lives on events.
-type book struct {
-	mu    sync.Mutex // guards all below
-	chats []chat
+// said is a message of a chat.
+type said struct {
+	Seq  uint64 `json:"seq"`
+	Text string `json:"text"`
+	Out  bool   `json:"out"`
 }
 
+// book is what a real back end would have in its data base: the page loads from it, then it lives on events. It is locked while a change
+// is published, so whoever reads it has all that was published before.
+type book struct {
+	mu       sync.Mutex // guards all below
+	chats    []chat
+	messages map[string][]said // the last ones, by chat
+}
+
+// messagesKept is how many messages of a chat the book has.
+const messagesKept = 100
+
 func newBook() *book {
-	b := &book{}
+	b := &book{messages: map[string][]said{}}
 	for i := range 10 {
 		id := fmt.Sprintf("62811550%02d@c.us", i)
 		b.chats = append(b.chats, chat{ID: id, Name: feed.Name(id), At: time.Now()})
@@ -44,10 +56,15 @@ func (b *book) rows() []chat {
 	return append([]chat(nil), b.chats...)
 }
 
-// turn lets something be said in some chat and returns the chat as it was before the change is published.
-func (b *book) turn(text string, fromMe bool) (index int, c chat) {
+// last is a copy of the last messages of a chat.
+func (b *book) last(chat string) []said {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	return append([]said{}, b.messages[chat]...)
+}
+
+// turnLocked lets something be said in some chat and returns the chat as it is to be published.
+func (b *book) turnLocked(text string, fromMe bool) (index int, c chat) {
 	// A square favours the first chats: some people write much more than others.
 	f := rand.Float64()
 	index = int(f * f * float64(len(b.chats)))
@@ -59,10 +76,9 @@ func (b *book) turn(text string, fromMe bool) (index int, c chat) {
 	return index, c
 }
 
-func (b *book) put(index int, c chat) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.chats[index] = c
+func (b *book) sayLocked(chat string, m said) {
+	all := append(b.messages[chat], m)
+	b.messages[chat] = all[max(0, len(all)-messagesKept):]
 }
 
 // openStream makes the stream: it belongs to its publisher, not to the service.
@@ -99,16 +115,10 @@ func (d *demo) publish(ctx context.Context, rate float64) error {
 
 // publishTurn lets one message be written: that is two changes, its own row and its chat's; now and then others.
 func (d *demo) publishTurn(ctx context.Context, n int) error {
-	text, fromMe := feed.Text(), rand.IntN(3) == 0
-	i, c := d.book.turn(text, fromMe)
-	if _, err := d.send(ctx, feed.Message(company, agent, c.ID, text, fromMe)); err != nil {
+	c, err := d.publishMessage(ctx, feed.Text(), rand.IntN(3) == 0)
+	if err != nil {
 		return err
 	}
-	var err error
-	if c.Seq, err = d.send(ctx, feed.Chat(company, agent, c.ID, text, c.Unread)); err != nil {
-		return err
-	}
-	d.book.put(i, c)
 	if n%5 == 0 {
 		_, err = d.send(ctx, feed.Contact(company, agent, c.ID))
 	}
@@ -116,9 +126,24 @@ func (d *demo) publishTurn(ctx context.Context, n int) error {
 		_, err = d.send(ctx, feed.Agent(company, agent, "connected"))
 	}
 	if err == nil && n%20 == 0 {
-		_, err = d.send(ctx, feed.Chat(company, absent, c.ID, text, 1))
+		_, err = d.send(ctx, feed.Chat(company, absent, c.ID, c.Text, 1))
 	}
 	return err
+}
+
+func (d *demo) publishMessage(ctx context.Context, text string, fromMe bool) (c chat, err error) {
+	d.book.mu.Lock()
+	defer d.book.mu.Unlock()
+	i, c := d.book.turnLocked(text, fromMe)
+	seq, err := d.send(ctx, feed.Message(company, agent, c.ID, text, fromMe))
+	if err != nil {
+		return c, err
+	}
+	d.book.sayLocked(c.ID, said{seq, text, fromMe})
+	if c.Seq, err = d.send(ctx, feed.Chat(company, agent, c.ID, text, c.Unread)); err == nil {
+		d.book.chats[i] = c
+	}
+	return c, err
 }
 
 func (d *demo) send(ctx context.Context, ev feed.Event) (uint64, error) {

@@ -72,11 +72,11 @@ func startEcho(t *testing.T, bin, compression string) string {
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	line, err := p.Log.Find(ctx, func(line string) bool { return strings.Contains(line, "address=") })
+	line, err := p.Log.Find(ctx, func(line string) bool { return strings.Contains(line, "echo address=") })
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, rest, _ := strings.Cut(line, "address=")
+	_, rest, _ := strings.Cut(line, "echo address=")
 	address, _, _ := strings.Cut(rest, " ")
 	return address
 }

@@ -123,7 +123,7 @@ func TestFaultyStart(t *testing.T) {
 	t.Parallel()
 	conf := filepath.Join(t.TempDir(), "conf")
 	writeFile(t, conf, "DAISI_WS_NO_SUCH=1", "DAISI_WS_SERVER_DRAIN_SPREAD=1m")
-	code, stdout, stderr := program(t, keySettings("LOG_LEVEL=loud", "RESUME_OVERLAP=1m"), "-config", conf)
+	code, stdout, stderr := program(t, keySettings("LOG_LEVEL=loud", "WEBSOCKET_BLOCK_TIMEOUT=1m"), "-config", conf)
 	lines := strings.Split(strings.TrimSpace(stderr), "\n")
 	last := lines[len(lines)-1]
 	if !strings.HasSuffix(last, `ERROR stopped err="the settings are faulty"`) {
@@ -132,7 +132,7 @@ func TestFaultyStart(t *testing.T) {
 	wantFaults(t, code, stdout, strings.Join(lines[:len(lines)-1], "\n")+"\n", []string{
 		conf + ":1: DAISI_WS_NO_SUCH: unknown setting",
 		`environment: DAISI_WS_LOG_LEVEL: "loud" is none of debug, info, warn, error`,
-		"DAISI_WS_RESUME_OVERLAP (1m) must be at least DAISI_WS_NATS_RETRY_HORIZON (1m) + DAISI_WS_NATS_ACK_WAIT (30s): a resume would miss events that were still being retried",
+		"DAISI_WS_WEBSOCKET_BLOCK_TIMEOUT (1m) must be less than DAISI_WS_WEBSOCKET_WRITE_TIMEOUT (10s): a socket would be closed as slow before its events stop waiting for room",
 		"DAISI_WS_SERVER_DRAIN_SPREAD (1m) + DAISI_WS_WEBSOCKET_WRITE_TIMEOUT (10s) + 5s must be less than DAISI_WS_SERVER_SHUTDOWN_TIMEOUT (30s): the drain would be cut off",
 	})
 	code, _, stderr = program(t, keySettings(), "-config", conf+".absent")

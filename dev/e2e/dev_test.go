@@ -222,9 +222,8 @@ func wantPods(t *testing.T, page, socket string) {
 	if got := podsOf(t, page).ready(); len(got) != 3 {
 		t.Fatalf("want three pods that are ready, got %v", got)
 	}
-	next, first := openSocket(t, socket)
+	next, first := openSocket(t, socket+"&since=")
 	serving := servingPod(t, page, first)
-	var last uint64
 	seen := map[uint64]bool{}
 	harness.Eventually(t, harness.Patience, "an event that another pod than "+serving+" pulled", func() bool {
 		m, err := next()
@@ -232,7 +231,7 @@ func wantPods(t *testing.T, page, socket string) {
 			t.Fatal(err)
 		}
 		if m.Type == "event" {
-			last, seen[m.Seq] = m.Seq, true
+			seen[m.Seq] = true
 		}
 		for seq, by := range podsOf(t, page).Pulled {
 			if seen[seq] && by != serving {
@@ -250,14 +249,18 @@ func wantPods(t *testing.T, page, socket string) {
 	for err == nil {
 		_, err = next()
 	}
-	next, second := openSocket(t, socket+fmt.Sprintf("&since=%d", last))
+	next, second := openSocket(t, socket+fmt.Sprintf("&since=%d&stream=%s", first.Payload.Position, first.Payload.Stream))
 	if second.Payload.Gap || second.replayed == 0 {
 		t.Errorf("after the end of its pod: %+v, want a replay", second)
 	}
 	if other := servingPod(t, page, second); other == serving {
 		t.Errorf("served by %s, which was killed a moment ago", other)
 	}
-	if m, err := next(); err != nil || m.Type != "event" || m.Replay {
+	m, err := next()
+	for err == nil && m.Type == "position" {
+		m, err = next()
+	}
+	if err != nil || m.Type != "event" || m.Replay {
 		t.Errorf("got %+v (%v), want a live event", m, err)
 	}
 	harness.Eventually(t, time.Minute, serving+" to be there again", func() bool { return len(podsOf(t, page).ready()) == 3 })
@@ -280,6 +283,8 @@ type wsMessage struct {
 	Replay  bool
 	Payload struct {
 		SessionID string `json:"session_id"`
+		Position  uint64
+		Stream    string
 		Gap       bool
 	}
 

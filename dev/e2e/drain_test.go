@@ -39,8 +39,8 @@ func missing(published []harness.Published, followers []*harness.Follower) (seqs
 }
 
 // wantAll waits until JetStream says that everything is settled, and fails unless every event has reached the user of its
-// agent, but for as many as were given up on purpose.
-func wantAll(t *testing.T, w *harness.World, published []harness.Published, followers []*harness.Follower, except float64) {
+// agent.
+func wantAll(t *testing.T, w *harness.World, published []harness.Published, followers []*harness.Follower) {
 	t.Helper()
 	if len(published) == 0 {
 		t.Fatal("nothing was published")
@@ -55,7 +55,7 @@ func wantAll(t *testing.T, w *harness.World, published []harness.Published, foll
 	// Acked means handed to the kernel: the client may still be reading.
 	harness.Eventually(t, harness.Patience, "every event to reach its user", func() bool {
 		left = missing(published, followers)
-		return len(left) <= int(except)
+		return len(left) == 0
 	})
 }
 
@@ -69,8 +69,7 @@ func givenUp(p *harness.Pod) float64 {
 }
 
 // TestDrainUnderLoad: SIGTERM at 2,000 events per second, with a second pod on the same consumer: every event reaches its
-// user, there or here; each socket is asked to come back after a time of its own; exit status 0. An event may be shed
-// only while its user was on the way and 16 others of the same agent waited: such an event is counted, and not acked.
+// user, there or here, though none resumes; each socket is asked to come back after a time of its own; exit status 0.
 func TestDrainUnderLoad(t *testing.T) {
 	t.Parallel()
 	const sockets, rate, spread = 250, 2000, time.Second
@@ -96,14 +95,9 @@ func TestDrainUnderLoad(t *testing.T) {
 	if len(published) < 3*rate/2 {
 		t.Fatalf("only %d events published", len(published))
 	}
-	w.Settled()
-	shed := ended(next, "shed")
-	if shed > float64(len(published))/100 {
-		t.Errorf("%v of %d events shed", shed, len(published))
-	}
-	wantAll(t, w, published, followers, shed)
+	wantAll(t, w, published, followers)
 	wantSpread(t, followers, drained, spread)
-	if n := givenUp(next) - shed; n != 0 {
+	if n := givenUp(next); n != 0 {
 		t.Errorf("%v deliveries were given up", n)
 	}
 	next.WantLedgers()
@@ -247,8 +241,8 @@ func TestDrainWithStuckSocket(t *testing.T) {
 			}
 			next := s.w.Start("WEBSOCKET_DROP_POLICY=" + policy)
 			again := next.Connect(harness.User("acme", "desk1", "ann"))
-			// Sixteen wait for an agent without a socket; what comes to the next pod before its client does is shed beyond these.
-			harness.Eventually(t, harness.Patience, "what was pending to come to the next socket", func() bool { return len(seqsOf(again)) >= 16 })
+			const budget = 500 // NATS_PARKED_BUDGET: what comes to the next pod before its client does ends beyond that
+			harness.Eventually(t, harness.Patience, "what was pending to come to the next socket", func() bool { return len(seqsOf(again)) >= min(least, budget) })
 		})
 	}
 }

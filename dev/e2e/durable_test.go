@@ -60,10 +60,14 @@ func setStream(w *harness.World, change func(*jetstream.StreamConfig)) {
 // waitNoted waits until a poll has noted in Redis that all published so far is settled.
 func waitNoted(w *harness.World) {
 	w.T.Helper()
-	rdb, key := w.RedisClient(), "ack_floor:"+w.Stream+":"+w.Consumer+":"+w.Prefix
+	rdb := w.RedisClient()
 	harness.Eventually(w.T, harness.Patience, "the floor to be noted", func() bool {
-		words := strings.Fields(rdb.Get(harness.Within(w.T, harness.Patience), key).Val())
-		return len(words) == 2 && words[1] == since(w.LastSeq())
+		keys := rdb.Keys(harness.Within(w.T, harness.Patience), "ack_floor:"+w.Stream+":"+w.Consumer+":"+w.Prefix+":*").Val()
+		if len(keys) != 1 {
+			return false
+		}
+		words := strings.Fields(rdb.Get(harness.Within(w.T, harness.Patience), keys[0]).Val())
+		return len(words) == 2 && words[1] == fmt.Sprint(w.LastSeq())
 	})
 }
 
@@ -193,6 +197,26 @@ func TestSkippedEventsOutliveThePods(t *testing.T) {
 	next.WantLedgers()
 }
 
+// TestPodsLeftByTheWrongOne: the pod that was wrong made the consumer, and is gone. Those that are right do not take each other for its
+// users for ever: nobody asks it for events.
+func TestPodsLeftByTheWrongOne(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, harness.Settings("NATS_ACK_WAIT=6s", "PEER_TIMEOUT=1s", "WEBSOCKET_WRITE_TIMEOUT=2s", "WEBSOCKET_BLOCK_TIMEOUT=1s"))
+	other := w.Prefix + "-other"
+	setStream(w, func(cfg *jetstream.StreamConfig) { cfg.Subjects = append(cfg.Subjects, other+".>") })
+	wrong := w.Start("NATS_SUBJECT_PREFIX=" + other)
+	right := []*harness.Pod{w.Launch(), w.Launch()}
+	for _, p := range right {
+		wantMisfit(p, "filter_subject is "+other+".>, want "+w.Prefix+".>", "others use it")
+	}
+	wrong.Kill()
+	for _, p := range right {
+		harness.Eventually(t, 3*harness.Patience, p.ID+" to be ready", p.Ready)
+		p.Connect(harness.User("acme", "desk1", p.ID)).WaitEvent(w.Chat("acme", "desk1"))
+	}
+	w.Settled()
+}
+
 // TestPodWithOtherLimits: a pod whose ack wait and limit of unacked events are not the consumer's changes nothing while others
 // live. It goes by the consumer's: it neither fills it with what waits, nor answers for what JetStream has given out again.
 func TestPodWithOtherLimits(t *testing.T) {
@@ -216,7 +240,7 @@ func TestPodWithOtherLimits(t *testing.T) {
 	d.RcvBuf = 4096
 	ann := pod.Connect(d)
 	ann.WaitEvent(w.Chat("acme", "desk1"))
-	pod.WaitMetric(func(v float64) bool { return v > 0 }, "dws_events_total", `outcome="shed"`)
+	pod.WaitMetric(func(v float64) bool { return v > 0 }, "dws_events_total", `outcome="no_owner"`)
 
 	ann.Pause()
 	for range 12 {

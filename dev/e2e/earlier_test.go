@@ -115,7 +115,7 @@ func TestEarlierClient(t *testing.T) {
 	wantSaid(t, a, earlierNews{Got: "chat", Row: []byte(`{}`)})
 
 	// Who resumes gets agents events too, and each with its type.
-	again := two.Dial(harness.User("acme", "7", "back").With("since", "0"))
+	again := two.Dial(harness.User("acme", "7", "back").From(harness.Place{Stream: other.Ready.Stream}))
 	m := again.WaitEvent(last)
 	if !m.Replay || m.EventType != "agent" || string(m.Payload) != `{"event_type":"agent", "event_id":"e-93","company_id":"acme","row_data":{"status":"connected"} }` {
 		t.Errorf("replayed: %s", m.Raw)

@@ -244,7 +244,11 @@ func refusedUpgrades(tokens map[string]string) []refusal {
 	id := func(field, why string) string {
 		return bodyField(field, strings.ReplaceAll(field, "_", " ")+why+" ("+idRule+")")
 	}
-	since := bodyField("since", "since must be a stream sequence")
+	chat := func(why string) string {
+		return bodyField("chat_id", "chat id"+why)
+	}
+	const chatRule = ` (1 to 256 bytes of printable ASCII without blank, * and >)`
+	since := bodyField("since", "since must be a position, or empty")
 	foreign := func(d *harness.Dial) { d.Protocols = []string{"chat.v2", "graphql-ws"} }
 	return []refusal{
 		{"foreign sub-protocols", user(foreign), 400, bodyBad("the only sub-protocol is json.v1"), 0, ""},
@@ -282,7 +286,11 @@ func refusedUpgrades(tokens map[string]string) []refusal {
 		{"contradictory scope", admin(token("contradiction")), 403, bodyToken("subscribed_company_id contradicts company_id_restriction"), 4403, "invalid-token"},
 		{"since not a number", user(func(*harness.Dial) {}).With("since", "yesterday"), 400, since, 4400, "bad-request"},
 		{"since negative", user(func(*harness.Dial) {}).With("since", "-1"), 400, since, 4400, "bad-request"},
-		{"since empty, admin", admin(func(*harness.Dial) {}).With("since", ""), 400, since, 4400, "bad-request"},
+		{"since beyond 64 bits", admin(func(*harness.Dial) {}).With("since", "18446744073709551616"), 400, since, 4400, "bad-request"},
+		{"since with a blank", admin(func(*harness.Dial) {}).With("since", " 5"), 400, since, 4400, "bad-request"},
+		{"chat with a wildcard", user(func(*harness.Dial) {}).With("chat", "a.*"), 400, chat(` \"a.*\" holds '*'` + chatRule), 4400, "bad-request"},
+		{"chat that ends in a dot", user(func(*harness.Dial) {}).With("since", "").With("chat", "c1."), 400, chat(` \"c1.\" has a dot at its end or two in a row, which no NATS subject can hold`), 4400, "bad-request"},
+		{"chat of 257 bytes", user(func(*harness.Dial) {}).With("chat", strings.Repeat("c", 257)), 400, chat(` \"` + strings.Repeat("c", 64) + `\" has 257 bytes` + chatRule), 4400, "bad-request"},
 	}
 }
 

@@ -187,12 +187,11 @@ func TestReconnectIsExact(t *testing.T) {
 		for i := range rounds {
 			c := pod.Connect(as(harness.User("acme", "desk1", "ann")))
 			c.SelectChat("c1")
-			for _, route := range []string{"route:acme:desk1:general", "route:acme:desk1:messages:c1"} {
-				members, err := rdb.SMembers(t.Context(), route).Result()
-				if err != nil || len(members) != 1 || !strings.HasPrefix(members[0], pod.ID+"#") {
-					t.Fatalf("round %d: %s holds %q, %v", i, route, members, err)
-				}
-			}
+			// The release of the socket before may still be on its way; its claim has another name.
+			harness.Eventually(t, harness.Patience, "one claim of the pod", func() bool {
+				members, err := rdb.SMembers(t.Context(), "route:acme:desk1").Result()
+				return err == nil && len(members) == 1 && strings.HasPrefix(members[0], pod.ID+"#")
+			})
 			c.WaitEvent(w.Message("acme", "desk1", "c1"))
 			switch i % 3 {
 			case 0:

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -106,14 +105,12 @@ func wantTakeOver(w *harness.World, a, b *harness.Pod, agent string) {
 // wantResume has a user leave one pod and ask the other for what came meanwhile.
 func wantResume(w *harness.World, a, b *harness.Pod, agent string) {
 	w.T.Helper()
-	c := a.Connect(harness.User("acme", agent, "ann"))
-	seqs := []uint64{w.Chat("acme", agent), w.Contact("acme", agent), w.Chat("acme", agent)}
-	for _, seq := range seqs {
-		c.WaitEvent(seq)
-	}
+	c := a.Connect(harness.User("acme", agent, "ann").Positions())
+	c.WaitEvent(w.Chat("acme", agent))
 	c.Close(1000, "")
-	c = b.Dial(harness.User("acme", agent, "ann").With("since", fmt.Sprint(seqs[0])))
-	for _, seq := range seqs[1:] {
+	seqs := []uint64{w.Contact("acme", agent), w.Chat("acme", agent)}
+	c = b.Dial(harness.User("acme", agent, "ann").From(c.Place()))
+	for _, seq := range seqs {
 		if m := c.WaitEvent(seq); !m.Replay {
 			w.T.Errorf("event %d is no replay: %s", seq, m.Raw)
 		}

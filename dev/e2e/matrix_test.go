@@ -44,15 +44,21 @@ var matrix = []ackRow{
 	{fate: "waited for room", where: "several", policy: "block", full: true, deed: publish, jet: "H+1 1", events: "nak_failed>0", mend: read, finally: "nak_failed>0 delivered=H+1", here: "written=1 duplicate>0", there: "failed>0 written=H+1"},
 	{fate: "waited for room", policy: "drop_oldest", never: "nothing waits behind a ring: the oldest makes room"},
 
-	// After WRITE_TIMEOUT the socket is closed as slow. Then its agent has no socket, or the other one, which has had it all:
-	// that is acked, and fetched by the resume of who comes back.
-	{fate: "waited out", where: "local", world: "hasty", stuck: true, deed: waitSlow, jet: "H H", events: "nak_failed=H nak_no_owner>0", mend: comeBack, finally: "nak_failed=H nak_no_owner>0 delivered=H", here: "failed=H written=H"},
-	{fate: "waited out", where: "remote", world: "hasty", stuck: true, deed: waitSlow, jet: "H H", events: "nak_failed=H nak_no_owner>0", mend: comeBack, finally: "nak_failed=H nak_no_owner>0 delivered=H", here: "written=H", there: "failed=H"},
-	{fate: "waited out", where: "several", world: "hasty", stuck: true, deed: waitSlow, jet: "0 0", events: "nak_failed=H delivered=H", mend: resumeHere, finally: "nak_failed=H delivered=H", here: "duplicate=H", there: "failed=H"},
+	// A message of a chat that is not selected is for nobody, or for one of two.
+	{fate: "unselected", where: "local", deed: write, jet: "0 0", finally: "unselected=1", here: "unselected=1"},
+	{fate: "unselected", where: "remote", deed: write, jet: "0 0", finally: "unselected=1", there: "unselected=1"},
+	{fate: "unselected", where: "several", deed: write, jet: "0 0", finally: "unselected=1", here: "unselected=1", there: "unselected=1"},
+	{fate: "selected by the other", where: "several", before: selectHere, deed: write, jet: "0 0", finally: "delivered=1", here: "written=1", there: "unselected=1"},
 
-	{fate: "socket died", where: "local", stuck: true, deed: die, jet: "H H", events: "nak_failed=H nak_no_owner>0", mend: comeBack, finally: "nak_failed=H nak_no_owner>0 delivered=H", here: "failed=H written=H"},
-	{fate: "socket died", where: "remote", stuck: true, deed: die, jet: "H H", events: "nak_failed=H nak_no_owner>0", mend: comeBack, finally: "nak_failed=H nak_no_owner>0 delivered=H", here: "written=H", there: "failed=H"},
-	{fate: "socket died", where: "several", stuck: true, deed: die, jet: "0 0", events: "nak_failed=H delivered=H", mend: resumeHere, finally: "nak_failed=H delivered=H", here: "duplicate=H", there: "failed=H"},
+	// After WRITE_TIMEOUT the socket is closed as slow, and what waited for it is gone with it. Then its agent has no socket, or the
+	// other one, which has had it all: that is acked, and fetched by the resume of who comes back.
+	{fate: "waited out", where: "local", world: "hasty", stuck: true, deed: waitSlow, jet: "H H", events: "nak_no_owner>0", mend: comeBack, finally: "nak_no_owner>0 delivered=H", here: "gone=H written=H"},
+	{fate: "waited out", where: "remote", world: "hasty", stuck: true, deed: waitSlow, jet: "H H", events: "nak_no_owner>0", mend: comeBack, finally: "nak_no_owner>0 delivered=H", here: "written=H", there: "gone=H"},
+	{fate: "waited out", where: "several", world: "hasty", stuck: true, deed: waitSlow, jet: "0 0", events: "delivered=H", mend: resumeHere, finally: "delivered=H", there: "gone=H"},
+
+	{fate: "socket died", where: "local", stuck: true, deed: die, jet: "H H", events: "nak_no_owner>0", mend: comeBack, finally: "nak_no_owner>0 delivered=H", here: "gone=H written=H"},
+	{fate: "socket died", where: "remote", stuck: true, deed: die, jet: "H H", events: "nak_no_owner>0", mend: comeBack, finally: "nak_no_owner>0 delivered=H", here: "written=H", there: "gone=H"},
+	{fate: "socket died", where: "several", stuck: true, deed: die, jet: "0 0", events: "delivered=H", mend: resumeHere, finally: "delivered=H", there: "gone=H"},
 
 	// The stream to the peer breaks and no other can be made. What its socket holds meanwhile is joined by the redelivery.
 	{fate: "peer failed", where: "remote", deed: cutAndPublish, jet: "1 1", events: "nak_failed>0", mend: restore, finally: "nak_failed>0 delivered=1", there: "written>0 duplicate>=0"},
@@ -71,29 +77,26 @@ var matrix = []ackRow{
 	{fate: "breaker open", where: "several", world: "breaker", before: openBreaker, deed: publish, jet: "1 1", events: "nak_failed>0", mend: restore, finally: "nak_failed>0 delivered=1", here: "written=1 duplicate>0", there: "written>0 duplicate>=0"},
 	{fate: "breaker open", where: "local", never: "no peer has a part in it"},
 
-	// A claim of the peer that no socket stands behind. It says so, and withdraws the claim; a second look finds nobody: a NAK,
-	// then without an owner. Whom the second look finds, and the peer no more, has had it.
-	{fate: "absent", where: "remote", before: claimInVain, deed: publish, jet: "1 1", events: "nak_failed>0 nak_no_owner>0", mend: comeBack, finally: "nak_failed>0 nak_no_owner>0 delivered=1", here: "written=1"},
-	{fate: "absent", where: "several", before: claimInVain, deed: publish, jet: "0 0", events: "nak_failed>=0 delivered=1", finally: "nak_failed>=0 delivered=1", here: "written=1 duplicate>0"},
+	// A claim of the peer that no socket stands behind: it says so. Then there is nobody, or the other one.
+	{fate: "absent", where: "remote", before: claimInVain, deed: publish, jet: "1 1", events: "nak_no_owner>0", mend: comeBack, finally: "nak_no_owner>0 delivered=1", here: "written=1"},
+	{fate: "absent", where: "several", before: claimInVain, deed: publish, jet: "0 0", events: "delivered=1", finally: "delivered=1", here: "written=1"},
 	{fate: "absent", where: "local", never: "a pod knows its own sockets"},
 	{fate: "no owner", where: "nobody", deed: publish, jet: "1 1", events: "nak_no_owner>0", mend: comeBack, finally: "nak_no_owner>0 delivered=1", here: "written=1"},
 
-	// Owners that were asked for before serve on. Of others it is not known who else owns the route: written, and not acked.
-	{fate: "Redis away", where: "local", world: "redis", before: knownThenAway, deed: publish, jet: "0 0", events: "delivered=1", mend: redisBack, finally: "delivered=1", here: "written=1"},
-	{fate: "Redis away", where: "remote", world: "redis", before: knownThenAway, deed: publish, jet: "0 0", events: "delivered=1", mend: redisBack, finally: "delivered=1", there: "written=1"},
-	{fate: "Redis away", where: "several", world: "redis", before: knownThenAway, deed: publish, jet: "0 0", events: "delivered=1", mend: redisBack, finally: "delivered=1", here: "written=1", there: "written=1"},
-	// Afterwards a pod may ask for them before the other has claimed them again: a gap says so.
-	{fate: "Redis away, owners unknown", where: "local", world: "redis", before: away, deed: publish, jet: "1 1", events: "nak_failed>0", mend: redisBack, finally: "nak_failed>0 delivered=1", here: "written=1 duplicate>0"},
-	{fate: "Redis away, owners unknown", where: "remote", world: "redis", before: away, deed: publish, jet: "1 1", events: "nak_failed>0", mend: redisBack, finally: "nak_failed>0 nak_no_owner>=0 delivered=1", there: "written=1"},
-	{fate: "Redis away, owners unknown", where: "several", world: "redis", before: away, deed: publish, jet: "1 1", events: "nak_failed>0", mend: redisBack, finally: "nak_failed>0 delivered=1", here: "written=1 duplicate>0", there: "written>=0"},
+	// Without Redis' answer the event goes to every pod, and JetStream is told nothing. When Redis has answered, the owners get it,
+	// those that had it say so, and it is settled.
+	{fate: "Redis away", where: "local", world: "redis", before: away, deed: publish, jet: "1 0", mend: redisBack, finally: "delivered=1", here: "written=1"},
+	{fate: "Redis away", where: "remote", world: "redis", before: away, deed: publish, jet: "1 0", mend: redisBack, finally: "delivered=1", there: "written=1 duplicate=1"},
+	{fate: "Redis away", where: "several", world: "redis", before: away, deed: publish, jet: "1 0", mend: redisBack, finally: "delivered=1", here: "written=1", there: "written=1 duplicate=1"},
+	{fate: "Redis away", where: "nobody", world: "redis", before: away, deed: publish, jet: "1 0", mend: redisBackAndCome, finally: "nak_no_owner>=0 delivered=1", here: "written=1"},
 
 	// A drain waits for what is in hand, but not for ever. The ledgers of a pod that has ended can't be read: "here" is then
 	// its successor, whom the events are given out to again.
-	{fate: "drain here", where: "local", world: "drain", stuck: true, deed: drainHere, jet: "H 0", mend: succeed, finally: "delivered=H nak_failed>=0 nak_no_owner>=0", here: "written=H"},
+	{fate: "drain here", where: "local", world: "drain", stuck: true, deed: drainHere, jet: "H 0", mend: succeed, finally: "delivered=H nak_no_owner>=0", here: "written=H"},
 	{fate: "drain here", where: "remote", world: "drain", stuck: true, deed: drainHere, jet: "H 0", mend: succeedAndRead, finally: "delivered=H nak_failed>=0", there: "written>0 duplicate>=0"},
 	{fate: "drain here", where: "several", world: "drain", stuck: true, deed: drainHere, jet: "H 0", mend: succeedAndRead, finally: "delivered=H nak_failed>=0", there: "written>0 duplicate>=0"},
-	{fate: "drain there", where: "remote", world: "drain", stuck: true, deed: drainThere, jet: "H H", events: "nak_failed=H nak_no_owner>0", mend: comeBack, finally: "nak_failed=H nak_no_owner>0 delivered=H", here: "written=H"},
-	{fate: "drain there", where: "several", world: "drain", stuck: true, deed: drainThere, jet: "0 0", events: "nak_failed=H delivered=H", mend: resumeHere, finally: "nak_failed=H delivered=H", here: "duplicate=H"},
+	{fate: "drain there", where: "remote", world: "drain", stuck: true, deed: drainThere, jet: "H H", events: "nak_no_owner>0", mend: comeBack, finally: "nak_no_owner>0 delivered=H", here: "written=H"},
+	{fate: "drain there", where: "several", world: "drain", stuck: true, deed: drainThere, jet: "0 0", events: "delivered=H", mend: resumeHere, finally: "delivered=H"},
 	{fate: "drain there", where: "local", never: "that pod has no part in it"},
 }
 
@@ -225,7 +228,7 @@ func play(a *act, r ackRow) {
 }
 
 func (a *act) connect(p *harness.Pod, user string) *harness.Client {
-	d := harness.User("acme", a.agent, user)
+	d := harness.User("acme", a.agent, user).Positions()
 	d.RcvBuf = 4096
 	return a.meet(p.Dial(d))
 }
@@ -256,7 +259,7 @@ func (a *act) wantAll(user string) {
 		}
 		if !asked && slices.ContainsFunc(last.Others(), func(m harness.Message) bool { return m.Type == "gap" }) {
 			asked = true
-			last.Send(map[string]any{"type": "resume", "payload": map[string]any{"since": a.first - 1}})
+			last.Send(map[string]any{"type": "resume"})
 		}
 		return false
 	})
@@ -426,6 +429,10 @@ func (a *act) wantJet(jet, events string) {
 
 func publish(a *act) { a.chat() }
 
+// write publishes a message of a chat, which is due to nobody but who has selected it.
+func write(a *act)      { a.w.Message("acme", a.agent, "c1") }
+func selectHere(a *act) { a.users["ann"][0].SelectChat("c1") }
+
 func read(a *act) { a.sick.Resume() }
 func die(a *act)  { a.sick.Abort() }
 
@@ -442,7 +449,7 @@ func comeBack(a *act) {
 // resumeHere has that user fetch what was acked without it.
 func resumeHere(a *act) {
 	a.sick.Abort()
-	a.sick = a.meet(a.here.Dial(harness.User("acme", a.agent, a.sick.Dial.User).With("since", since(a.first-1))))
+	a.sick = a.meet(a.here.Dial(harness.User("acme", a.agent, a.sick.Dial.User).From(a.sick.Place())))
 }
 
 // waitSlow waits until the socket is closed because it takes nothing.
@@ -474,17 +481,10 @@ func claimInVain(a *act) {
 	if err != nil {
 		a.w.T.Fatal(err)
 	}
-	epoch, _, _ := strings.Cut(lease, " ")
-	if err := rdb.SAdd(a.w.T.Context(), "route:acme:"+a.agent+":general", a.there.ID+"#"+epoch).Err(); err != nil {
+	life, _, _ := strings.Cut(lease, " ")
+	if err := rdb.SAdd(a.w.T.Context(), "route:acme:"+a.agent, a.there.ID+"#"+life+"#0").Err(); err != nil {
 		a.w.T.Fatal(err)
 	}
-}
-
-func knownThenAway(a *act) {
-	publish(a)
-	a.w.Settled()
-	a.forget()
-	away(a)
 }
 
 func away(a *act) {
@@ -499,6 +499,11 @@ func redisBack(a *act) {
 	}
 	a.here.WaitReady()
 	a.there.WaitReady()
+}
+
+func redisBackAndCome(a *act) {
+	redisBack(a)
+	comeBack(a)
 }
 
 func drainHere(a *act) {

@@ -1,10 +1,7 @@
 package e2e
 
 import (
-	"bufio"
 	"fmt"
-	"io"
-	"net"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -122,7 +119,7 @@ func TestNATSEachRight(t *testing.T) {
 			c := p.Connect(harness.User("acme", "desk1", "ann"))
 			first, second := w.Chat("acme", "desk1"), w.Chat("acme", "desk1")
 			c.WaitEvent(second)
-			p.Dial(harness.User("acme", "desk1", "bob").With("since", fmt.Sprint(first)))
+			p.Dial(harness.User("acme", "desk1", "bob").From(harness.Place{Seq: first, Stream: c.Ready.Stream}))
 		}
 		if strings.Contains(right, "CONSUMER.DELETE") {
 			p.WaitReady()
@@ -286,52 +283,6 @@ func TestImportedJetStream(t *testing.T) {
 	b := w.Start(urlAs(w, "service", natsPassword), "NATS_JS_API_PREFIX=owner.API")
 	wantEverything(w, a, b, "desk1")
 	wantNoViolation(w, a, b)
-}
-
-// TestOldNATS: a server that lacks something the service uses is named at the start, once.
-func TestOldNATS(t *testing.T) {
-	t.Parallel()
-	w := harness.New(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go asOld(c, w.NATS.Address())
-		}
-	}()
-	p := w.Start("NATS_URL=nats://" + l.Addr().String())
-	findLine(p, `"level":"WARN"`, "NATS is older than 2.11", w.Stream)
-	p.Connect(harness.User("acme", "desk1", "ann")).WantEvent(w.Chat("acme", "desk1"))
-	if n := strings.Count(p.Log.Text(), "older than 2.11"); n != 1 {
-		t.Errorf("said %d times", n)
-	}
-	if log := w.Start().Log.Text(); strings.Contains(log, "older than") {
-		t.Error("the present server is called old")
-	}
-}
-
-// asOld forwards a connection to NATS without what servers say of their version from 2.11 on.
-func asOld(c net.Conn, target string) {
-	defer c.Close()
-	server, err := net.Dial("tcp", target)
-	if err != nil {
-		return
-	}
-	defer server.Close()
-	go io.Copy(server, c)
-	for in := bufio.NewReader(server); err == nil; {
-		var line string
-		if line, err = in.ReadString('\n'); err == nil {
-			_, err = io.WriteString(c, strings.Replace(line, `"_nats.ver":`, `"of.others":`, 1))
-		}
-	}
 }
 
 // TestNATSTLS: certificates both ways; a pod that cannot prove itself, or meets a server that it does not trust, waits and

@@ -10,11 +10,11 @@ import (
 	"daisi-ws-service/dev/harness"
 )
 
-// shortDelays makes an event without an owner come again after 100, 200, 400, 800 and 1600 ms: 3.1 s in all.
+// shortDelays makes an event without an owner come again after 100, 200, 400 and 800 ms: 1.5 s in all.
 const shortDelays = "NATS_NAK_DELAY=100ms"
 
 // noOwnerDelays is how long an event without an owner is kept with shortDelays.
-const noOwnerDelays = 31 * 100 * time.Millisecond
+const noOwnerDelays = 15 * 100 * time.Millisecond
 
 func ended(p *harness.Pod, outcome string) float64 {
 	return p.Metric("dws_events_total", fmt.Sprintf("outcome=%q", outcome))
@@ -90,51 +90,45 @@ func TestNobodyArrives(t *testing.T) {
 	pod.WantLedgers()
 }
 
-// TestAbsentAgentKeepsSixteen: of the events of one absent agent 16 wait, further ones are shed at once; who then comes
-// gets those that waited.
-func TestAbsentAgentKeepsSixteen(t *testing.T) {
+// TestAbsentAgent: many events of one absent agent wait for its client, who gets all of them.
+func TestAbsentAgent(t *testing.T) {
 	t.Parallel()
 	w := harness.New(t)
 	pod := w.Start() // the usual delays: all stay parked long enough
 	var seqs []uint64
-	for range 20 {
+	for range 40 {
 		seqs = append(seqs, w.Chat("acme", "desk1"))
 	}
-	waitEnded(pod, "shed", 4)
-	if info := w.ConsumerInfo(); info.NumAckPending != 16 {
-		t.Errorf("JetStream says that %d events are pending, want 16", info.NumAckPending)
-	}
-	if n := pod.Metric("dws_parked_events"); n > 16 {
-		t.Errorf("%v events parked", n)
-	}
+	pod.WaitMetric(func(v float64) bool { return v == 40 }, "dws_parked_events")
 	c := pod.Connect(harness.User("acme", "desk1", "ann"))
-	for _, seq := range seqs[:16] {
-		c.WaitEvent(seq)
-	}
 	w.Settled()
-	c.WantNothingElse()
+	wantExactly(c, seqs)
+	waitEnded(pod, "delivered", 40)
 	pod.WantLedgers()
 }
 
-// TestParkedBudget: all absent agents together have a budget per pod; what is above it is shed at once, and an agent
-// that is there notices nothing.
+// TestParkedBudget: all absent agents together have a budget. What is above it ends at once, as everything that nobody comes for:
+// as no_owner, never as shed, which is what an owner was denied. An agent that is there notices nothing.
 func TestParkedBudget(t *testing.T) {
 	t.Parallel()
-	w := harness.New(t)
-	pod := w.Start("NATS_PARKED_BUDGET=20")
+	w := harness.New(t, harness.Settings("NATS_PARKED_BUDGET=20", "NATS_NAK_DELAY=400ms"))
+	pod := w.Start()
 	ann := pod.Connect(harness.User("acme", "desk1", "ann"))
 	for range 10 {
 		for _, agent := range []string{"gone1", "gone2", "gone3"} {
 			w.Chat("acme", agent)
 		}
 	}
-	waitEnded(pod, "shed", 10)
+	waitEnded(pod, "no_owner", 10)
 	if info := w.ConsumerInfo(); info.NumAckPending != 20 {
 		t.Errorf("JetStream says that %d events are pending, want 20", info.NumAckPending)
 	}
 	ann.WantNothingElse()
-	if n := pod.Metric("dws_parked_events"); n != 20 {
-		t.Errorf("%v events parked, want 20", n)
+	pod.WaitMetric(func(v float64) bool { return v == 20 }, "dws_parked_events")
+	w.Settled()
+	waitEnded(pod, "no_owner", 30)
+	if n := ended(pod, "shed") + ended(pod, "expired"); n != 0 {
+		t.Errorf("%v events of nobody ended as shed or expired", n)
 	}
 	pod.WantLedgers()
 }
@@ -249,7 +243,7 @@ func TestTwoProcessesOneID(t *testing.T) {
 }
 
 // TestIDTakenWhileSuspended: a pod stands still past its lease, another process takes its id. Awake again, the first ends: nobody
-// would find its sockets any more, since claims of its epoch are dead.
+// would find its sockets any more, since claims of its life are dead.
 func TestIDTakenWhileSuspended(t *testing.T) {
 	t.Parallel()
 	harness.NeedRealRedis(t)

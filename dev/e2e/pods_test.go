@@ -131,8 +131,8 @@ func TestEventsAcrossPods(t *testing.T) {
 	})
 }
 
-// TestSelectOnOnePodPulledByAnother: what is published after chat_selected reaches the socket, though the pod that pulls
-// it had believed a moment ago that nobody wants this chat. 1,000 rounds that went from pod to pod.
+// TestSelectOnOnePodPulledByAnother: what is published after chat_selected reaches the socket, whatever pod pulls it, though a
+// moment ago nobody wanted that chat. 1,000 rounds that went from pod to pod.
 func TestSelectOnOnePodPulledByAnother(t *testing.T) {
 	t.Parallel()
 	const crossings = 1000
@@ -157,7 +157,7 @@ func TestSelectOnOnePodPulledByAnother(t *testing.T) {
 		chat := fmt.Sprintf("chat.%d", rounds)
 		var unwanted sync.WaitGroup
 		for _, d := range desks {
-			// Nobody wants it yet: each pod that pulls one remembers so.
+			// Nobody wants it yet.
 			unwanted.Go(func() { w.JS.Publish(t.Context(), w.Prefix+".acme."+d.agent+".messages."+chat, []byte("{}")) })
 		}
 		unwanted.Wait()

@@ -166,7 +166,7 @@ func TestPoisonIsLoggedSparingly(t *testing.T) {
 		t.Errorf("the lines tell of %d malformed events up to the sequence %d", counted, last)
 	}
 	for i := 1; i < len(times); i++ {
-		if d := times[i].Sub(times[i-1]); d < 990*time.Millisecond { // the log's clock is read after the decision
+		if d := times[i].Sub(times[i-1]); d < 900*time.Millisecond { // the log's clock is read after the decision, on a busy machine a while
 			t.Errorf("two lines within %v", d)
 		}
 	}

@@ -57,7 +57,8 @@ func leavesNothing(w *harness.World, rdb redis.UniversalClient, pods ...*harness
 		w.T.Fatal(err)
 	}
 	slices.Sort(keys)
-	if want := []string{"ack_floor:" + w.Stream + ":" + w.Consumer + ":" + w.Prefix, "owner_log"}; !slices.Equal(keys, want) {
+	want := []string{"ack_floor:" + w.Stream + ":" + w.Consumer, "generation:" + w.Stream}
+	if !slices.EqualFunc(keys, want, strings.HasPrefix) {
 		w.T.Errorf("after the drain of all pods Redis holds %q, want %q", keys, want)
 	}
 }
@@ -70,9 +71,19 @@ func TestRedisLeastRights(t *testing.T) {
 	const password = "password-of-an-acl-user"
 	rules := aclRules(t, password)
 	w := harness.New(t, harness.RedisArgs(rules...), harness.Settings("REDIS_USERNAME=daisi", "REDIS_PASSWORD="+password, "REDIS_DB=7",
-		"AUTH_TOKEN_CACHE_TTL=1m", "AUTH_ADMIN_TOKEN_CACHE_TTL=1m", "SESSION_REFRESH_INTERVAL=500ms", "POD_LEASE=1500ms"))
-	a, b := w.Start(), w.Start()
+		"AUTH_TOKEN_CACHE_TTL=1m", "AUTH_ADMIN_TOKEN_CACHE_TTL=1m", "SESSION_REFRESH_INTERVAL=500ms", "POD_LEASE=1500ms",
+		"NATS_NAK_DELAY=100ms", "NATS_RETRY_HORIZON=250ms"))
+	a := w.Start()
+	b, proxy := behindProxy(w)
 	wantEverything(w, a, b, "desk1", "desk2")
+	bob := b.Connect(harness.User("acme", "desk3", "bob"))
+	proxy.Cut()
+	harness.Eventually(t, harness.Patience, "an event to be given up", func() bool {
+		w.Chat("acme", "desk3")
+		return ended(a, "expired") > 0
+	})
+	proxy.Restore()
+	bob.WantGap("expired")
 	idle := a.Connect(harness.User("acme", "desk3", "ann"))
 	a.WaitMetric(func(n float64) bool { return n > 0 }, "dws_session_lock_renewal_success_total")
 	idle.Close(1000, "")
@@ -81,7 +92,7 @@ func TestRedisLeastRights(t *testing.T) {
 	defer admin.Close()
 	harness.Eventually(t, harness.Patience, "what is done only now and then", func() bool {
 		stats, err := admin.Info(t.Context(), "commandstats").Result()
-		return err == nil && strings.Contains(stats, "cmdstat_pexpire:") && strings.Contains(stats, "cmdstat_ping:")
+		return err == nil && strings.Contains(stats, "cmdstat_pexpire:") && strings.Contains(stats, "cmdstat_ping:") && strings.Contains(stats, "cmdstat_hdel:")
 	})
 	cached, err := admin.Keys(t.Context(), "token_cache:*").Result()
 	if err != nil || len(cached) == 0 {
@@ -242,7 +253,7 @@ func agentsOfAllMasters(t *testing.T, rdb *redis.ClusterClient) []string {
 	return agents
 }
 
-// wantClaimed waits until Redis holds everything that the clients' pods have to claim, under the epochs of their leases.
+// wantClaimed waits until Redis holds everything that the clients' pods have to claim, under the lives of their leases.
 func wantClaimed(w *harness.World, rdb redis.UniversalClient, clients []*harness.Client) {
 	w.T.Helper()
 	why := ""
@@ -261,24 +272,30 @@ func wantClaimed(w *harness.World, rdb redis.UniversalClient, clients []*harness
 	})
 }
 
-// unclaimed says what Redis does not hold of what it should for c.
+// memberFor names the pod of c with the life that its lease has now.
+func memberFor(ctx context.Context, rdb redis.UniversalClient, c *harness.Client) string {
+	life, _, _ := strings.Cut(rdb.Get(ctx, "pod:"+c.Pod.ID).Val(), " ")
+	return c.Pod.ID + "#" + life
+}
+
+// unclaimed says what Redis does not hold of what it should for c: the claim of its agent, and its session.
 func unclaimed(ctx context.Context, rdb redis.UniversalClient, c *harness.Client) string {
-	lease, err := rdb.Get(ctx, "pod:"+c.Pod.ID).Result()
-	if err != nil {
-		return fmt.Sprintf("lease of %s: %v", c.Pod.ID, err)
+	if why := noOwner(ctx, rdb, c); why != "" {
+		return why
 	}
-	epoch, _, _ := strings.Cut(lease, " ")
-	member := c.Pod.ID + "#" + epoch
-	base := c.Dial.Company + ":" + c.Dial.Agent
-	for _, key := range []string{"route:" + base + ":general", "route:" + base + ":messages:c1"} {
-		names, err := rdb.SMembers(ctx, key).Result()
-		if !slices.ContainsFunc(names, func(name string) bool { return memberOf(name) == member }) {
-			return fmt.Sprintf("%s is no member of %s (%v)", member, key, err)
-		}
-	}
-	key := "session:" + base + ":" + c.Dial.User
+	member, key := memberFor(ctx, rdb, c), lockOf(c.Dial)
 	if lock, err := rdb.Get(ctx, key).Result(); err != nil || !strings.HasPrefix(lock, member+"#") {
 		return fmt.Sprintf("%s is %q (%v), want that of %s", key, lock, err, member)
+	}
+	return ""
+}
+
+// noOwner says what is wrong where Redis does not hold the claim of c's pod on its agent.
+func noOwner(ctx context.Context, rdb redis.UniversalClient, c *harness.Client) string {
+	member, key := memberFor(ctx, rdb, c), "route:"+c.Dial.Company+":"+c.Dial.Agent
+	names, err := rdb.SMembers(ctx, key).Result()
+	if !slices.ContainsFunc(names, func(name string) bool { return memberOf(name) == member }) {
+		return fmt.Sprintf("%s is no member of %s: %v (%v)", member, key, names, err)
 	}
 	return ""
 }
@@ -314,7 +331,20 @@ func wantOnlyGaps(c *harness.Client) {
 	}
 }
 
-// TestRedisClusterNode: the master of the owner log is killed and comes back with its data. Events flow all the time.
+// waitRenewed waits until the pod of that id has renewed its lease once more.
+func waitRenewed(t *testing.T, rdb redis.UniversalClient, id string) {
+	t.Helper()
+	lowest := time.Hour
+	harness.Eventually(t, harness.Patience, "a renewal of "+id, func() bool {
+		left, err := rdb.PTTL(t.Context(), "pod:"+id).Result()
+		if err == nil {
+			lowest = min(lowest, left)
+		}
+		return left > lowest
+	})
+}
+
+// TestRedisClusterNode: the master that every renewal needs is killed and comes back with its data. Events flow all the time.
 func TestRedisClusterNode(t *testing.T) {
 	t.Parallel()
 	harness.NeedRealRedis(t)
@@ -325,7 +355,7 @@ func TestRedisClusterNode(t *testing.T) {
 	agents := agentsOfAllMasters(t, rdb)
 	clients := openOffice(pods, agents)
 	f := w.Flow(100, chatsOf(agents))
-	master, err := rdb.MasterForKey(t.Context(), "owner_log")
+	master, err := rdb.MasterForKey(t.Context(), "pods")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -367,14 +397,14 @@ func TestRedisClusterStandsStill(t *testing.T) {
 	}
 	p := w.Start("SERVER_POD_ID=" + id)
 	c := p.Connect(harness.User("acme", "desk1", "ann"))
-	i := slices.IndexFunc(cluster.Nodes, func(r *rig.Redis) bool { return r.Address() != at("pods") && r.Address() != at("owner_log") })
+	i := slices.IndexFunc(cluster.Nodes, func(r *rig.Redis) bool { return r.Address() != at("pods") })
 	node := cluster.Nodes[i].Process()
-	time.Sleep(2500 * time.Millisecond) // one renewal has seen all masters
+	waitRenewed(t, rdb, id) // and it has seen all masters
 	node.Signal(syscall.SIGSTOP)
 	p.WantLine("Redis is away")
 	node.Signal(syscall.SIGCONT)
 	p.WantLine("Redis is back")
-	time.Sleep(time.Second)
+	waitRenewed(t, rdb, id)
 	c.WaitEvent(w.Chat("acme", "desk1"))
 	if others := c.Others(); len(others) > 0 {
 		t.Errorf("the socket got %s", others[0].Raw)

@@ -1,12 +1,11 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -37,24 +36,48 @@ func replayed(t *testing.T, c *harness.Client, typ string) (seqs []uint64, r har
 	}
 }
 
-func wantReplay(t *testing.T, c *harness.Client, typ string, want ...uint64) {
+// wantReplay expects exactly these events before the confirmation, and a position there that covers them.
+func wantReplay(t *testing.T, c *harness.Client, typ string, want ...uint64) harness.Reply {
 	t.Helper()
 	got, r := replayed(t, c, typ)
 	if !slices.Equal(got, want) || r.Resumed != len(want) || r.Gap {
 		t.Errorf("%s: replayed %v (resumed %d, gap %t), want %v", typ, got, r.Resumed, r.Gap, want)
 	}
+	if last := c.Pod.W.LastSeq(); r.Position == nil || *r.Position > last || len(want) > 0 && *r.Position < want[len(want)-1] {
+		t.Errorf("%s gives position %v after %v; the stream ends at %d", typ, r.Position, want, last)
+	}
+	return r
 }
 
-func since(n uint64) string { return fmt.Sprint(n) }
+// wantTooFar expects an answer that has the client reload: it names the stream, and where positions go on from.
+func wantTooFar(t *testing.T, c *harness.Client, typ string) harness.Reply {
+	t.Helper()
+	_, r := replayed(t, c, typ)
+	if last := c.Pod.W.LastSeq(); !r.Gap || r.Stream == "" || r.Position == nil || *r.Position > last {
+		t.Errorf("%s says %+v, want a gap, and a position of a stream that ends at %d", typ, r, last)
+	}
+	return r
+}
 
-// TestResume replays what a socket should have had, on connect, by select_chat and by resume, and nothing else.
+// at is a position of the stream that a pod reads.
+func at(p *harness.Pod, seq uint64) harness.Place {
+	p.W.T.Helper()
+	c := p.Connect(harness.User("probe", "probe", "probe").Positions())
+	c.Close(1000, "")
+	return harness.Place{Seq: seq, Stream: c.Ready.Stream}
+}
+
+// often are settings with a heartbeat that comes often; a busy client may miss many.
+var often = harness.Settings("WEBSOCKET_PING_INTERVAL=200ms", "WEBSOCKET_MAX_MISSED_PONGS=1000")
+
+// TestResume replays what a socket should have had behind its position, on connect and by resume, and nothing else: nothing
+// before it, nothing for others, nothing malformed, and of chats only the one that is selected.
 func TestResume(t *testing.T) {
 	t.Parallel()
 	w := harness.New(t)
 	pod := w.Start("NATS_NAK_DELAY=50ms") // some events have no owner and are waited for
 	ann := harness.User("acme", "desk1", "ann")
 	first := w.Chat("acme", "desk1")
-	w.Message("acme", "desk1", "c1")
 	a := w.Contact("acme", "desk1")
 	w.Chat("acme", "desk2")
 	w.Chat("other", "desk1")
@@ -63,32 +86,71 @@ func TestResume(t *testing.T) {
 	w.PublishRaw(w.Prefix+".acme.desk1.chats", []byte("not json"))
 	b := disguised(w, "desk1")
 
-	// The overlap reaches back before `first`, which is replayed though it is not after since.
-	c := pod.Dial(ann.With("since", since(first)))
-	wantReplay(t, c, "ready", first, a, b)
+	c := pod.Dial(ann.From(at(pod, first)))
+	ready := wantReplay(t, c, "ready", a, b)
+	if ready.SessionID == "" || ready.Stream == "" || *ready.Position != w.LastSeq() {
+		t.Errorf("ready says %+v, the stream ends at %d", ready, w.LastSeq())
+	}
 	live := w.Chat("acme", "desk1")
 	if m := c.WantEvent(live); m.Replay {
 		t.Errorf("a live event is marked as replayed: %s", m.Raw)
 	}
-
-	c.Send(map[string]any{"type": "select_chat", "payload": map[string]any{"chat_id": "c1", "since": first}})
-	got, r := replayed(t, c, "chat_selected")
-	if len(got) != 2 || got[1] != m1 || r.ChatID != "c1" || r.Gap {
-		t.Errorf("select_chat replayed %v, %+v", got, r)
-	}
+	c = pod.Dial(ann.With("chat", "c1").From(at(pod, first)))
+	wantReplay(t, c, "ready", a, m1, b, live)
 	m2 := w.Message("acme", "desk1", "c1")
+	w.Message("acme", "desk1", "c2")
 	c.WantEvent(m2)
 
-	c.Send(map[string]any{"type": "resume", "payload": map[string]any{"since": first}})
-	got, r = replayed(t, c, "resumed")
-	if want := []uint64{first, first + 1, a, m1, b, live, m2}; !slices.Equal(got, want) || r.Gap || r.Resumed != len(want) {
-		t.Errorf("resume replayed %v (%+v), want %v", got, r, want)
+	// From the last position, which may have come meanwhile.
+	c.Send(map[string]any{"type": "resume"})
+	got, r := replayed(t, c, "resumed")
+	if !(len(got) == 0 || slices.Equal(got, []uint64{m2})) || r.Gap || r.Resumed != len(got) || r.Position == nil || *r.Position < m2 || r.Stream != ready.Stream {
+		t.Errorf("resume replayed %v (%+v), want %d or nothing", got, r, m2)
 	}
-	if r.Seq > w.LastSeq() {
-		t.Errorf("resumed says seq %d, the stream ends at %d", r.Seq, w.LastSeq())
-	}
+	c.SelectChat("c2")
+	c.WantEvent(w.Message("acme", "desk1", "c2"))
+	c.WantNothingElse()
 	w.Settled()
 	pod.WantLedgers()
+}
+
+// TestResumeOfAChat: a client names the chat that it had selected. Its messages that came meanwhile are replayed, in the order of
+// the stream, and further ones come live, on whatever pod; one that had none gets none.
+func TestResumeOfAChat(t *testing.T) {
+	t.Parallel()
+	bothClients(t, func(t *testing.T, as func(harness.Dial) harness.Dial) {
+		w := harness.New(t)
+		pods := startPods(w, 2)
+		d := as(harness.User("acme", "desk1", "ann"))
+		c := pods[0].Connect(d.Positions())
+		const chat = "a.b.c@s.whatsapp.net"
+		c.SelectChat(chat)
+		c.WantEvent(w.Message("acme", "desk1", chat))
+		for i := range 6 {
+			place := c.Place()
+			c.Abort()
+			due := []uint64{w.Message("acme", "desk1", chat), w.Chat("acme", "desk1")}
+			w.Message("acme", "desk1", "another")
+			due = append(due, w.Message("acme", "desk1", chat))
+			c = pods[(i+1)%2].Dial(d.With("chat", chat).From(place))
+			got, r := replayed(t, c, "ready")
+			if got = slices.DeleteFunc(got, func(seq uint64) bool { return seq < due[0] }); !slices.Equal(got, due) || r.Gap {
+				t.Errorf("replayed %v (%+v), want %v at the end", got, r, due)
+			}
+			w.Message("acme", "desk1", "another")
+			c.WantEvent(w.Message("acme", "desk1", chat))
+		}
+		place := c.Place()
+		c.Abort()
+		w.Message("acme", "desk1", chat)
+		last := w.Chat("acme", "desk1")
+		c = pods[0].Dial(d.From(place))
+		if got, _ := replayed(t, c, "ready"); slices.Contains(got, last-1) || !slices.Contains(got, last) {
+			t.Errorf("without a chat %v were replayed; %d is one's message, %d is not", got, last-1, last)
+		}
+		w.Message("acme", "desk1", chat)
+		c.WantNothingElse()
+	})
 }
 
 // TestResumeOfAdmins covers scopes with and without wildcards.
@@ -104,49 +166,60 @@ func TestResumeOfAdmins(t *testing.T) {
 		company, agent string
 		want           []uint64
 	}{{"acme", "desk1", []uint64{one}}, {"acme", "*", []uint64{one, two}}, {"*", "desk1", []uint64{one, three}}, {"*", "*", []uint64{one, two, three}}} {
-		c := pod.Dial(harness.Admin("root", tc.company, tc.agent).With("since", "0"))
+		c := pod.Dial(harness.Admin("root", tc.company, tc.agent).From(at(pod, 0)))
 		wantReplay(t, c, "ready", tc.want...)
 		c.Close(1000, "")
 	}
 }
 
-// TestResumeTooFar answers with a gap what cannot be replayed whole.
+// TestResumeTooFar answers with a gap what cannot be replayed whole. Where it can be, it is.
 func TestResumeTooFar(t *testing.T) {
 	t.Parallel()
-	w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) { c.MaxMsgs = 30 }))
-	pod := w.Start("RESUME_MAX_EVENTS=10")
+	w := harness.New(t, often, harness.Settings("NATS_NAK_DELAY=50ms"), harness.StreamConfig(func(c *jetstream.StreamConfig) { c.MaxMsgs = 30 }))
+	few, near := w.Start("RESUME_MAX_EVENTS=10"), w.Start("RESUME_MAX_BEHIND=20")
 	ann := harness.User("acme", "desk1", "ann")
-	wantGap := func(n uint64, gap bool) {
+	stream := at(few, 0).Stream
+	from := func(seq uint64) harness.Dial { return ann.From(harness.Place{Seq: seq, Stream: stream}) }
+	wantGap := func(p *harness.Pod, d harness.Dial, gap bool) {
 		t.Helper()
-		c := pod.Dial(ann.With("since", since(n)))
-		if _, r := replayed(t, c, "ready"); r.Gap != gap {
-			t.Errorf("since %d of a stream that ends at %d: gap %t, want %t", n, w.LastSeq(), r.Gap, gap)
+		c := p.Dial(d)
+		if gap {
+			wantTooFar(t, c, "ready")
+		} else if _, r := replayed(t, c, "ready"); r.Gap {
+			t.Errorf("%v of a stream that ends at %d: a gap", d.Query, w.LastSeq())
 		}
 		c.Close(1000, "")
 	}
-	wantGap(0, false) // nothing was published yet
-	wantGap(1, true)  // beyond the end
+	wantGap(few, from(0), false) // nothing was published yet
+	wantGap(few, from(1), true)  // beyond the end
 	for range 10 {
 		w.Chat("acme", "desk1")
 	}
-	wantGap(3, false)
-	wantGap(11, true)
+	wantGap(few, from(0), false)
+	wantGap(few, from(11), true)
 	w.Chat("acme", "desk1")
-	wantGap(1, false) // 10, and one of the overlap
-	wantGap(0, true)  // 11
+	wantGap(few, from(0), true) // 11
+	wantGap(few, from(1), false)
+	wantGap(few, ann.From(harness.Place{Seq: 11, Stream: "another"}), true)
+	wantGap(few, ann.With("since", "11"), true) // of a stream that it does not name
 	for range 40 {
 		w.Chat("acme", "desk2")
 	}
-	wantGap(3, true) // expired
 	last := w.LastSeq()
-	wantGap(last, false)
-	wantGap(last-29, false)
-	wantGap(last-32, true)
+	wantGap(few, from(3), true) // expired
+	wantGap(few, from(last-31), true)
+	wantGap(few, from(last-30), false)
+	wantGap(few, from(last), false)
+	wantGap(near, from(last-21), true)
+	wantGap(near, from(last-20), false)
 
-	old := w.Start("SERVER_POD_ID=old", "RESUME_MAX_AGE=1ms")
-	c := old.Dial(ann.With("since", since(last-20)))
-	if _, r := replayed(t, c, "ready"); !r.Gap {
-		t.Error("older than RESUME_MAX_AGE: want a gap")
+	c := near.Dial(from(3))
+	wantTooFar(t, c, "ready")
+	live := w.Chat("acme", "desk1")
+	c.WantEvent(live)
+	c.WaitPlace(live)
+	if r := c.ResumeMissed(); r.Gap || c.Place().Stream != stream {
+		t.Errorf("after the reload it goes on from %+v; a resume says %+v", c.Place(), r)
 	}
 }
 
@@ -154,87 +227,254 @@ func TestResumeTooFar(t *testing.T) {
 func TestResumeWithoutLimits(t *testing.T) {
 	t.Parallel()
 	w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) { c.Retention = jetstream.InterestPolicy }))
-	c := w.Start().Dial(harness.User("acme", "desk1", "ann").With("since", "0"))
-	if got, r := replayed(t, c, "ready"); !r.Gap || len(got) != 0 {
-		t.Errorf("replayed %v, gap %t", got, r.Gap)
+	pod := w.Start()
+	wantTooFar(t, pod.Dial(harness.User("acme", "desk1", "ann").From(at(pod, 0))), "ready")
+}
+
+// TestResumeWithoutPositions: a client of the earlier service, which does not know of positions, is given none; its resume is
+// answered, and has it reload.
+func TestResumeWithoutPositions(t *testing.T) {
+	t.Parallel()
+	bothClients(t, func(t *testing.T, as func(harness.Dial) harness.Dial) {
+		w := harness.New(t, often)
+		pod := w.Start()
+		for _, d := range []harness.Dial{harness.User("acme", "desk1", "ann"), harness.Admin("root", "", "")} {
+			old, with := pod.Connect(as(d)), pod.Connect(harness.User("acme", "desk1", "bob").Positions())
+			seq := w.Chat("acme", "desk1")
+			with.WaitPlace(seq)
+			if old.Ready.Position != nil || old.Ready.Gap || old.Ready.Resumed != 0 {
+				t.Errorf("ready: %+v", old.Ready)
+			}
+			if r := old.ResumeMissed(); !r.Gap || r.Position != nil || r.Resumed != 0 {
+				t.Errorf("resumed: %+v", r)
+			}
+			if p := old.Place(); p.Seq != 0 {
+				t.Errorf("it was given position %+v", p)
+			}
+			old.Close(1000, "")
+		}
+	})
+}
+
+// TestPositions: on a quiet socket the position comes with each heartbeat, and goes on with what is settled for others; on a busy one it
+// comes behind events, at most once a second.
+func TestPositions(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, harness.Settings("NATS_NAK_DELAY=50ms"))
+	given := func(p *harness.Pod) float64 { return p.Metric("dws_messages_sent_total", `message_type="position"`) }
+
+	quiet := w.Start("WEBSOCKET_PING_INTERVAL=200ms", "WEBSOCKET_MAX_MISSED_PONGS=1000")
+	ann := quiet.Connect(harness.User("acme", "desk1", "ann").Positions())
+	ann.WaitPlace(w.Chat("acme", "absent"))
+	beats := given(quiet)
+	harness.Eventually(t, harness.Patience, "the connection to be seen to live", func() bool { return given(quiet) >= beats+5 })
+	ann.WantNothingElse()
+	ann.Close(1000, "")
+
+	busy := w.Start("WEBSOCKET_PING_INTERVAL=1m")
+	ann = busy.Connect(harness.User("acme", "desk1", "ann").Positions())
+	began := time.Now()
+	flow := w.Flow(100, func(int) feed.Event { return feed.Chat("acme", "desk1", "c1", "hi", 1) })
+	flow.WaitSent(1000)
+	all := flow.Stop()
+	place := ann.Place()
+	for _, p := range all {
+		m := ann.WaitEvent(p.Seq)
+		if m.Place.Seq >= p.Seq {
+			t.Errorf("event %d came after position %d", p.Seq, m.Place.Seq)
+		}
+	}
+	n, most := given(busy), time.Since(began).Seconds()+1
+	if n < 1 || n > most || place.Seq < all[0].Seq {
+		t.Errorf("%v positions were given in %.1f s, the last but for few is %d; events went from %d to %d", n, most-1, place.Seq, all[0].Seq, all[len(all)-1].Seq)
 	}
 }
 
-// TestResumeJoinsTheFlow reconnects again and again, and resumes in between, while events are published without a
-// pause: every one of them reaches the client.
+// keeper is a user whose client keeps to the rules of docs/protocol.md, over all its sockets: it keeps the highest position that it was
+// given, drops an event that is not above it or that came since, answers a gap by resume, and loads the state where it is to.
+type keeper struct {
+	*harness.Client                 // the socket that is open, or was last
+	dial            harness.Dial    // with its chat
+	place           harness.Place   // the zero value: none
+	had             map[uint64]bool // since place
+	got             map[uint64]int  // how often each event was applied
+	loaded          uint64          // the state was loaded as of this sequence, or later
+	greeted         bool            // by this socket
+	owed            int             // gaps of this socket whose resume is not answered yet
+	before          harness.Place   // its position then
+	twice           int             // live events that it had had
+	gaps, loads     int
+	answers         int // ready and resumed
+}
+
+func newKeeper(d harness.Dial) *keeper {
+	return &keeper{dial: d, had: map[uint64]bool{}, got: map[uint64]int{}}
+}
+
+// come opens a socket on p. Its ready is taken like everything else.
+func (k *keeper) come(p *harness.Pod) {
+	p.W.T.Helper()
+	d := k.dial.Positions()
+	if k.place.Stream != "" {
+		d = k.dial.From(k.place)
+	}
+	k.Client, k.greeted, k.owed = p.Dial(d), false, 0
+}
+
+// arrive is come, and waits for the ready.
+func (k *keeper) arrive(p *harness.Pod) *keeper {
+	p.W.T.Helper()
+	k.come(p)
+	k.wait("ready", func() bool { return k.greeted })
+	return k
+}
+
+// leave ends the socket as a client does that vanishes. What has come until then counts.
+func (k *keeper) leave() {
+	k.Abort()
+	k.wait("the end of its socket", func() bool { return k.Ended() != nil })
+	k.take()
+	k.keep(k.Place())
+}
+
+func (k *keeper) wait(what string, ok func() bool) {
+	k.Pod.W.T.Helper()
+	harness.Eventually(k.Pod.W.T, harness.Patience, what+" for "+k.dial.User, func() bool {
+		k.take()
+		return ok()
+	})
+}
+
+// take handles all that has come.
+func (k *keeper) take() {
+	k.Pod.W.T.Helper()
+	atOnce, cancel := context.WithCancel(context.Background())
+	cancel()
+	for {
+		m, err := k.TryTake(atOnce, func(harness.Message) bool { return true })
+		if err != nil {
+			return
+		}
+		k.handle(m)
+	}
+}
+
+func (k *keeper) handle(m harness.Message) {
+	t := k.Pod.W.T
+	t.Helper()
+	k.keep(m.Place)
+	if k.owed > 0 && m.Place != k.before {
+		t.Errorf("%s was given position %+v between a gap at %+v and the answer to its resume", k.dial.User, m.Place, k.before)
+	}
+	switch m.Type {
+	case "event":
+		if m.Seq > k.place.Seq && !k.had[m.Seq] {
+			k.had[m.Seq] = true
+			k.got[m.Seq]++
+		} else if !m.Replay {
+			k.twice++
+		}
+	case "gap":
+		k.gaps++
+		k.owed++
+		k.before = m.Place
+		k.TrySend(true, []byte(`{"type":"resume"}`)) // the socket may end
+	case "ready", "resumed":
+		var r harness.Reply
+		if err := json.Unmarshal(m.Payload, &r); err != nil || r.Position == nil && !r.Gap {
+			t.Fatalf("%s without position: %s %v", m.Type, m.Raw, err)
+		}
+		if r.Gap || k.place.Stream == "" {
+			if r.Stream != k.place.Stream { // its sequences name other events
+				k.got = map[uint64]int{}
+			}
+			k.place, k.had = harness.Place{Stream: r.Stream}, map[uint64]bool{}
+			k.loaded = k.Pod.W.LastSeq()
+			k.loads++
+		}
+		if r.Position != nil { // else the pod has none of a new stream yet
+			k.keep(harness.Place{Seq: *r.Position, Stream: r.Stream})
+		}
+		if m.Type == "ready" {
+			k.greeted = true
+		} else if k.owed > 0 {
+			k.owed--
+		}
+		k.answers++
+		k.before = k.place
+	}
+}
+
+func (k *keeper) keep(p harness.Place) {
+	if p.Stream == "" || p.Stream != k.place.Stream || p.Seq <= k.place.Seq {
+		return
+	}
+	k.place = p
+	for seq := range k.had {
+		if seq <= p.Seq {
+			delete(k.had, seq)
+		}
+	}
+}
+
+// wantAll waits until it has had all of these events, and expects that it applied each one once, or once more after each load.
+func (k *keeper) wantAll(seqs []uint64) {
+	t := k.Pod.W.T
+	t.Helper()
+	var missing []uint64
+	defer func() {
+		if t.Failed() {
+			t.Logf("%s has place %+v, %d gaps, %d loads (to %d); it lacks %v", k.dial.User, k.place, k.gaps, k.loads, k.loaded, missing)
+			for _, seq := range missing[:min(3, len(missing))] {
+				t.Log(k.Pod.W.Fate(seq))
+			}
+		}
+	}()
+	k.wait("all events", func() bool {
+		missing = slices.DeleteFunc(slices.Clone(seqs), func(seq uint64) bool { return k.got[seq] > 0 || seq <= k.loaded })
+		return len(missing) == 0
+	})
+	for seq, n := range k.got {
+		if n > max(1, k.loads) {
+			t.Errorf("%s applied event %d %d times", k.dial.User, seq, n)
+		}
+	}
+}
+
+// TestResumeJoinsTheFlow reconnects again and again, and resumes in between, while events are published without a pause and NATS answers
+// slowly. What came during a replay, between its passes and right behind it reaches the client on that socket.
 func TestResumeJoinsTheFlow(t *testing.T) {
 	t.Parallel()
-	w := harness.New(t)
-	pods := []*harness.Pod{w.Start("SERVER_POD_ID=one", "RESUME_MAX_EVENTS=100000"), w.Start("SERVER_POD_ID=two", "RESUME_MAX_EVENTS=100000")}
-	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	var mu sync.Mutex
-	var published []uint64
-	var publisher sync.WaitGroup
-	publisher.Go(func() {
-		tick := time.NewTicker(25 * time.Millisecond) // each reconnect replays all of it, a request each: the overlap is longer than the test
-		defer tick.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-tick.C:
+	w := harness.New(t, harness.Settings("RESUME_MAX_EVENTS=100000"))
+	nats := w.Proxy(w.NATS.Address())
+	pods := startPods(w, 2, "NATS_URL=nats://"+nats.Address())
+	ann := newKeeper(harness.User("acme", "desk0", "ann").With("chat", "chat.one")).arrive(pods[1])
+	nats.Latency(5 * time.Millisecond)
+	var all []uint64
+	publishUntil := func(ok func() bool) {
+		most := len(all) + 100 // a replay must be able to keep up
+		harness.Eventually(t, harness.Patience, "an answer", func() bool {
+			if len(all) < most {
+				all = append(all, w.Publish(desk0(len(all))))
 			}
-			ev := feed.Chat("acme", "desk1", "c1", "hello", 1)
-			ack, err := w.JS.Publish(ctx, w.Prefix+"."+ev.Subject, ev.Payload)
-			if err != nil {
-				if ctx.Err() == nil {
-					t.Errorf("publish: %v", err)
-				}
-				return
-			}
-			mu.Lock()
-			published = append(published, ack.Sequence)
-			mu.Unlock()
-		}
-	})
-	seen := map[uint64]bool{}
-	var at uint64 // all up to it was seen, or replayed
-	take := func(c *harness.Client, r harness.Reply) {
-		if r.Gap {
-			t.Fatalf("gap after since=%d: %+v", at, r)
-		}
-		for _, m := range c.Events() {
-			seen[m.Seq] = true
-		}
-	}
-	confirmed := func(c *harness.Client, typ string) harness.Reply {
-		m := c.TakeType(typ)
-		var r harness.Reply
-		if err := json.Unmarshal(m.Payload, &r); err != nil {
-			t.Fatal(err)
-		}
-		return r
-	}
-	for i := range 25 {
-		harness.Eventually(t, harness.Patience, "the flow to go on", func() bool {
-			mu.Lock()
-			defer mu.Unlock()
-			return len(published) > 3*i
+			time.Sleep(20 * time.Millisecond)
+			ann.take()
+			return ok()
 		})
-		c := pods[i%2].Dial(harness.User("acme", "desk1", "ann").With("since", since(at)))
-		r := confirmed(c, "ready")
-		if i%3 == 0 {
-			c.Send(map[string]any{"type": "resume", "payload": map[string]any{"since": at}})
-			r = confirmed(c, "resumed")
-		}
-		take(c, r)
-		at = r.Seq
-		c.Abort()
-		take(c, r)
 	}
-	stop()
-	publisher.Wait()
-	c := pods[0].Dial(harness.User("acme", "desk1", "ann").With("since", since(at)))
-	take(c, confirmed(c, "ready"))
-	lost := slices.DeleteFunc(slices.Clone(published), func(seq uint64) bool { return seen[seq] })
-	if len(lost) > 0 || len(published) < 60 {
-		t.Errorf("%d published, of which %v did not arrive", len(published), lost)
+	for i := range 20 {
+		ann.leave()
+		ann.come(pods[i%2])
+		publishUntil(func() bool { return ann.greeted })
+		if i%3 == 0 {
+			ann.Send(map[string]any{"type": "resume"})
+			answers := ann.answers
+			publishUntil(func() bool { return ann.answers > answers })
+		}
+		ann.wantAll(all)
+	}
+	if ann.loads != 1 || len(all) < 100 {
+		t.Errorf("of %d events, the state was loaded %d times", len(all), ann.loads)
 	}
 }
 
@@ -251,193 +491,262 @@ func disguised(w *harness.World, agent string) uint64 {
 	return ack.Sequence
 }
 
-// TestResumeOfMany: when many resume at once, what each of them missed is found by an index of the stream, where that allows
-// direct gets, and by asking subject by subject where it does not: the same events, in order, without those that were removed,
-// and joined to the flow.
+// TestResumeOfMany: when many resume at once, each gets what it missed and nothing else, in order, without what was removed, and
+// joined to the flow; also where the stream allows no direct gets.
 func TestResumeOfMany(t *testing.T) {
 	t.Parallel()
 	const clients, rounds = 150, 4
-	for _, tc := range []struct {
-		name         string
-		direct, kept bool
-	}{{"direct gets", true, true}, {"more than the index keeps", true, false}, {"no direct gets", false, false}} {
-		direct := tc.direct
-		t.Run(tc.name, func(t *testing.T) {
+	for _, direct := range []bool{true, false} {
+		t.Run(fmt.Sprintf("direct gets %t", direct), func(t *testing.T) {
 			t.Parallel()
 			w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) { c.AllowDirect = direct }))
-			pod := w.Start("RESUME_CONCURRENCY=1", "NATS_NAK_DELAY=100ms", "NATS_ACK_WAIT=4s", "NATS_RETRY_HORIZON=2s", "WEBSOCKET_WRITE_TIMEOUT=1s", "WEBSOCKET_BLOCK_TIMEOUT=500ms", "PEER_TIMEOUT=500ms")
+			pod := w.Start("RESUME_CONCURRENCY=1", "NATS_NAK_DELAY=100ms")
 			agent := func(i int) string { return fmt.Sprint("desk", i) }
+			stream, err := w.JS.Stream(t.Context(), w.Stream)
+			if err != nil {
+				t.Fatal(err)
+			}
 			due := make([][]uint64, clients)
 			for round := range rounds {
 				for i := range clients {
 					due[i] = append(due[i], w.Chat("acme", agent(i)), w.Contact("acme", agent(i)))
 					w.Message("acme", agent(i), "unselected")
 				}
-				stream, err := w.JS.Stream(t.Context(), w.Stream)
-				if err != nil {
-					t.Fatal(err)
-				}
 				last := len(due[round]) - 1
 				if err := stream.DeleteMsg(t.Context(), due[round][last]); err != nil {
 					t.Fatal(err)
 				}
-				due[round] = due[round][:last]
-				due[round] = append(due[round], disguised(w, agent(round)))
+				due[round][last] = disguised(w, agent(round))
 			}
-			if direct && !tc.kept {
-				big := bytes.Repeat([]byte("x"), 1_000_000)
-				for range 70 {
-					if _, err := w.JS.Publish(t.Context(), w.Prefix+".acme.malformed", big); err != nil {
-						t.Fatal(err)
-					}
-				}
+			places := make([]harness.Place, clients)
+			for i := range clients {
+				places[i] = at(pod, due[i][0])
 			}
-			requests := make(chan *nats.Msg, 100_000)
-			for _, subject := range []string{"$JS.API.DIRECT.GET.", "$JS.API.STREAM.MSG.GET."} {
-				if _, err := w.NC.ChanSubscribe(subject+w.Stream, requests); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if err := w.NC.Flush(); err != nil {
-				t.Fatal(err)
-			}
-
-			// everyone comes, and is given an event beside the replays of the others; it returns how often NATS was asked.
-			everyone := func() (batches, singly, begins int) {
+			for range 2 {
 				var wg sync.WaitGroup
 				for i := range clients {
 					wg.Go(func() {
-						d := harness.User("acme", agent(i), "ann").With("since", since(due[i][0]))
+						d := harness.User("acme", agent(i), "ann").From(places[i])
 						d.Gorilla = true
 						c := pod.Dial(d)
 						c.TakeType("ready")
 						var got []uint64
 						for _, m := range c.Events() {
-							if m.Replay {
+							if m.Replay { // what waits for its user may come live, too
 								got = append(got, m.Seq)
 							}
 						}
+						want := slices.DeleteFunc(slices.Clone(due[i]), func(seq uint64) bool { return seq <= places[i].Seq })
+						if !slices.Equal(got, want) {
+							t.Errorf("%s was replayed %v after %d, want %v", d.Agent, got, places[i].Seq, want)
+						}
 						live := w.Chat("acme", agent(i))
 						c.WaitEvent(live)
-						if !slices.Equal(got, due[i]) {
-							t.Errorf("%s was replayed %v, want %v", d.Agent, got, due[i])
-						}
-						due[i] = append(due[i], live)
+						due[i], places[i] = append(due[i], live), c.Place()
+						c.Abort()
 					})
 				}
 				wg.Wait()
-				for range len(requests) {
-					switch body := (<-requests).Data; {
-					case bytes.Contains(body, []byte(`"batch":`)):
-						batches++
-					case bytes.Contains(body, []byte(`"next_by_subj":"\u003e"`)):
-						begins++
-					case bytes.HasPrefix(body, []byte(`{"seq":`)) && !bytes.Contains(body, []byte("subj")):
-						singly++
-					}
-				}
-				return batches, singly, begins
 			}
-			batches, singly, begins := everyone()
-			if direct != (batches > 0) || direct != tc.kept && singly < clients*rounds || begins == 0 {
-				t.Errorf("%d requests of batches for the index, %d for a message by its sequence, %d for where to begin", batches, singly, begins)
-			}
-			_, _, begins = everyone()
-			if few := begins < clients/4; few != (direct && tc.kept) {
-				t.Errorf("NATS was asked %d times where the replays of those who come later begin", begins)
-			}
+			w.Settled()
 			pod.WantLedgers()
 		})
 	}
 }
 
-// TestResumeFromARemovedEvent: the client's N was removed from within the stream. The overlap is counted from a time that is
-// not later than N's, so what was lost shortly before N comes, though the next event that is left is much younger.
+// TestResumeFromARemovedEvent: the event that the position names, and those around it, were removed from within the stream.
 func TestResumeFromARemovedEvent(t *testing.T) {
 	t.Parallel()
-	w := harness.New(t, shortPast)
-	pod := w.Start()
-	w.Contact("acme", "desk0")
-	lost := w.Chat("acme", "desk1")
-	last, at := w.Contact("acme", "desk1"), time.Now()
-	harness.Eventually(t, harness.Patience, "the overlap to be over", func() bool { return time.Since(at) > shortOverlap+time.Second })
+	w := harness.New(t)
+	pod := w.Start("NATS_NAK_DELAY=50ms")
+	w.Chat("acme", "desk1")
+	gone := []uint64{w.Contact("acme", "desk1"), w.Chat("acme", "desk1"), w.Contact("acme", "desk1")}
 	next := w.Contact("acme", "desk1")
 	s, err := w.JS.Stream(harness.Within(t, harness.Patience), w.Stream)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.DeleteMsg(harness.Within(t, harness.Patience), last); err != nil {
-		t.Fatal(err)
-	}
-	c := pod.Dial(harness.User("acme", "desk1", "ann").With("since", since(last)))
-	c.WantEvent(lost)
-	c.WantEvent(next)
-	c.TakeType("ready")
-}
-
-// TestOverlapOfMany: when many resume at once, from two places each, what was stored within the overlap before their N comes, to
-// the message, and what is older by more than a second does not; also of those who come when the index knows where to begin. When
-// all is removed meanwhile, nothing comes, and nothing is missing.
-func TestOverlapOfMany(t *testing.T) {
-	t.Parallel()
-	const clients = 100
-	w := harness.New(t, shortPast)
-	pod := w.Start()
-	agent := func(i int) string { return fmt.Sprint("desk", i) }
-	w.Chat("zeta", "desk0") // stays
-	began := time.Now()
-	var events [clients][]uint64
-	for _, at := range []time.Duration{0, 300 * time.Millisecond, 8 * time.Second, 9500 * time.Millisecond, 11 * time.Second} {
-		for n := range clients { // spread over a second: so is where they begin
-			time.Sleep(time.Until(began.Add(at + time.Duration(n)*10*time.Millisecond)))
-			events[n] = append(events[n], w.Chat("acme", agent(n)))
-		}
-	}
-	stream, err := w.JS.Stream(harness.Within(t, harness.Patience), w.Stream)
-	if err != nil {
-		t.Fatal(err)
-	}
-	stored := map[uint64]time.Time{}
-	for _, seq := range slices.Concat(events[:]...) {
-		m, err := stream.GetMsg(harness.Within(t, harness.Patience), seq)
-		if err != nil {
+	for _, seq := range gone {
+		if err := s.DeleteMsg(harness.Within(t, harness.Patience), seq); err != nil {
 			t.Fatal(err)
 		}
-		stored[seq] = m.Time
 	}
-	everyone := func(from [2]int, want func(seq, n uint64) (must, may bool)) {
-		var wg sync.WaitGroup
-		for i := range 2 * clients {
-			wg.Go(func() {
-				all := events[i/2]
-				n := all[from[i%2]]
-				d := harness.User("acme", agent(i/2), fmt.Sprint("user", i%2)).With("since", since(n))
-				c := pod.Dial(d)
-				if ready := c.TakeType("ready"); !strings.Contains(ready.Raw, `"gap":false`) {
-					t.Errorf("%s from %d: %s", d.Agent, n, ready.Raw)
-				}
-				got := map[uint64]bool{}
-				for _, m := range c.Events() {
-					got[m.Seq] = true
-				}
-				for _, seq := range all {
-					if must, may := want(seq, n); must && !got[seq] || !may && got[seq] {
-						t.Errorf("%s from %d: %d, stored %v before it, came: %v", d.Agent, n, seq, stored[n].Sub(stored[seq]), got[seq])
-					}
-				}
-				c.Abort()
-			})
-		}
-		wg.Wait()
-	}
-	overlap := func(seq, n uint64) (must, may bool) {
-		before := stored[n].Sub(stored[seq])
-		return before <= shortOverlap, before <= shortOverlap+time.Second
-	}
-	everyone([2]int{2, 4}, overlap)
-	everyone([2]int{2, 4}, overlap)
-	if err := stream.Purge(harness.Within(t, harness.Patience), jetstream.WithPurgeSubject(w.Prefix+".acme.>")); err != nil {
+	wantReplay(t, pod.Dial(harness.User("acme", "desk1", "ann").From(at(pod, gone[1]))), "ready", next)
+	if err := s.Purge(harness.Within(t, harness.Patience), jetstream.WithPurgeSubject(w.Prefix+".acme.desk1.contacts")); err != nil {
 		t.Fatal(err)
 	}
-	everyone([2]int{3, 3}, func(uint64, uint64) (must, may bool) { return false, true })
+	wantReplay(t, pod.Dial(harness.User("acme", "desk1", "ann").From(at(pod, gone[1]))), "ready")
+}
+
+// TestAckedWhileTheOtherIsAway: of two users of one agent, on two pods, one is between two sockets while an event is acked since the
+// other has it. It comes with the resume, on either pod, though the pod's own position is far beyond it by then.
+func TestAckedWhileTheOtherIsAway(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, often, harness.Settings("POD_LEASE=3s"))
+	pods := startPods(w, 2)
+	users := []*keeper{newKeeper(harness.User("acme", "desk0", "ann").With("chat", "chat.one")), newKeeper(harness.User("acme", "desk0", "bob").With("chat", "chat.one"))}
+	for i, k := range users {
+		k.arrive(pods[i])
+	}
+	var all []uint64
+	for round := range 6 {
+		away, there := users[round%2], users[(round+1)%2]
+		away.leave()
+		for i := range 6 {
+			all = append(all, w.Publish(desk0(i)))
+		}
+		last := all[len(all)-1]
+		there.wantAll(all)
+		w.Settled()
+		there.wait("a position beyond all", func() bool { return there.Client.Place().Seq >= last })
+		if away.place.Seq >= all[len(all)-6] {
+			t.Fatalf("%s was away, and has position %+v beyond %d", away.dial.User, away.place, all[len(all)-6])
+		}
+		away.arrive(pods[round/2%2])
+		away.wantAll(all)
+	}
+	for _, k := range users {
+		if k.loads != 1 || k.gaps != 0 {
+			t.Errorf("%s: %d loads, %d gaps", k.dial.User, k.loads, k.gaps)
+		}
+	}
+}
+
+// hold takes n events out of the World's consumer, in place of the pods, and leaves them unanswered; publish makes the events of which the
+// pods get the others. It returns what it holds, by sequence, and all that was published.
+func hold(w *harness.World, n int, publish func() uint64) (held map[uint64]jetstream.Msg, all []uint64) {
+	w.T.Helper()
+	cons, err := w.JS.Consumer(harness.Within(w.T, harness.Patience), w.Stream, w.Consumer)
+	if err != nil {
+		w.T.Fatal(err)
+	}
+	held = map[uint64]jetstream.Msg{}
+	for len(held) < n {
+		batch, err := cons.Fetch(1, jetstream.FetchMaxWait(harness.Patience))
+		if err != nil {
+			w.T.Fatal(err)
+		}
+		harness.Eventually(w.T, harness.Patience, "the consumer to give the test an event", func() bool {
+			all = append(all, publish())
+			select {
+			case msg := <-batch.Messages():
+				md, err := msg.Metadata()
+				if err != nil {
+					w.T.Fatal(err)
+				}
+				held[md.Sequence.Stream] = msg
+				return true
+			case <-time.After(50 * time.Millisecond):
+				return false
+			}
+		})
+	}
+	return held, all
+}
+
+// handBack refuses what is held, so that it is given out again.
+func handBack(t *testing.T, held map[uint64]jetstream.Msg) {
+	t.Helper()
+	for _, msg := range held {
+		if err := msg.Nak(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestOlderRedelivered: events are given out again long after newer ones. Until then no position passes them; who was between two
+// sockets has them by the resume and not once more, who stayed gets them late.
+func TestOlderRedelivered(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, often)
+	pods := startPods(w, 2)
+	ann, bob := newKeeper(harness.User("acme", "desk1", "ann")).arrive(pods[0]), newKeeper(harness.User("acme", "desk1", "bob")).arrive(pods[1])
+	chat := func() uint64 { return w.Chat("acme", "desk1") }
+	held, all := hold(w, 3, chat)
+	for range 20 {
+		all = append(all, chat())
+	}
+	first := slices.Min(slices.Collect(maps.Keys(held)))
+	newer := slices.DeleteFunc(slices.Clone(all), func(seq uint64) bool { return held[seq] != nil })
+	ann.wantAll(newer)
+	ann.wait("a position just before what is held", func() bool { return ann.Client.Place().Seq >= first-1 })
+	bob.leave()
+	for _, k := range []*keeper{ann, bob} {
+		if k.Client.Place().Seq >= first || k.got[first] > 0 {
+			t.Fatalf("%s has position %+v, beyond %d which nobody has got", k.dial.User, k.place, first)
+		}
+	}
+	bob.arrive(pods[0])
+	bob.wantAll(all)
+	handBack(t, held)
+	ann.wantAll(all)
+	w.Settled()
+	ann.wait("a position beyond all", func() bool { return ann.Client.Place().Seq >= all[len(all)-1] })
+	all = append(all, chat()) // behind whatever came too often
+	for _, k := range []*keeper{ann, bob} {
+		k.wantAll(all)
+		if k.twice != 0 || k.loads != 1 || k.gaps != 0 {
+			t.Errorf("%s: %d events came twice, %d loads, %d gaps", k.dial.User, k.twice, k.loads, k.gaps)
+		}
+	}
+}
+
+// TestResumeWhileAllLag: the pods get nothing any more, and the stream grows, as when they have to work off the events of several minutes.
+// Clients come, go and come back meanwhile, to pods that were there before and to one that starts in the midst; what lags reaches
+// each of them, once.
+func TestResumeWhileAllLag(t *testing.T) {
+	t.Parallel()
+	const pending = 20
+	w := harness.New(t, often, harness.Settings(fmt.Sprint("NATS_MAX_ACK_PENDING=", pending), "NATS_PREFETCH=5", "NATS_PARKED_BUDGET=5", "NATS_NAK_DELAY=200ms"))
+	pods := startPods(w, 2)
+	var users []*keeper
+	for i, user := range []string{"ann", "bob", "eve", "fay"} {
+		users = append(users, newKeeper(harness.User("acme", "desk0", user).With("chat", "chat.one")).arrive(pods[i%2]))
+	}
+	ann, bob, eve, fay := users[0], users[1], users[2], users[3]
+	n := 0
+	publish := func() uint64 {
+		n++
+		return w.Publish(desk0(n))
+	}
+	eve.leave() // before the lag
+	held, all := hold(w, pending, publish)
+	bob.leave() // in the midst of it
+	for range 60 {
+		all = append(all, publish())
+	}
+	if i := w.ConsumerInfo(); i.NumAckPending != pending || i.NumPending < 50 {
+		t.Fatalf("no lag: JetStream has %d events unacked and %d that wait", i.NumAckPending, i.NumPending)
+	}
+	bob.arrive(pods[0])
+	eve.arrive(w.Start())
+	gil := newKeeper(harness.User("acme", "desk0", "gil").With("chat", "chat.one")).arrive(pods[1]) // comes now, and loads
+	for range 20 {
+		all = append(all, publish())
+	}
+	bob.leave()
+	gil.leave()
+	fay.leave()
+	for range 20 {
+		all = append(all, publish())
+	}
+	bob.arrive(pods[1])
+	gil.arrive(pods[0])
+	ann.take()
+	if first := slices.Min(slices.Collect(maps.Keys(held))); ann.Client.Place().Seq >= first {
+		t.Errorf("position %+v is beyond %d, which nobody has got", ann.Client.Place(), first)
+	}
+	handBack(t, held)
+	fay.arrive(pods[1]) // while the lag is worked off
+	for range 20 {
+		all = append(all, publish())
+	}
+	for _, k := range append(users, gil) {
+		k.wantAll(all)
+		if k.loads != 1 {
+			t.Errorf("%s loaded the state %d times", k.dial.User, k.loads)
+		}
+	}
+	w.Settled()
+	ann.wait("a position beyond all", func() bool { return ann.Client.Place().Seq >= all[len(all)-1] })
 }

@@ -75,7 +75,7 @@ func (d *deployment) end(n int) {
 // follow adds users up to n.
 func (d *deployment) follow(n int) {
 	for _, user := range agents(n)[len(d.followers):] {
-		d.followers = append(d.followers, d.w.FollowBehind(user, d.address, d.pods[0]))
+		d.followers = append(d.followers, d.w.FollowBehind(user.Positions(), d.address, d.pods[0]))
 	}
 }
 
@@ -105,7 +105,12 @@ func (d *deployment) wantSpread(t *testing.T) {
 func (d *deployment) wantNothingLost(t *testing.T) {
 	t.Helper()
 	published := d.flow.Stop()
-	wantAll(t, d.w, published, d.followers, 0)
+	wantAll(t, d.w, published, d.followers)
+	for i, f := range d.followers {
+		if n := f.Reloads(); n > 0 {
+			t.Errorf("user%d had to reload %d times", i, n)
+		}
+	}
 	for _, p := range d.pods {
 		p.WantLedgers()
 	}

@@ -94,8 +94,7 @@ func TestSecondTab(t *testing.T) {
 }
 
 // TestTabsUnderFlow: while tabs replace each other, events go on. Each reaches one of them: one that died with its socket, or
-// came when the old tab had gone and the new one was not there yet, comes again. Of the latter kind the service keeps 16 per
-// agent, counted until a NAK's delay has surely ended, so a round has far fewer.
+// came when the old tab had gone and the new one was not there yet, comes again.
 func TestTabsUnderFlow(t *testing.T) {
 	t.Parallel()
 	w := harness.New(t, harness.Settings("NATS_NAK_DELAY=100ms"))

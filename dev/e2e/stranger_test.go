@@ -45,9 +45,9 @@ func dialGRPC(t *testing.T, addr string, creds credentials.TransportCredentials)
 
 // prover makes proofs as docs/architecture.md describes them ("Peers"), with a token key of its own choice.
 type prover struct {
-	key                                      string // 64 hex digits
-	client, clientEpoch, server, serverEpoch string
-	clientNonce, serverNonce                 []byte
+	key                                    string // 64 hex digits
+	client, clientLife, server, serverLife string
+	clientNonce, serverNonce               []byte
 }
 
 func (p prover) proof(t *testing.T, role string) []byte {
@@ -61,7 +61,7 @@ func (p prover) proof(t *testing.T, role string) []byte {
 		t.Fatal(err)
 	}
 	mac := hmac.New(sha256.New, key)
-	for _, f := range []string{role, p.client, p.clientEpoch, p.server, p.serverEpoch, string(p.clientNonce), string(p.serverNonce)} {
+	for _, f := range []string{role, p.client, p.clientLife, p.server, p.serverLife, string(p.clientNonce), string(p.serverNonce)} {
 		mac.Write(binary.BigEndian.AppendUint32(nil, uint32(len(f))))
 		io.WriteString(mac, f)
 	}
@@ -74,8 +74,8 @@ func nonce() []byte {
 	return b
 }
 
-func batchOf(epoch string, seq uint64) *peerpb.Request {
-	return &peerpb.Request{Body: &peerpb.Request_Batch{Batch: &peerpb.Batch{Epoch: epoch, Events: []*peerpb.Event{{
+func batchOf(life string, seq uint64) *peerpb.Request {
+	return &peerpb.Request{Body: &peerpb.Request_Batch{Batch: &peerpb.Batch{Life: life, Events: []*peerpb.Event{{
 		Seq: seq, Kind: peerpb.Kind_KIND_CHAT, Company: "acme", Agent: "desk1", Payload: []byte(`{"forged":true}`), Count: 1,
 		Stored: time.Now().UnixNano(),
 	}}}}}
@@ -94,7 +94,7 @@ func TestStrangerIsRefused(t *testing.T) {
 	ctx := harness.Within(t, harness.Patience)
 	client := peerpb.NewPeerClient(conn)
 	who, err := client.Identify(ctx, &peerpb.IdentifyRequest{})
-	if err != nil || who.GetPod() != pod.ID || who.GetEpoch() == "" {
+	if err != nil || who.GetPod() != pod.ID || who.GetLife() == "" {
 		t.Fatalf("Identify: %v, %v", who, err)
 	}
 	if h, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{}); err != nil || h.GetStatus() != healthpb.HealthCheckResponse_SERVING {
@@ -103,7 +103,7 @@ func TestStrangerIsRefused(t *testing.T) {
 
 	wrongKey := strings.Repeat("ab", 32)
 	hello := func(p *prover) *peerpb.Request {
-		return &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: p.client, Epoch: p.clientEpoch, Nonce: p.clientNonce}}}
+		return &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: p.client, Life: p.clientLife, Nonce: p.clientNonce}}}
 	}
 	proof := func(proofs ...[]byte) *peerpb.Request {
 		return &peerpb.Request{Body: &peerpb.Request_Proof{Proof: &peerpb.Proof{Proofs: proofs}}}
@@ -111,14 +111,14 @@ func TestStrangerIsRefused(t *testing.T) {
 	// Each of these goes as far as it gets: says is given the challenge (nil before the hello) and tells what to send.
 	attempts := map[string]func(p *prover, c *peerpb.Challenge) []*peerpb.Request{
 		"events at once": func(p *prover, c *peerpb.Challenge) []*peerpb.Request {
-			return []*peerpb.Request{batchOf(who.GetEpoch(), 1001)}
+			return []*peerpb.Request{batchOf(who.GetLife(), 1001)}
 		},
 		"a list at once": func(p *prover, c *peerpb.Challenge) []*peerpb.Request { return []*peerpb.Request{listAll} },
 		"events after the hello": func(p *prover, c *peerpb.Challenge) []*peerpb.Request {
 			if c == nil {
 				return []*peerpb.Request{hello(p)}
 			}
-			return []*peerpb.Request{batchOf(who.GetEpoch(), 1002)}
+			return []*peerpb.Request{batchOf(who.GetLife(), 1002)}
 		},
 		"a list after the hello": func(p *prover, c *peerpb.Challenge) []*peerpb.Request {
 			if c == nil {
@@ -130,19 +130,19 @@ func TestStrangerIsRefused(t *testing.T) {
 			if c == nil {
 				return []*peerpb.Request{hello(p)}
 			}
-			return []*peerpb.Request{proof(p.proof(t, "client")), listAll, batchOf(who.GetEpoch(), 1003)}
+			return []*peerpb.Request{proof(p.proof(t, "client")), listAll, batchOf(who.GetLife(), 1003)}
 		},
 		"the pod's own proof sent back": func(p *prover, c *peerpb.Challenge) []*peerpb.Request {
 			if c == nil {
 				return []*peerpb.Request{hello(p)}
 			}
-			return []*peerpb.Request{proof(c.GetProofs()...), listAll, batchOf(who.GetEpoch(), 1004)}
+			return []*peerpb.Request{proof(c.GetProofs()...), listAll, batchOf(who.GetLife(), 1004)}
 		},
 		"no proof at all": func(p *prover, c *peerpb.Challenge) []*peerpb.Request {
 			if c == nil {
 				return []*peerpb.Request{hello(p)}
 			}
-			return []*peerpb.Request{proof(), proof(nil), proof([]byte{}), listAll, batchOf(who.GetEpoch(), 1005)}
+			return []*peerpb.Request{proof(), proof(nil), proof([]byte{}), listAll, batchOf(who.GetLife(), 1005)}
 		},
 		"a thousand proofs": func(p *prover, c *peerpb.Challenge) []*peerpb.Request {
 			if c == nil {
@@ -157,7 +157,7 @@ func TestStrangerIsRefused(t *testing.T) {
 		for name, says := range attempts {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
-				p := &prover{key: wrongKey, client: "pod-2", clientEpoch: "e", clientNonce: nonce()}
+				p := &prover{key: wrongKey, client: "pod-2", clientLife: "e", clientNonce: nonce()}
 				stream, err := client.Deliver(harness.Within(t, harness.Patience))
 				if err != nil {
 					t.Fatal(err)
@@ -177,7 +177,7 @@ func TestStrangerIsRefused(t *testing.T) {
 					if c == nil || p.serverNonce != nil {
 						t.Fatalf("a stranger was answered %v", answer)
 					}
-					p.server, p.serverEpoch, p.serverNonce = c.GetPod(), c.GetEpoch(), c.GetNonce()
+					p.server, p.serverLife, p.serverNonce = c.GetPod(), c.GetLife(), c.GetNonce()
 					for _, m := range says(p, c) {
 						stream.Send(m)
 					}
@@ -206,7 +206,7 @@ func TestProofOpensTheStream(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := prover{key: harness.TokenKey, client: "pod-2", clientEpoch: "e", clientNonce: nonce()}
+	p := prover{key: harness.TokenKey, client: "pod-2", clientLife: "e", clientNonce: nonce()}
 	send := func(m *peerpb.Request) *peerpb.Response {
 		t.Helper()
 		stream.Send(m)
@@ -216,8 +216,8 @@ func TestProofOpensTheStream(t *testing.T) {
 		}
 		return answer
 	}
-	c := send(&peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: p.client, Epoch: p.clientEpoch, Nonce: p.clientNonce}}}).GetChallenge()
-	p.server, p.serverEpoch, p.serverNonce = c.GetPod(), c.GetEpoch(), c.GetNonce()
+	c := send(&peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: p.client, Life: p.clientLife, Nonce: p.clientNonce}}}).GetChallenge()
+	p.server, p.serverLife, p.serverNonce = c.GetPod(), c.GetLife(), c.GetNonce()
 	if !slices.ContainsFunc(c.GetProofs(), func(b []byte) bool { return hmac.Equal(b, p.proof(t, "server")) }) {
 		t.Fatal("the pod does not prove itself")
 	}
@@ -228,7 +228,7 @@ func TestProofOpensTheStream(t *testing.T) {
 		t.Errorf("listed %v", l)
 	}
 	stream.Send(batchOf("of another life", 1001))
-	stream.Send(batchOf(c.GetEpoch(), 1002))
+	stream.Send(batchOf(c.GetLife(), 1002))
 	if m := ann.WantEvent(1002); !strings.Contains(m.Raw, "forged") {
 		t.Errorf("got %s", m.Raw)
 	}
@@ -254,7 +254,7 @@ func (i *impostor) Deliver(stream peerpb.Peer_DeliverServer) error {
 		i.told = append(i.told, req)
 		i.mu.Unlock()
 		stream.Send(&peerpb.Response{Body: &peerpb.Response_Challenge{Challenge: &peerpb.Challenge{
-			Pod: i.pod, Epoch: "e", Nonce: nonce(), Proofs: [][]byte{make([]byte, 32), req.GetHello().GetNonce()}}}})
+			Pod: i.pod, Life: "e", Nonce: nonce(), Proofs: [][]byte{make([]byte, 32), req.GetHello().GetNonce()}}}})
 		stream.Send(&peerpb.Response{Body: &peerpb.Response_Welcome{Welcome: &peerpb.Welcome{}}})
 	}
 }

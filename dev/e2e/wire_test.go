@@ -153,7 +153,7 @@ func TestFaultyMessages(t *testing.T) {
 		for _, text := range []string{
 			"", " ", "hello", "{", "[]", "null", "7", `"ping"`, "{}", `{"type":""}`, `{"type":null}`, `{"type":7}`, `{"type":"Ping"}`, `{"type":"pong"}`, `{"type":"Ready"}`,
 			`{"type":"event","seq":1,"payload":{}}`, `{"type":"ping"}{"type":"ping"}`, `{"type":"ping"} x`, `{"type":"ping",}`,
-			`{"type":"refresh_token"}`, `{"type":"refresh_token","payload":{}}`, `{"type":"refresh_token","payload":{"token":7}}`, `{"type":"resume"}`, `{"type":"select_chat"}`,
+			`{"type":"refresh_token"}`, `{"type":"refresh_token","payload":{}}`, `{"type":"refresh_token","payload":{"token":7}}`, `{"type":"select_chat"}`,
 			`{"type":"` + strings.Repeat("x", 60_000) + `"}`, strings.Repeat("[", 30_000),
 		} {
 			c.SendRaw(true, []byte(text))

@@ -19,8 +19,9 @@ type Message struct {
 	Replay    bool            `json:"replay"`
 	Payload   json.RawMessage `json:"payload"`
 
-	Raw string    `json:"-"`
-	At  time.Time `json:"-"` // when it was read
+	Raw   string    `json:"-"`
+	At    time.Time `json:"-"` // when it was read
+	Place Place     `json:"-"` // the socket's position before it
 }
 
 // Reply is the payload of ready, chat_selected, resumed and gap.
@@ -28,11 +29,19 @@ type Reply struct {
 	SessionID string    `json:"session_id"`
 	ChatID    string    `json:"chat_id"`
 	Seq       uint64    `json:"seq"`
+	Position  *uint64   `json:"position"` // nil: the socket has none
+	Stream    string    `json:"stream"`
 	Since     uint64    `json:"since"`
 	Resumed   int       `json:"resumed"`
 	Gap       bool      `json:"gap"`
 	Reason    string    `json:"reason"`
 	ExpiresAt time.Time `json:"expires_at"`
+}
+
+// Place is a client's position: everything up to Seq of the stream was given to it.
+type Place struct {
+	Seq    uint64
+	Stream string
 }
 
 // Close is how a socket ended; Code 0 = without a close frame.
@@ -53,6 +62,7 @@ type Client struct {
 
 	mu      sync.Mutex
 	inbox   []Message
+	place   Place
 	changed chan struct{} // closed and replaced with every change
 	closed  *Close
 	paused  chan struct{} // closed by Resume; nil = reading
@@ -81,7 +91,7 @@ func (c *Client) readAll() {
 		if err != nil {
 			code, reason := closeFrame(err)
 			c.closed = &Close{code, reason, err}
-		} else {
+		} else if m.Place = c.place; !c.noteLocked(m) {
 			c.inbox = append(c.inbox, m)
 		}
 		close(c.changed)
@@ -92,6 +102,43 @@ func (c *Client) readAll() {
 			return
 		}
 	}
+}
+
+// noteLocked takes the position out of a message; positions that come alone do not go into the inbox.
+func (c *Client) noteLocked(m Message) (only bool) {
+	switch m.Type {
+	case "position":
+		c.place.Seq = max(c.place.Seq, m.Seq)
+		return true
+	case "ready", "resumed":
+		if r, err := m.reply(); err == nil && r.Position != nil {
+			if r.Stream != c.place.Stream || r.Gap {
+				c.place = Place{Stream: r.Stream}
+			}
+			c.place.Seq = max(c.place.Seq, *r.Position)
+		}
+	}
+	return false
+}
+
+// Place is the highest position that this socket was given, of a Dial with Positions or From.
+func (c *Client) Place() Place {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.place
+}
+
+// WaitPlace returns once the position is seq or higher.
+func (c *Client) WaitPlace(seq uint64) {
+	c.t().Helper()
+	Eventually(c.Pod.W.T, Patience, fmt.Sprintf("a position of %d or more", seq), func() bool { return c.Place().Seq >= seq })
+}
+
+// ResumeMissed asks for what was missed, as after a gap, and returns the answer; replayed events stay in the inbox.
+func (c *Client) ResumeMissed() Reply {
+	c.t().Helper()
+	c.Send(map[string]any{"type": "resume"})
+	return c.TakeReply("resumed")
 }
 
 func (c *Client) waitWhilePaused() {

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -54,6 +55,14 @@ func (d Dial) With(name, value string) Dial {
 	}
 	d.Query.Set(name, value)
 	return d
+}
+
+// Positions returns d as a client that keeps positions and has none yet.
+func (d Dial) Positions() Dial { return d.With("since", "") }
+
+// From returns d as a client that comes back with a position.
+func (d Dial) From(p Place) Dial {
+	return d.With("since", strconv.FormatUint(p.Seq, 10)).With("stream", p.Stream)
 }
 
 // Origin returns d as a page of that origin would dial.

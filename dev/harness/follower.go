@@ -10,18 +10,21 @@ import (
 )
 
 // Follower is a user who stays: whenever the socket ends it opens another, on the pod that is named next, after the
-// delay that the service asked for. It keeps every sequence that it got, over all its sockets.
+// delay that the service asked for. It keeps every sequence that it got, over all its sockets. One that keeps positions
+// (Dial.Positions) comes back with its last one, and resumes when it is told of a gap.
 type Follower struct {
 	dial   Dial
 	pods   []*Pod // the first for the first socket; the last for all further ones
-	behind string // address of a balancer instead of theirs; through it, it resumes
+	behind string // address of a balancer instead of theirs
+	place  Place  // of its last socket; owned by run
 
-	mu     sync.Mutex // guards all below
-	got    map[uint64]int
-	top    uint64
-	gaps   []Reply
-	ends   []Ended
-	client *Client // open and ready, or nil
+	mu      sync.Mutex // guards all below
+	got     map[uint64]int
+	came    map[uint64]time.Time // when each came first
+	gaps    []Reply
+	reloads int
+	ends    []Ended
+	client  *Client // open and ready, or nil
 }
 
 // Ended is how one socket of a Follower ended, and when the next was ready.
@@ -50,7 +53,7 @@ func (w *World) Follow(d Dial, pods ...*Pod) *Follower {
 	return w.follow(&Follower{dial: d, pods: pods})
 }
 
-// FollowBehind is Follow through a balancer at that address, and with a resume at each return.
+// FollowBehind is Follow through a balancer at that address.
 func (w *World) FollowBehind(d Dial, address string, pod *Pod) *Follower {
 	w.T.Helper()
 	return w.follow(&Follower{dial: d, pods: []*Pod{pod}, behind: address})
@@ -58,7 +61,7 @@ func (w *World) FollowBehind(d Dial, address string, pod *Pod) *Follower {
 
 func (w *World) follow(f *Follower) *Follower {
 	w.T.Helper()
-	f.dial, f.got = f.dial.complete(w), map[uint64]int{}
+	f.dial, f.got, f.came = f.dial.complete(w), map[uint64]int{}, map[uint64]time.Time{}
 	ctx, cancel := context.WithCancel(w.T.Context())
 	done := make(chan struct{})
 	go func() { f.run(ctx); close(done) }()
@@ -79,6 +82,26 @@ func (f *Follower) Got() map[uint64]int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return maps.Clone(f.got)
+}
+
+// Name is its user's.
+func (f *Follower) Name() string { return f.dial.User }
+
+// Fate is World.Fate.
+func (f *Follower) Fate(seq uint64) string { return f.pods[0].W.Fate(seq) }
+
+// Came says when each sequence has come first, as of now.
+func (f *Follower) Came() map[uint64]time.Time {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return maps.Clone(f.came)
+}
+
+// Reloads is how often it was told that its position can't be resumed from.
+func (f *Follower) Reloads() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.reloads
 }
 
 // Gaps are all gaps that were announced so far.
@@ -118,9 +141,10 @@ func (f *Follower) attend(ctx context.Context, pod *Pod) (wait time.Duration, ow
 	defer cancel()
 	d, address := f.dial, pod.HTTP
 	if f.behind != "" {
-		f.mu.Lock()
-		d, address = d.With("since", strconv.FormatUint(f.top, 10)), f.behind
-		f.mu.Unlock()
+		address = f.behind
+	}
+	if f.place.Stream != "" {
+		d = d.From(f.place)
 	}
 	c, _, err := pod.tryDial(dctx, d, address)
 	if err != nil {
@@ -137,6 +161,9 @@ func (f *Follower) attend(ctx context.Context, pod *Pod) (wait time.Duration, ow
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.client = nil
+	if p := c.Place(); p.Stream != "" {
+		f.place = p
+	}
 	end := c.Ended()
 	if end == nil { // the test is over
 		return 0, true
@@ -157,16 +184,26 @@ func (f *Follower) note(c *Client, m Message) {
 	defer f.mu.Unlock()
 	switch m.Type {
 	case "ready":
+		c.Ready, _ = m.reply()
 		f.client = c
 		if n := len(f.ends); n > 0 && f.ends[n-1].Back.IsZero() {
 			f.ends[n-1].Back = m.At
 		}
 	case "event":
-		f.got[m.Seq]++
-		f.top = max(f.top, m.Seq)
+		if f.got[m.Seq]++; f.got[m.Seq] == 1 {
+			f.came[m.Seq] = m.At
+		}
 	case "gap":
 		if r, err := m.reply(); err == nil {
 			f.gaps = append(f.gaps, r)
+		}
+		if f.dial.Query.Has("since") {
+			c.TrySend(true, []byte(`{"type":"resume"}`)) // an error: the socket has ended, and the next one resumes
+		}
+	}
+	if m.Type == "ready" || m.Type == "resumed" {
+		if r, err := m.reply(); err == nil && r.Gap {
+			f.reloads++
 		}
 	}
 }

@@ -126,14 +126,25 @@ func (r *returners) wait(ctx context.Context, what string, counted func(*backTal
 	return nil
 }
 
-// returner is a client that resumes and keeps what it has had, as docs/protocol.md tells clients to do.
+// returner is a client that keeps its position and resumes from it, as docs/protocol.md tells clients to do. What it has had
+// stands in seen, for the tally's sake.
 type returner struct {
-	agent string
-	crowd *comers
+	agent    string
+	crowd    *comers
+	seen     map[int64]bool
+	stream   string // what the position is of; "" = there is none
+	position uint64
+}
 
-	mu   sync.Mutex // guards all below
-	seen map[int64]bool
-	top  uint64
+// told is what a returner is told beside events.
+type told struct {
+	Type    string
+	Seq     uint64
+	Payload struct {
+		Stream   string
+		Position uint64
+		Gap      bool
+	}
 }
 
 // comers are the clients within their process.
@@ -206,13 +217,11 @@ func (c *returner) run(ctx context.Context) {
 // attend is the life of one socket; it says whether it came to its ready.
 func (c *returner) attend(ctx context.Context) (greeted bool) {
 	dialer := websocket.Dialer{ReadBufferSize: 1024, WriteBufferSize: 256, NetDialContext: (&net.Dialer{}).DialContext}
-	url := fmt.Sprintf("ws://%s/ws/acme/%s", *c.crowd.address.Load(), c.agent)
-	c.mu.Lock()
-	resumes := c.top > 0
+	url := fmt.Sprintf("ws://%s/ws/acme/%s?since=", *c.crowd.address.Load(), c.agent)
+	resumes := c.stream != ""
 	if resumes {
-		url += fmt.Sprintf("?since=%d", c.top)
+		url += fmt.Sprintf("%d&stream=%s", c.position, c.stream)
 	}
-	c.mu.Unlock()
 	ws, resp, err := dialer.DialContext(ctx, url, http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(c.agent)}})
 	if err != nil {
 		key := "no connection"
@@ -225,44 +234,56 @@ func (c *returner) attend(ctx context.Context) (greeted bool) {
 	}
 	defer ws.Close()
 	defer context.AfterFunc(ctx, func() { ws.Close() })()
-	top := uint64(0) // counts from ready on: a replay that is cut short must begin again
 	for {
 		_, m, err := ws.ReadMessage()
 		if err != nil {
 			return greeted
 		}
-		top = max(top, uint64(field(m, "seq")))
-		switch head := m[:min(len(m), 60)]; {
-		case bytes.Contains(head, []byte(`"ready"`)):
-			if bytes.Contains(m, []byte(`"gap":true`)) {
-				c.crowd.count(func(t *backTally) { t.Gaps++ })
-			}
-			greeted = true
-			c.crowd.count(func(t *backTally) {
-				t.Ready++
-				if resumes {
-					t.Over++
-				}
-			})
-		case bytes.Contains(head, []byte(`"gap"`)):
-			c.crowd.count(func(t *backTally) { t.Gaps++ })
-		case bytes.Contains(head, []byte(`"event"`)):
+		if bytes.Contains(m[:min(len(m), 60)], []byte(`"event"`)) {
 			if bytes.HasSuffix(m, []byte(`"replay":true}`)) {
 				c.crowd.count(func(t *backTally) { t.Replayed++ })
 			}
 			c.have(field(m, "n"))
+			continue
 		}
-		if greeted {
-			c.mu.Lock()
-			c.top = max(c.top, top)
-			c.mu.Unlock()
+		var is told
+		if json.Unmarshal(m, &is) != nil {
+			return greeted
+		}
+		switch is.Type {
+		case "position":
+			c.position = max(c.position, is.Seq)
+		case "gap":
+			c.crowd.count(func(t *backTally) { t.Gaps++ })
+			ws.WriteJSON(map[string]string{"type": "resume"}) // an error ends the reading, too
+		case "ready", "resumed":
+			c.answered(is)
+			if is.Type == "ready" {
+				greeted = true
+				c.crowd.count(func(t *backTally) {
+					t.Ready++
+					if resumes {
+						t.Over++
+					}
+				})
+			}
 		}
 	}
 }
 
+// answered takes the position behind a replay, or, where a gap is left, that of a client that loads all anew.
+func (c *returner) answered(is told) {
+	p := is.Payload
+	if p.Gap {
+		c.crowd.count(func(t *backTally) { t.Gaps++ })
+	}
+	if p.Gap || p.Stream != c.stream {
+		c.stream, c.position = p.Stream, 0
+	}
+	c.position = max(c.position, p.Position)
+}
+
 func (c *returner) have(n int64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if !c.seen[n] {
 		c.seen[n] = true
 		c.crowd.count(func(t *backTally) { t.Received++ })

@@ -46,9 +46,9 @@ func connect(ctx context.Context, n int, at func(i int) *rig.Service, got func(a
 	return dialAll(ctx, n, func(i int) (string, http.Header) { return socketOf(at(i), agentID(i)) }, readReady, got)
 }
 
-// socketOf is where and how to dial for an agent's socket on pod.
+// socketOf is where and how to dial for an agent's socket on pod. Its client keeps positions.
 func socketOf(pod *rig.Service, agent string) (url string, header http.Header) {
-	return fmt.Sprintf("ws://%s/ws/acme/%s", pod.HTTP, agent), http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(agent)}}
+	return fmt.Sprintf("ws://%s/ws/acme/%s?since=", pod.HTTP, agent), http.Header{"X-API-Key": {apiKey}, "Authorization": {"Bearer " + mint(agent)}}
 }
 
 func readReady(ws *websocket.Conn) error {

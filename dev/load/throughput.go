@@ -91,8 +91,8 @@ func throughput(ctx context.Context, b *bench, p plan) error {
 	return nil
 }
 
-// fill pauses the consumer and publishes everything. One event for each agent is delivered before: the pod then knows
-// every owner, as one that runs for long does. What the server gave to the pod whose way was cut, just before it noticed,
+// fill pauses the consumer and publishes everything. One event for each agent is delivered before: the pods' connections are
+// open then, as those of pods that run for long are. What the server gave to the pod whose way was cut, just before it noticed,
 // comes again after ACK_WAIT.
 func (b *bench) fill(ctx context.Context, c *crowd, p plan) error {
 	for i := range p.agents {

@@ -50,10 +50,13 @@ func (n *NATS) Configure(extra ...string) error {
 	lines := append([]string{
 		fmt.Sprintf("listen: 127.0.0.1:%d", n.port),
 		"server_name: " + n.Name(),
-		fmt.Sprintf("jetstream { store_dir: %q, max_memory_store: 256MB, max_file_store: 8GB, domain: %q }", filepath.Join(n.dir, "jetstream"), n.domain),
+		fmt.Sprintf("jetstream { store_dir: %q, max_memory_store: 256MB, max_file_store: 8GB, domain: %q }", n.Store(), n.domain),
 	}, extra...)
 	return os.WriteFile(filepath.Join(n.dir, "nats.conf"), []byte(strings.Join(lines, "\n")+"\n"), 0o600)
 }
+
+// Store is the folder of the server's data; nobody but the server may touch it while that runs.
+func (n *NATS) Store() string { return filepath.Join(n.dir, "jetstream") }
 
 // Address is host:port of the server, also while it is down.
 func (n *NATS) Address() string { return fmt.Sprintf("127.0.0.1:%d", n.port) }

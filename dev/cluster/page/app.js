@@ -50,6 +50,16 @@ let hovered = false; // by a pointer; :hover would stay after a finger's tap
 chatList.onpointerenter = () => { hovered = true; };
 chatList.onpointerleave = () => { hovered = false; };
 
+async function loadMessages(chat) {
+  for (const { seq, text, out } of await (await fetch("messages?chat=" + encodeURIComponent(chat.id))).json()) {
+    if (chat.messages.has(seq)) continue;
+    const small = document.createElement("small");
+    small.append(`loaded · ${seq}`);
+    showMessage(chat, seq, text, out, small);
+  }
+  show(chat);
+}
+
 // sortChats puts the latest chat first; the rows slide to their new places. While a pointer or the keyboard is in the list,
 // it keeps its order.
 function sortChats() {
@@ -74,7 +84,6 @@ chatList.onclick = (e) => {
   if (id) select(id);
 };
 
-// select asks for the last messages of a chat too: this page has no other place to load them from.
 function select(id) {
   selected = id;
   const row = chats.get(id);
@@ -83,7 +92,7 @@ function select(id) {
   $("messages").parentElement.scrollIntoView({ block: "nearest" }); // on a phone it is below the list
   for (const r of chats.values()) r.button.ariaCurrent = r === row ? "true" : null;
   $("title").textContent = row.name + " · " + id;
-  client.select(id, Math.max(0, client.top - 400));
+  client.select(id);
 }
 
 const sortedBySeq = (messages) => [...messages].sort(([a], [b]) => a - b).map(([, li]) => li);
@@ -106,6 +115,7 @@ function onEvent(m, known) {
     const small = document.createElement("small");
     small.append(m.replay ? "replayed" : latency === null ? "no latency" : latency.toFixed(1) + " ms", ` · ${m.seq} · pulled by `, by[0]);
     showMessage(chat, m.seq, row.message_obj?.conversation ?? row.text, row.flow === "OUT", small);
+    show(chat);
   }
   unpulled.set(m.seq, by);
   if (unpulled.size > 300) unpulled.delete(unpulled.keys().next().value);
@@ -117,6 +127,10 @@ function showMessage(chat, seq, text, out, small) {
   li.append(text, small);
   chat.messages.set(seq, li);
   if (chat.messages.size > 200) chat.messages.delete(Math.min(...chat.messages.keys()));
+}
+
+// show brings the messages of the open chat up to date.
+function show(chat) {
   if (chat.id !== selected) return;
   const list = $("messages");
   const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
@@ -126,7 +140,7 @@ function showMessage(chat, seq, text, out, small) {
 
 function count(latency) {
   $("count").textContent = ++came;
-  $("seq").textContent = client.top;
+  $("seq").textContent = client.position ?? "-";
   if (latency === null) return;
   latencies.push(latency);
   if (latencies.length > 200) latencies.shift();
@@ -146,19 +160,19 @@ const client = new Client({
   },
   ready(m) {
     const { seq, session_id, resumed, gap } = m.payload;
-    const first = readySeq === 0;
     readySeq = seq;
     $("session").textContent = session_id;
     $("resumed").textContent = gap ? "a gap" : resumed;
     notice("");
-    if (first) loadChats(); // from now on the page lives on events, and on what is resumed
   },
   event: onEvent,
   gap() { notice("Some events were missed and are on their way."); },
-  reload() {
-    notice("What was missed is no longer there: the chats are loaded again.");
-    for (const row of chats.values()) row.seq = 0; // of another stream, maybe
-    loadChats();
+  async load(what) {
+    if (what === "all") {
+      for (const row of chats.values()) row.seq = 0; // of another stream, maybe
+      await loadChats();
+    }
+    if (selected) await loadMessages(chats.get(selected));
   },
   error(p) { notice(p.message); },
   state(cls, text, code) {

@@ -1,34 +1,35 @@
 "use strict";
-// The reference client of the socket: it does what docs/protocol.md asks of clients. Duplicates are told by their sequence, a
-// close code decides what to do next, what was missed is resumed until an answer says "gap": false, the selected chat is
-// selected again on each new socket, and the token is renewed before it ends. No dependency; a script tag defines Client,
-// require returns it. Node needs a global WebSocket: from version 22 on it has one.
+// The reference client of the socket: it does what docs/protocol.md asks of clients. It keeps the highest position that it was given and
+// the set of sequences that came since; after a gap it resumes from there; a close code decides what to do next; the selected chat is
+// named on each new socket; the token is renewed before it ends. No dependency; a script tag defines Client, require returns it. Node
+// needs a global WebSocket: from version 22 on it has one.
 //
 // Handlers:
 //   access()              promise of { url, token, expires_at }, fresh at each call: the socket's URL with the API key, and
 //                         what /generate-token answers. Called before each connect and each refresh of the token.
-//   event(m, known)       an event message; known: this sequence has come before, there is nothing to apply
-//   reload(seq)           what was missed cannot be replayed: fetch everything again; what is fetched is as of seq at least
+//   load(what, seq)       promise: fetch the state, "all" of it or the selected "chat"; what is fetched is as of seq at least. Called
+//                         after a fresh ready, after chat_selected, and where what was missed cannot be replayed; again if it
+//                         fails. A further call takes the place of one that has not ended.
+//   event(m, known)       an event message; known: it has come before, there is nothing to apply
 //   state(what, text, code)  what is "on", "busy" (it tries again by itself), or "off" (it does not: somebody must call connect)
 //   ready(m), selected(m), gap(payload), error(payload)   optional
 
 class Client {
-  constructor(handlers, { quiet = 25000, least = 500, most = 30000, steady = 60000, renew = 0.75, remember = 3600000 } = {}) {
+  constructor(handlers, { quiet = 25000, least = 500, most = 30000, steady = 60000, renew = 0.75 } = {}) {
     this.on = handlers;
     this.quiet = quiet;      // ms without a message until it pings, and then without an answer until it gives the socket up
     this.least = least;      // ms of back-off at first
     this.most = most;        // and at the most
     this.steady = steady;    // ms after which a socket counts as one that works
-    this.remember = remember; // ms, at least, for which it knows what has come
     this.renew = renew;      // part of a token's time after which it is replaced
     this.attempt = 0;        // doublings of the back-off
     this.chat = "";          // selected, over all sockets
-    this.fresh = new Set();  // sequences seen, a set since a lower number may be new;
-    this.old = new Set();    // those from before the last turn
-    this.turned = Date.now();
-    this.top = 0;            // the highest sequence known,
-    this.known = false;      // once one is: that of an empty stream is 0
-    this.owed = null;        // the lowest `since` that is not answered yet, also over a reconnect
+    this.named = "";         // the chat that the socket was opened with
+    this.stream = "";        // what the position is of
+    this.position = null;    // everything up to it was had; null = not known
+    this.had = new Set();    // sequences above it that came
+    this.lacks = "all";      // what is to be loaded: "all", "chat" or ""; until that has ended no position is kept
+    this.loads = 0;          // begun so far
     this.socket = null;      // the one that counts; what older ones say is ignored
     this.timers = {};
     this.reset();
@@ -39,9 +40,9 @@ class Client {
     for (const t of Object.values(this.timers)) clearTimeout(t);
     this.timers = {};
     this.live = false;       // its ready has come
-    this.pending = [];       // what was sent and is not answered: answers come in the order of the questions
-    this.again = false;      // a gap came while answers were under way, which they may not cover
-    this.stale = false;      // an answer said "gap": true
+    this.pending = [];       // types of what was sent and is not answered: answers come in the order of the questions
+    this.loading = 0;        // the number of the load that counts: a later one takes its place
+    this.given = null;       // the highest position given while something is to be loaded
     this.pinged = 0;         // when a ping was sent that nothing has come after
     this.heard = Date.now();
   }
@@ -69,11 +70,13 @@ class Client {
   }
 
   dial({ url, token }) {
-    if (this.owed === null && this.known) this.owed = this.top;
     const u = new URL(url);
     u.searchParams.set("errors", "close"); // a page cannot read the HTTP status of a refusal, but a close code
-    if (this.owed !== null) u.searchParams.set("since", this.owed);
-    this.pending = [{ type: "ready", pays: this.owed !== null }];
+    u.searchParams.set("since", this.position ?? "");
+    if (this.position !== null) u.searchParams.set("stream", this.stream);
+    if (this.chat) u.searchParams.set("chat", this.chat);
+    this.named = this.chat;
+    this.pending = ["ready"];
     // As a sub-protocol the token is in no URL, and so in nobody's log.
     return new WebSocket(u.href, ["json.v1", "bearer." + token.replace(/=+$/, "")]);
   }
@@ -86,109 +89,118 @@ class Client {
     if (s) s.close(1000);
   }
 
-  // select asks for a chat's messages from now on, and for those after since if it is given; "" = of no chat.
-  select(chat, since) {
+  // select asks for a chat's messages from now on; "" = of no chat.
+  select(chat) {
     this.chat = chat;
-    if (since !== undefined) this.owe(since);
-    if (this.live) this.askChat(since);
+    this.lacks ||= "chat"; // nothing but the load has what came to it before
+    if (this.live) this.ask("select_chat");
   }
+
+  // selecting says whether a confirmation of the chat that is selected now is still to come.
+  selecting() { return this.pending.includes("select_chat") || "select_chat" in this.timers; }
 
   open() { return this.live; }
 
-  owe(since) { this.owed = Math.min(this.owed ?? since, since); }
-
-  askChat(since) { this.ask("select_chat", { chat_id: this.chat, since }, since !== undefined); }
-
-  askResume() { this.ask("resume", { since: this.owed }, true); }
-
-  // ask sends a message. pays: its answer covers what is owed now.
-  ask(type, payload, pays) {
-    this.pending.push({ type, pays });
+  ask(type, payload = type === "select_chat" ? { chat_id: this.chat } : undefined) {
+    this.pending.push(type);
     this.socket.send(JSON.stringify({ type, payload }));
   }
-
-  // underWay says whether answers that pay are still to come.
-  underWay() { return this.timers.redo !== undefined || this.pending.some((q) => q.pays); }
 
   message(m) {
     this.heard = Date.now();
     this.pinged = 0;
     if (m.type === "event") return this.event(m);
-    if (m.type === "gap") return this.gap(m.payload);
+    if (m.type === "position") return this.know(m.seq);
+    if (m.type === "gap") {
+      this.ask("resume"); // also while another is under way, which may not cover it
+      return this.on.gap?.(m.payload);
+    }
     if (!["ready", "chat_selected", "resumed", "token_refreshed", "pong", "error"].includes(m.type)) return; // of a later version
     const question = this.pending.shift();
     if (m.type === "ready") this.ready(m);
-    if (m.type === "chat_selected") this.on.selected?.(m);
-    if (m.type === "error") this.on.error?.(m.payload);
-    if (!this.live) return; // one of the handlers has ended this
-    if (m.type === "error") this.refused(question, m.payload.code);
+    else if (m.type === "chat_selected") this.selected(m);
+    else if (m.type === "resumed") this.resumed(m.payload);
     else if (m.type === "token_refreshed") this.refreshAt(m.payload.expires_at);
-    else if (m.type !== "pong") this.answered(question, m.payload);
+    else if (m.type === "error") {
+      this.on.error?.(m.payload);
+      this.refused(question, m.payload.code);
+    }
   }
 
-  gap(p) {
-    this.owe(p.since);
-    this.on.gap?.(p);
-    if (this.underWay() || !this.live) this.again = true;
-    else this.askResume();
-  }
-
-  // ready: a selection ends with its socket. ready speaks for the general events alone, so the chat is asked for before that
-  // answer counts.
   ready(m) {
+    const fresh = this.position === null;
     this.live = true;
     this.timers.steady = setTimeout(() => { this.attempt = 0; }, this.steady);
     this.refreshAt(this.expires);
+    if (this.chat !== this.named) this.ask("select_chat"); // selected since the socket was opened
     this.on.state("on", "connected");
     this.on.ready?.(m);
-    if (this.chat && this.live) this.askChat(this.owed ?? undefined);
+    if (!this.live) return; // the handler has ended this
+    this.resumed(m.payload, fresh);
+    if (this.lacks === "chat" && !this.selecting()) this.load(m.payload.seq); // the socket before ended in the midst of it
   }
 
-  // answered: only when nothing is under way any more has everything after owed come.
-  answered(question, p) {
-    if (p.gap) { // the page reloads, and the stream may have been made anew, and count from 1 again
-      this.top = 0;
-      this.fresh.clear();
-      this.old.clear();
-    }
-    this.top = Math.max(this.top, p.seq);
-    this.known = true;
-    this.stale ||= p.gap;
-    if (this.underWay()) return;
-    if (this.again) {
-      this.again = false;
-      this.askResume();
-    } else if (question.pays) {
-      this.owed = null;
-    }
-    if (this.stale && !this.underWay()) {
-      this.stale = false;
-      this.on.reload(p.seq);
+  selected(m) {
+    this.on.selected?.(m);
+    if (this.selecting()) return; // another chat was selected meanwhile: what comes to it may pass this socket by until then
+    this.lacks ||= "chat";
+    this.load(m.payload.seq);
+  }
+
+  // resumed: what came since the position was replayed, or all is to be loaded.
+  resumed(p, fresh = false) {
+    if (p.gap || fresh || p.stream !== this.stream) {
+      this.stream = p.stream;
+      this.position = null;
+      this.given = p.position ?? null; // none, if the pod has none of a new stream yet
+      this.had.clear();
+      this.lacks = "all";
+      this.load(p.seq);
+    } else {
+      this.know(p.position);
     }
   }
 
-  // refused: too many messages, or Redis is away: what was asked for is still wanted, but not at once.
+  // know takes a position. While something is to be loaded it counts only once that has ended.
+  know(position) {
+    if (this.lacks) {
+      this.given = Math.max(this.given ?? 0, position);
+    } else if (this.position === null || position > this.position) {
+      this.position = position;
+      for (const seq of this.had) if (seq <= position) this.had.delete(seq);
+    }
+  }
+
+  // load has the page fetch what is lacking, again and again until that succeeds or something else is to be loaded.
+  async load(seq) {
+    const turn = this.loading = ++this.loads;
+    clearTimeout(this.timers.load);
+    try {
+      if (this.lacks === "all" || this.chat) await this.on.load(this.lacks, seq);
+    } catch (err) {
+      if (turn !== this.loading) return;
+      this.on.error?.({ code: "NotLoaded", message: err.message });
+      this.timers.load = setTimeout(() => this.load(seq), 1000 + Math.random() * 2000);
+      return;
+    }
+    if (turn !== this.loading) return;
+    this.lacks = this.selecting() ? "chat" : ""; // a chat's messages are loaded after its confirmation
+    if (this.given !== null) this.know(this.given);
+  }
+
+  // refused: too many messages, or NATS is away: what was asked for is still wanted, but not at once.
   refused(question, code) {
-    if (question.type === "refresh_token") return this.refreshAt(this.expires);
-    if (question.pays && code === "BadRequest") return this.answered(question, { seq: 0 }); // never will there be another answer
-    if (question.type === "ping" || code === "BadRequest" || this.timers.redo) return;
-    this.timers.redo = setTimeout(() => {
-      delete this.timers.redo;
-      if (this.chat) this.askChat(this.owed ?? undefined);
-      if (this.owed !== null) this.askResume();
+    if (question === "refresh_token") return this.refreshAt(this.expires);
+    if (question !== "select_chat" && question !== "resume" || code === "BadRequest" || question in this.timers) return;
+    this.timers[question] = setTimeout(() => {
+      delete this.timers[question];
+      this.ask(question);
     }, 1000 + Math.random() * 2000);
   }
 
   event(m) {
-    const known = this.fresh.has(m.seq) || this.old.has(m.seq);
-    this.fresh.add(m.seq);
-    this.top = Math.max(this.top, m.seq);
-    // A gap may reach as far back as events are replayed, RESUME_MAX_AGE. While something is owed, old ones may still come.
-    if (this.owed === null && Date.now() - this.turned > this.remember) {
-      this.old = this.fresh;
-      this.fresh = new Set();
-      this.turned = Date.now();
-    }
+    const known = this.position !== null && m.seq <= this.position || this.had.has(m.seq);
+    if (!known) this.had.add(m.seq);
     this.on.event(m, known);
   }
 

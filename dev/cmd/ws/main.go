@@ -1,5 +1,5 @@
 // Command ws is a small client of the service: it connects, prints each message as it comes, one a line, and sends what
-// it reads from its standard input: "select CHAT", "select" (none), "ping", "resume SEQ", or a line of JSON as it is.
+// it reads from its standard input: "select CHAT", "select" (none), "ping", "resume", or a line of JSON as it is.
 // It ends when the socket does (status 1 unless it ended it itself), after -n messages, or by ^C.
 package main
 
@@ -13,7 +13,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -112,11 +111,7 @@ func message(line string) (string, error) {
 		chat, _ := json.Marshal(strings.TrimSpace(arg))
 		return `{"type":"select_chat","payload":{"chat_id":` + string(chat) + `}}`, nil
 	case command == "resume":
-		since, err := strconv.ParseUint(strings.TrimSpace(arg), 10, 64)
-		if err != nil {
-			return "", fmt.Errorf("resume needs a sequence: %w", err)
-		}
-		return fmt.Sprintf(`{"type":"resume","payload":{"since":%d}}`, since), nil
+		return `{"type":"resume"}`, nil
 	}
-	return "", fmt.Errorf("%q is none of: select CHAT, ping, resume SEQ, a line of JSON", line)
+	return "", fmt.Errorf("%q is none of: select CHAT, ping, resume, a line of JSON", line)
 }
