@@ -114,7 +114,7 @@ type ring struct {
 	written seqSet
 
 	positions bool      // the client keeps positions; constant after begin
-	place     place     // the last position that was written whole, or that the client came with
+	place     place     // the last position that was written whole, that an answer has, or that the client came with
 	given     uint64    // the last position that was queued: the client has had everything up to it, or is about to
 	answered  bool      // no replay runs, and the last one's answer is queued: positions may follow
 	owes      bool      // a gap was noted and no replay has paid it yet: no positions
@@ -436,8 +436,9 @@ func (r *ring) answerLocked(f *frame, stream string, position *uint64, now time.
 	it := item{f: f, at: now}
 	r.given = 0 // of another stream, maybe
 	if position != nil {
-		it.place = &place{*position, stream}
-		r.given = *position
+		// Not only once it is written: the client may have it, and resume, before the writer has said so. What is replayed then stands
+		// behind it.
+		r.place, r.given = place{*position, stream}, *position
 	}
 	r.answered = true
 	return it

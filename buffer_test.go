@@ -312,8 +312,8 @@ func TestPositions(t *testing.T) {
 			t.Fatalf("a replay begins behind %d, want 11: 12 was never written", from)
 		}
 		resume(22)
-		if from, _ := r.beginReplay(); from != 11 {
-			t.Fatalf("a replay begins behind %d, want 11: the answer with 22 is not written yet", from)
+		if from, _ := r.beginReplay(); from != 22 {
+			t.Fatalf("a replay begins behind %d, want 22: its answer is written before what is replayed", from)
 		}
 	})
 }
