@@ -389,6 +389,37 @@ func TestResumeOfAnotherStream(t *testing.T) {
 			t.Errorf("stream %v", p["stream"])
 		}
 	}
+	th.policy.latest.Store(&position{place{99, "before"}, newPosition(99)}) // about to be taken back
+	wantResumed(t, th.dial("/?since=", "").wantEvents("ready"), 0, nil, false)
+}
+
+// TestNewStreamDuringAReplay: what was read of the one and of the other stream is no whole, though neither request failed.
+func TestNewStreamDuringAReplay(t *testing.T) {
+	th := newTestHub(t, nil)
+	for range 20 {
+		th.past.publish("wa.c.a.chats")
+	}
+	before, created := th.stream(), th.past.created.Add(time.Hour)
+	th.past.before = func(what string) {
+		if what != "MSG.GET" { // the first pass has ended
+			return
+		}
+		th.past.change(func() { th.past.before, th.past.created, th.past.last, th.past.msgs = nil, created, 0, nil })
+		th.consumer.mu.Lock()
+		th.consumer.created = created
+		th.consumer.mu.Unlock()
+		th.newStream()
+		for range 60 {
+			th.past.publish("wa.c.a.chats")
+		}
+	}
+	c := th.dial(th.since(41, ""), "")
+	m := c.message()
+	for ; m.Type == "event" || m.Type == "gap"; m = c.message() { // of both
+	}
+	if m.Type != "ready" || m.Payload["gap"] != true || m.Payload["stream"] != th.stream() || th.stream() == before || m.Payload["position"] != nil {
+		t.Errorf("%+v", m)
+	}
 }
 
 // TestNewStream: sockets are told when the stream becomes another one; what they resume from then is of that, and its sequences are
