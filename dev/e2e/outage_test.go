@@ -168,6 +168,7 @@ func (x *outage) wantAll(sent []harness.Published, gaps int) {
 	x.T.Helper()
 	for i, f := range x.users {
 		wantHad(x.T, f, x.due(sent, i))
+		wantNoLoad(x.T, f)
 		got := f.Gaps()
 		if x.moved(i) {
 			continue

@@ -18,13 +18,13 @@ type Follower struct {
 	behind string // address of a balancer instead of theirs
 	place  Place  // of its last socket; owned by run
 
-	mu      sync.Mutex // guards all below
-	got     map[uint64]int
-	came    map[uint64]time.Time // when each came first
-	gaps    []Reply
-	reloads int
-	ends    []Ended
-	client  *Client // open and ready, or nil
+	mu     sync.Mutex // guards all below
+	got    map[uint64]int
+	came   map[uint64]time.Time // when each came first
+	gaps   []Reply
+	loaded time.Time
+	ends   []Ended
+	client *Client // open and ready, or nil
 }
 
 // Ended is how one socket of a Follower ended, and when the next was ready.
@@ -97,11 +97,11 @@ func (f *Follower) Came() map[uint64]time.Time {
 	return maps.Clone(f.came)
 }
 
-// Reloads is how often it was told that its position can't be resumed from.
-func (f *Follower) Reloads() int {
+// Loaded is when it was told last that it can't resume from its position, and loads everything; zero = never.
+func (f *Follower) Loaded() time.Time {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.reloads
+	return f.loaded
 }
 
 // Gaps are all gaps that were announced so far.
@@ -203,7 +203,7 @@ func (f *Follower) note(c *Client, m Message) {
 	}
 	if m.Type == "ready" || m.Type == "resumed" {
 		if r, err := m.reply(); err == nil && r.Gap {
-			f.reloads++
+			f.loaded = m.At
 		}
 	}
 }
