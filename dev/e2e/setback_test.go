@@ -14,7 +14,7 @@ import (
 // events get the sequences of those that are gone; none of them may be taken for one that a socket has had.
 func TestStreamSetBack(t *testing.T) {
 	t.Parallel()
-	w := harness.New(t, harness.OwnNATS())
+	w := harness.New(t, harness.OwnNATS(), often, shortTimeouts) // the server forgets acks when it is killed
 	a, b := w.Start(), w.Start()
 	ann := a.Connect(harness.User("acme", "desk1", "ann").Positions())
 	bob := b.Connect(harness.User("acme", "desk1", "bob").Positions())
