@@ -174,24 +174,14 @@ func (l *lease) holds(ctx context.Context, pod, life string) (bool, error) {
 	return ok && o.life == life, nil
 }
 
-// errUnnamed means that Redis does not know the stream's generation.
-var errUnnamed = errors.New("the stream has no generation in Redis: waiting for a pod that knows it")
-
 // start takes the lease, waiting for Redis and for a predecessor's lease to run out, and saying so. It returns
 // errDuplicatePod when the address in the lease answers with the lease's own id and life, or ctx's error.
-//
-// A Redis that was waited for may have lost the stream's generation. Who has just started leaves it to the others to name it again,
-// for half a lease: another name would make every client reload.
 func (l *lease) start(ctx context.Context, advertise func(context.Context) (string, error), p *peers) error {
 	said := ""
-	var names time.Time // from when on this pod names the generation
 	for {
-		err := l.tryStart(ctx, advertise, p, !time.Now().Before(names))
+		err := l.tryStart(ctx, advertise, p)
 		if err == nil || errors.Is(err, errDuplicatePod) || ctx.Err() != nil {
 			return err
-		}
-		if !errors.Is(err, errUnnamed) {
-			names = time.Now().Add(l.cfg.Load().PodLease / 2)
 		}
 		if err.Error() != said {
 			said = err.Error()
@@ -203,7 +193,7 @@ func (l *lease) start(ctx context.Context, advertise func(context.Context) (stri
 	}
 }
 
-func (l *lease) tryStart(ctx context.Context, advertise func(context.Context) (string, error), p *peers, names bool) error {
+func (l *lease) tryStart(ctx context.Context, advertise func(context.Context) (string, error), p *peers) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*leaseTimeout)
 	defer cancel()
 	addr, err := advertise(ctx)
@@ -212,14 +202,6 @@ func (l *lease) tryStart(ctx context.Context, advertise func(context.Context) (s
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !names {
-		switch err := l.rdb.Get(ctx, generationKey(l.cfg.Load())).Err(); {
-		case errors.Is(err, redis.Nil):
-			return errUnnamed
-		case err != nil:
-			return fmt.Errorf("read the stream's generation: %w", err)
-		}
-	}
 	if err := l.takeLife(ctx, addr, p); err != nil {
 		return err
 	}
@@ -357,9 +339,16 @@ func (l *lease) renewLocked(ctx context.Context, acted []string, peers *peers) (
 	if r.another, err = l.instancesChanged(ctx); err != nil {
 		return r, err
 	}
-	r.notes, r.generation = notes.Val(), l.setGeneration(generation.Val())
 	if n, _ := held.Int(); n != 1 || r.another {
-		if err := l.takeLife(ctx, own.addr, peers); err != nil {
+		// A pod that started before the others heard from a Redis without data has given the stream another name: every client would reload.
+		if known := *l.generation.Load(); n != 1 && r.another && generation.Val() != known {
+			err = l.rdb.Set(ctx, generationKey(l.cfg.Load()), known, 0).Err()
+			generation.SetVal(known)
+		}
+		if err == nil {
+			err = l.takeLife(ctx, own.addr, peers)
+		}
+		if err != nil {
 			if r.another {
 				l.instances = map[string]bool{} // so that it is another one at the next attempt too
 			}
@@ -367,6 +356,7 @@ func (l *lease) renewLocked(ctx context.Context, acted []string, peers *peers) (
 		}
 		r.overlooked = true
 	}
+	r.notes, r.generation = notes.Val(), l.setGeneration(generation.Val())
 	return r, l.readPods(ctx, names.Val())
 }
 

@@ -280,31 +280,29 @@ func TestStartWaits(t *testing.T) {
 	})
 }
 
-// TestStartNamesNothing: a Redis that was waited for may have lost the stream's generation. The pods that know it name it before one
-// that has just started does, which waits for half a lease.
-func TestStartNamesNothing(t *testing.T) {
-	for _, known := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) {
-			v := newRedisServer(t)
-			v.down = true
-			cfg := testSettings(nil)
-			l, key := newLease(cfg, v.client(t), newMetrics()), generationKey(cfg.Load())
-			time.AfterFunc(time.Second, func() { v.change(func() { v.down = false }) })
-			if known {
-				time.AfterFunc(3*time.Second, func() { v.change(func() { v.values[key] = "former" }) })
-			}
-			began := time.Now()
-			if err := l.start(t.Context(), func(context.Context) (string, error) { return "here", nil }, nil); err != nil {
-				t.Fatal(err)
-			}
-			if took := time.Since(began); took > time.Second+cfg.Load().PodLease/2+time.Second {
-				t.Errorf("took %v", took)
-			}
-			if got := *l.generation.Load(); (got == "former") != known || got == "" {
-				t.Errorf("the generation is %q, known: %t", got, known)
-			}
-		})
-	}
+// TestStarterNamesTheStream: a pod that starts with a Redis that has lost its data gives the stream a generation. A pod that knows the former
+// one puts it back, so its clients need not reload.
+func TestStarterNamesTheStream(t *testing.T) {
+	leases(t, func(t *testing.T, v *redisServer, l *lease) {
+		renewed(t, l)
+		former := *l.generation.Load()
+		v.restart()
+		v.change(func() { clear(v.values) })
+		cfg := testSettings(func(c *Config) { c.ServerPodID = "pod-2" })
+		starter := newLease(cfg, v.client(t), newMetrics())
+		if err := starter.start(t.Context(), func(context.Context) (string, error) { return "there", nil }, nil); err != nil {
+			t.Fatal(err)
+		}
+		if *starter.generation.Load() == former {
+			t.Fatal("the starter knows what Redis has lost")
+		}
+		if r := renewed(t, l); r.generation || !r.overlooked || *l.generation.Load() != former {
+			t.Errorf("generation %q, want %q: %+v", *l.generation.Load(), former, r)
+		}
+		if r := renewed(t, starter); !r.generation || *starter.generation.Load() != former {
+			t.Errorf("the starter's generation is %q, want %q: %+v", *starter.generation.Load(), former, r)
+		}
+	})
 }
 
 // TestNotes: a note reaches the life that it is for with its next renewal, and again until exactly it is deleted by a later one.

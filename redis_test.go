@@ -132,8 +132,8 @@ func (v *redisServer) applyLocked(cmd redis.Cmder) {
 		} else {
 			cmd.SetErr(redis.Nil)
 		}
-	case "set": // … nx
-		if _, ok := v.values[args[1]]; !ok {
+	case "set":
+		if _, ok := v.values[args[1]]; !ok || args[len(args)-1] != "nx" {
 			v.values[args[1]] = args[2]
 		}
 	case "sadd":
@@ -263,7 +263,7 @@ func (v *redisServer) executed(prefix string) (cmds []string) {
 // testLease is the lease of a pod that has a life, in a world of its own.
 func testLease(t *testing.T, v *redisServer, cfg *settings) *lease {
 	l := newLease(cfg, v.client(t), newMetrics())
-	if err := l.tryStart(t.Context(), func(context.Context) (string, error) { return l.pod + ":1", nil }, nil, true); err != nil {
+	if err := l.tryStart(t.Context(), func(context.Context) (string, error) { return l.pod + ":1", nil }, nil); err != nil {
 		t.Fatal(err)
 	}
 	return l
