@@ -21,8 +21,19 @@ func newAdmittingServer(acquire func(context.Context, string, string, time.Time)
 	s.hub = newHub(s.cfg, s.m, nil, nil, s.auth)
 	s.available = func() bool { return true }
 	s.acquire = acquire
-	s.later = func(context.Context, string, time.Time) (bool, error) { return false, nil }
 	return s
+}
+
+// crowded takes all turns, and gives them back after d.
+func crowded(t *testing.T, s *server, d time.Duration) {
+	for range setUpsAtOnce {
+		s.hub.turn(t.Context())
+	}
+	time.AfterFunc(d, func() { // harmless if the test has ended
+		for range setUpsAtOnce {
+			s.hub.endTurn()
+		}
+	})
 }
 
 func conflict(context.Context, string, string, time.Time) (*session, error) { return nil, errConflict }
@@ -121,7 +132,7 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 	const limit = 200 * time.Millisecond
 	const target = "/ws/acme/a-1?x-api-key=general-1&token=" + userVector
 	s := newAdmittingServer(conflict, func(c *Config) {
-		c.ServerReadTimeout, c.ServerWriteTimeout, c.ServerUpgradeRate, c.ServerMaxConnections = limit, limit, 2, 1
+		c.ServerReadTimeout, c.ServerWriteTimeout, c.ServerMaxConnections = limit, limit, 1
 	})
 	addr := startServer(t, s)
 	waits := func(n int) {
@@ -137,9 +148,8 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 		}
 		t.Fatalf("%d wait, %d have a place, want %d", waiting, places, n)
 	}
-	turnIn := func(d time.Duration) { s.crowd.pace.due = time.Now().Add(d) }
-	turnIn(7 * limit / 2)
 	begin := time.Now()
+	crowded(t, s, 7*limit/2)
 	r, _ := dialUpgrade(t, addr, target)
 	wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
 	if took := time.Since(begin); took < 3*limit {
@@ -147,13 +157,12 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 	}
 	waits(0)
 
-	turnIn(time.Hour)
+	crowded(t, s, time.Hour)
 	leaver := sendUpgrade(t, addr, target)
 	waits(1)
 	leaver.Close()
 	waits(0)
 
-	turnIn(time.Hour)
 	drained := time.AfterFunc(3*limit, s.startDrain)
 	defer drained.Stop()
 	r, _ = dialUpgrade(t, addr, target)
@@ -164,48 +173,33 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 // TestLookedAtAgain: what was good when an upgrade came is looked at once more after a long wait, before it takes a session from
 // anybody.
 func TestLookedAtAgain(t *testing.T) {
-	const wait = 3 * longWait // for a turn
+	const wait = 3 * time.Second // for a turn
 	unavailable := func(why string) string { return `{"code":"Unavailable","message":"` + why + `"}` }
 	const conflict = `{"code":"SessionConflict","message":"session is fought over by other sockets"}`
 	for _, c := range []struct {
 		name    string
 		prepare func(s *server, gone func() bool) // gone: half of the wait is over
-		later   func() (bool, error)
 		status  int
 		body    string
 	}{
-		{"nothing", nil, nil, 409, conflict},
-		{"the token expires", nil, nil, 403, `{"code":"InvalidToken","message":"token has expired"}`},
+		{"nothing", nil, 409, conflict},
+		{"the token expires", nil, 403, `{"code":"InvalidToken","message":"token has expired"}`},
 		{"NATS goes", func(s *server, gone func() bool) {
 			s.ready = func() (map[string]string, bool) {
 				return map[string]string{"nats": map[bool]string{false: "connected", true: "disconnected"}[gone()]}, !gone()
 			}
-		}, nil, 503, unavailable("nats is away")},
-		{"Redis goes", func(s *server, gone func() bool) { s.available = func() bool { return !gone() } }, nil, 503, unavailable("redis is away")},
-		{"the pod drains", func(s *server, _ func() bool) { time.AfterFunc(wait/2, s.startDrain) }, nil, 503, unavailable("this pod is draining")},
-		{"a later one gets the session", nil, func() (bool, error) { return true, nil }, 503, unavailable("a later socket got the session meanwhile")},
-		{"the session cannot be read", nil, func() (bool, error) { return false, errUnavailable }, 503, unavailable("session could not be read")},
+		}, 503, unavailable("nats is away")},
+		{"Redis goes", func(s *server, gone func() bool) { s.available = func() bool { return !gone() } }, 503, unavailable("redis is away")},
+		{"the pod drains", func(s *server, _ func() bool) { time.AfterFunc(wait/2, s.startDrain) }, 503, unavailable("this pod is draining")},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			asked := make(chan string, 10)
 			begin, token := time.Now(), userVector
-			onArrival := func(key string, came time.Time) {
-				if waited := time.Since(came); key != "acme:a-1:u@x" || waited < longWait || waited > time.Since(begin) {
-					t.Errorf("about %q, who came %v ago", key, waited)
-				}
-			}
-			s := newAdmittingServer(func(_ context.Context, key, _ string, came time.Time) (*session, error) {
-				onArrival(key, came)
+			s := newAdmittingServer(func(_ context.Context, key, _ string, _ time.Time) (*session, error) {
 				asked <- key
 				return nil, errConflict
 			}, nil)
-			if c.later != nil {
-				s.later = func(_ context.Context, key string, came time.Time) (bool, error) {
-					onArrival(key, came)
-					return c.later()
-				}
-			}
 			if c.name == "the token expires" {
 				var minted struct{ Token string }
 				r := ask(s, "POST", "/generate-token", `{"company_id":"acme","agent_id":"a-1","user_id":"u@x","expires_in_seconds":1}`, "X-API-Key: general-1")
@@ -214,7 +208,7 @@ func TestLookedAtAgain(t *testing.T) {
 				}
 				token = minted.Token
 			}
-			s.crowd.pace.due = time.Now().Add(wait)
+			crowded(t, s, wait)
 			if c.prepare != nil {
 				c.prepare(s, func() bool { return time.Since(begin) > wait/2 })
 			}
@@ -225,24 +219,6 @@ func TestLookedAtAgain(t *testing.T) {
 			}
 		})
 	}
-}
-
-// TestTwoOfOneSession: of two that wait for the same session the first is told, as any page can read it, that the later one has it.
-func TestTwoOfOneSession(t *testing.T) {
-	const target = "/ws/acme/a-1?x-api-key=general-1&token=" + userVector
-	s := newAdmittingServer(conflict, func(c *Config) { c.ServerMaxConnections = 2 })
-	addr := startServer(t, s)
-	s.crowd.pace.due = time.Now().Add(2 * time.Second)
-	first := sendUpgrade(t, addr, target)
-	for deadline := time.Now().Add(10 * time.Second); s.m.upgradesWaiting.with().Get() == 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the first does not wait")
-		}
-	}
-	r, _ := dialUpgrade(t, addr, target)
-	wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
-	r, br := readUpgrade(t, first)
-	wantClosed(t, r, br, 4402)
 }
 
 // wantClosed reads a finished handshake and the close frame that is all that follows it.

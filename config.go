@@ -38,7 +38,6 @@ type Config struct {
 	ServerShutdownTimeout  time.Duration `set:"SERVER_SHUTDOWN_TIMEOUT" default:"30s" min:"1ms" help:"limit for the whole drain after SIGTERM"`
 	ServerDrainSpread      time.Duration `set:"SERVER_DRAIN_SPREAD" default:"5s" min:"0s" live:"true" help:"over how long a drain spreads the closing of its sockets"`
 	ServerMaxConnections   int           `set:"SERVER_MAX_CONNECTIONS" default:"15000" min:"1" live:"true" help:"sockets at most; further ones get 503"`
-	ServerUpgradeRate      int           `set:"SERVER_UPGRADE_RATE" default:"0" min:"0" live:"true" help:"WebSocket upgrades per second, behind 50 at once; 0 = 150 per processor"`
 	ServerTLSCertFile      string        `set:"SERVER_TLS_CERT_FILE" default:"" live:"unless-empty" help:"certificate chain (PEM) for HTTPS and wss"`
 	ServerTLSKeyFile       string        `set:"SERVER_TLS_KEY_FILE" default:"" live:"unless-empty" help:"key (PEM) of SERVER_TLS_CERT_FILE"`
 	ServerDebugAddress     string        `set:"SERVER_DEBUG_ADDRESS" default:"" check:"hostPort" help:"host:port of net/http/pprof (default: off)"`
@@ -389,7 +388,7 @@ func (l *loader) take(entries []entry) {
 }
 
 // formerSettings are those that a former version had. They have no effect any more, and keep no service from starting that was updated.
-var formerSettings = []string{"POD_OWNER_CACHE_SIZE", "RESUME_MAX_AGE", "RESUME_OVERLAP"}
+var formerSettings = []string{"POD_OWNER_CACHE_SIZE", "RESUME_MAX_AGE", "RESUME_OVERLAP", "SERVER_UPGRADE_RATE"}
 
 func isFormer(name string) bool {
 	name, ours := strings.CutPrefix(name, settingPrefix)

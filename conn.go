@@ -50,9 +50,10 @@ type conn struct {
 
 	ring ring
 
-	// Owned by the read loop.
+	// Owned by the goroutine that runs it.
 	rate limiter
 	live bool // counted as an open socket
+	turn bool // has a turn of being set up
 
 	nextPing time.Time    // owned by the hub's ticker
 	missed   atomic.Int32 // pings without a pong
@@ -214,8 +215,17 @@ func (c *conn) doze(in *inbound) {
 // leave is called when nothing is read any more; it returns when the socket is gone.
 func (c *conn) leave() {
 	defer c.h.unregister(c)
+	c.endTurn()
 	c.linger()
 	c.finish()
+}
+
+// endTurn lets the next newcomer be set up.
+func (c *conn) endTurn() {
+	if c.turn {
+		c.turn = false
+		c.h.endTurn()
+	}
 }
 
 // begin is the moment from which the socket counts as open.
@@ -282,6 +292,7 @@ func (c *conn) setUp(p past) bool {
 		c.unavailable("claim the route", err)
 		return false
 	}
+	c.endTurn()
 	ready := struct {
 		SessionID string `json:"session_id"`
 		resumed

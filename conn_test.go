@@ -122,6 +122,7 @@ func (th *testHub) handle(w http.ResponseWriter, r *http.Request) {
 		writeError(w, unavailable("full"))
 		return
 	}
+	th.turn(context.Background())
 	cl := &claims{company: "c", agent: "a", user: "u", expires: time.Now().Add(time.Hour)}
 	if r.URL.Path == "/admin" {
 		cl = &claims{admin: "root", scopeCompany: "c", scopeAgent: "*", expires: time.Now().Add(time.Hour)}

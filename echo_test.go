@@ -74,6 +74,7 @@ func (e echo) handle(w http.ResponseWriter, r *http.Request) {
 		writeError(w, unavailable("full"))
 		return
 	}
+	e.turn(context.Background())
 	cl := &claims{company: "c", agent: "a", user: "u", expires: time.Now().AddDate(100, 0, 0)}
 	e.launch(w, r, cl, lock{id: "echo", release: func() {}}, "echo", (*conn).echo)
 }

@@ -22,7 +22,6 @@ var effects = map[string]string{
 	"SERVER_SHUTDOWN_TIMEOUT":         "TestShutdownTimeout",
 	"SERVER_DRAIN_SPREAD":             "TestDrain",
 	"SERVER_MAX_CONNECTIONS":          "TestMaxConnections",
-	"SERVER_UPGRADE_RATE":             "TestCrowdOfUpgrades",
 	"SERVER_TLS_CERT_FILE":            "TestServerTLS",
 	"SERVER_TLS_KEY_FILE":             "TestServerTLS",
 	"SERVER_DEBUG_ADDRESS":            "TestAddresses",

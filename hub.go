@@ -31,6 +31,8 @@ type hub struct {
 	writers []*writer
 	next    atomic.Uint32 // of writers, for the next socket
 
+	turns chan struct{} // one taken by each newcomer that is being set up, first come first served; never closed
+
 	wg sync.WaitGroup // goroutines of sockets: their own, those that write alone, rejected ones
 
 	mu       sync.Mutex // guards all below
@@ -92,6 +94,7 @@ func newHub(cfg *settings, m *Metrics, o *owners, c *consumer, a *auth) *hub {
 		conns: map[*conn]struct{}{},
 		slow:  map[*conn]int{},
 		index: map[route][]*conn{},
+		turns: make(chan struct{}, setUpsAtOnce),
 	}
 	h.use(cfg.Load())
 	return h
@@ -359,6 +362,26 @@ func (h *hub) free() {
 	h.places--
 }
 
+// setUpsAtOnce bounds how many newcomers are being set up: session, handshake and claim. In a crowd that comes back those before the others
+// are live soon, and what all of them ask of Redis fits its connections.
+const setUpsAtOnce = 64
+
+// turn waits for one of the turns to be set up. It says false when ctx ended first. Each turn is given back by endTurn, or by the socket that
+// serve made, when its route is claimed or it has ended.
+func (h *hub) turn(ctx context.Context) bool {
+	waiting := h.m.upgradesWaiting.with()
+	waiting.Inc()
+	defer waiting.Dec()
+	select {
+	case h.turns <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (h *hub) endTurn() { <-h.turns }
+
 func (h *hub) startReject() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -378,7 +401,7 @@ func (h *hub) endReject() {
 }
 
 // serve upgrades r and runs the socket on a goroutine of its own; it returns once the connection is hijacked
-// (or has failed). It owns sess and the place from reserve from here on and releases both, whatever happens.
+// (or has failed). It owns sess, the place from reserve and the turn from here on and gives all back, whatever happens.
 func (h *hub) serve(w http.ResponseWriter, r *http.Request, cl *claims, sess *session, requestID string) {
 	h.start(w, r, cl, lock{sess.id, sess.bind, sess.release}, requestID)
 }
@@ -396,6 +419,7 @@ func (h *hub) launch(w http.ResponseWriter, r *http.Request, cl *claims, l lock,
 	if err != nil {
 		slog.Warn("socket not opened", "request_id", requestID, "err", err)
 		l.release()
+		h.endTurn()
 		h.free()
 		writeError(w, internalServerError())
 		return
@@ -404,10 +428,11 @@ func (h *hub) launch(w http.ResponseWriter, r *http.Request, cl *claims, l lock,
 		u.extensions = deflateAnswer(r.Header)
 	}
 	c := h.newConn(u.nc, cl, l, requestID)
-	c.ring.deflate = u.extensions != ""
+	c.ring.deflate, c.turn = u.extensions != "", true
 	if !h.register(c) {
 		u.nc.Close()
 		l.release()
+		h.endTurn()
 		h.free()
 		return
 	}

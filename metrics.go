@@ -185,7 +185,7 @@ func newMetrics() *Metrics {
 // declareSockets declares what is about sockets, their sessions and the process as a whole.
 func (m *Metrics) declareSockets() {
 	m.activeConnections = m.gauge("active_connections", "Open sockets of this pod.", "type")
-	m.upgradesWaiting = m.gauge("upgrades_waiting", "Authenticated upgrades that wait for their turn: see SERVER_UPGRADE_RATE.")
+	m.upgradesWaiting = m.gauge("upgrades_waiting", "Authenticated upgrades that wait for their turn: 64 at a time are set up.")
 	m.connectionsTotal = m.counter("connections_total", "Sockets opened.", "type")
 	m.connectionDurationSeconds = m.histogram("connection_duration_seconds", "Life of closed sockets.", []float64{1, 10, 60, 300, 1800, 3600, 14400, 86400})
 	m.closesTotal = m.counter("closes_total", "Sockets closed, by the close code sent or received.", "code")

@@ -341,8 +341,12 @@ func TestReplayRefusals(t *testing.T) {
 		}, 3, []uint64{42, 43, 44}},
 		{"the stream was made anew", 41, func(th *testHub) { th.past.created = th.past.created.Add(time.Hour) }, 0, nil},
 		{"made anew in the midst of it", 41, func(th *testHub) {
+			asked := 0
 			th.past.before = func(what string) {
-				if what == "MSG.GET" { // the first pass has ended
+				if what == "INFO" {
+					asked++
+				}
+				if asked == 3 { // the first pass has ended
 					th.past.change(func() { th.past.before, th.past.created = nil, th.past.created.Add(time.Hour) })
 				}
 			}
@@ -400,8 +404,12 @@ func TestNewStreamDuringAReplay(t *testing.T) {
 		th.past.publish("wa.c.a.chats")
 	}
 	before, created := th.stream(), th.past.created.Add(time.Hour)
+	asked := 0
 	th.past.before = func(what string) {
-		if what != "MSG.GET" { // the first pass has ended
+		if what == "INFO" {
+			asked++
+		}
+		if asked < 3 { // the first pass has not ended
 			return
 		}
 		th.past.change(func() { th.past.before, th.past.created, th.past.last, th.past.msgs = nil, created, 0, nil })

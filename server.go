@@ -27,7 +27,6 @@ const (
 	maxHeader      = 32 << 10        // a page's cookies come with every upgrade
 	acquireTimeout = 7 * time.Second // sessions.acquire gives up a fight after 5 s; the rest is for a slow Redis
 	retryAfter     = "2"             // seconds, for Unavailable
-	longWait       = time.Second     // a client that has left unheard may have a socket elsewhere after it
 )
 
 // server answers HTTP and leads upgrades to the hub.
@@ -39,9 +38,7 @@ type server struct {
 	ready     func() (map[string]string, bool)
 	available func() bool                                                                       // that of the lease
 	acquire   func(ctx context.Context, key, userType string, came time.Time) (*session, error) // that of sessions
-	later     func(ctx context.Context, key string, came time.Time) (bool, error)               // that of sessions
-	crowd     *crowd
-	roster    *roster // set before serve
+	roster    *roster                                                                           // set before serve
 	http      *http.Server
 	tls       bool // decided at the start; the files may change
 
@@ -59,8 +56,7 @@ type server struct {
 func newServer(cfg *settings, m *Metrics, a *auth, s *sessions, l *lease, h *hub, ready func() (map[string]string, bool)) *server {
 	c := cfg.Load()
 	srv := &server{
-		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: l.available, acquire: s.acquire, later: s.later, tls: c.ServerTLSCertFile != "",
-		crowd: newCrowd(cfg, m),
+		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: l.available, acquire: s.acquire, tls: c.ServerTLSCertFile != "",
 	}
 	srv.draining, srv.startDrain = context.WithCancel(context.Background())
 	srv.http = &http.Server{
@@ -390,52 +386,48 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 			s.hub.free()
 		}
 	}()
-	apiErr = s.wait(r.Context(), cl, came)
-	// Both this and a fight for the session may take longer than an answer is usually given.
+	turned := false
+	defer func() {
+		if turned && !served {
+			s.hub.endTurn()
+		}
+	}()
+	apiErr = s.turn(r.Context(), cl)
+	// Both this and the wait for the session may take longer than an answer is usually given.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(acquireTimeout + s.cfg.Load().ServerWriteTimeout))
 	if apiErr != nil {
 		return apiErr
 	}
+	turned = true
 	sess, apiErr := s.acquireFor(r, cl, came)
 	if apiErr != nil {
 		return apiErr
 	}
-	served = true // from here on serve answers for place and session, whatever happens
+	served = true // from here on serve answers for place, turn and session, whatever happens
 	s.hub.serve(w, r, cl, sess, requestID(w))
 	return nil
 }
 
-// wait lets a newcomer wait for its turn, and looks again at what may have changed meanwhile.
-func (s *server) wait(ctx context.Context, cl *claims, came time.Time) *apiError {
+// turn waits for the newcomer's turn to be set up, which is given back by hub.endTurn, and looks again at what may have changed
+// meanwhile.
+func (s *server) turn(ctx context.Context, cl *claims) *apiError {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.draining, cancel)()
-	err := s.crowd.turn(ctx, cl.sessionKey())
-	if refusal := s.refusal(); refusal != nil {
-		return refusal
-	}
-	if replaced := (*apiError)(nil); errors.As(err, &replaced) {
-		return replaced
-	}
-	if err != nil {
-		return unavailable("the wait for a turn was ended")
-	}
-	if !time.Now().Before(cl.expires) {
-		s.m.authFailureTotal.with(cl.userType(), "expired").Inc()
-		return tokenExpired()
-	}
-	if time.Since(came) < longWait {
-		return nil
-	}
-	// Who went on to another pod unheard must not lose the session there to what he left behind here. If it was somebody else, who
-	// waited here comes again and gets it.
-	switch later, err := s.later(ctx, cl.sessionKey(), came); {
+	turned := s.hub.turn(ctx)
+	err := s.refusal()
+	switch {
 	case err != nil:
-		return unavailable("session could not be read")
-	case later:
-		return unavailable("a later socket got the session meanwhile")
+	case !turned:
+		err = unavailable("the wait for a turn was ended")
+	case !time.Now().Before(cl.expires):
+		s.m.authFailureTotal.with(cl.userType(), "expired").Inc()
+		err = tokenExpired()
 	}
-	return nil
+	if turned && err != nil {
+		s.hub.endTurn()
+	}
+	return err
 }
 
 // refusal is why this pod takes no sockets now: the conditions of /ready.
@@ -486,7 +478,6 @@ func (httpLog) Write(b []byte) (int, error) {
 // serve answers on l until shutdown, which makes it return nil.
 func (s *server) serve(l net.Listener) error {
 	var err error
-	l = &pacedListener{Listener: l}
 	if s.tls {
 		if err = s.reloadTLS(); err != nil {
 			return err

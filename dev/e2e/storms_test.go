@@ -19,22 +19,25 @@ import (
 
 	"daisi-ws-service/dev/feed"
 	"daisi-ws-service/dev/harness"
+	"daisi-ws-service/dev/rig"
 )
 
 // storm is a pod that many clients are about to trouble at once, and one who is not to notice: bob's events flow all the time.
 type storm struct {
-	t    *testing.T
-	w    *harness.World
-	pod  *harness.Pod
-	bob  *harness.Client
-	flow *harness.Flow
-	rest int // resident KiB before
+	t     *testing.T
+	w     *harness.World
+	redis *rig.Proxy // on the pod's way to Redis
+	pod   *harness.Pod
+	bob   *harness.Client
+	flow  *harness.Flow
+	rest  int // resident KiB before
 }
 
 func newStorm(t *testing.T, settings ...string) *storm {
 	t.Helper()
 	s := &storm{t: t, w: harness.New(t)}
-	s.pod = s.w.Start(append([]string{"SERVER_DRAIN_SPREAD=500ms", "SERVER_UPGRADE_RATE=2000"}, settings...)...)
+	s.redis = s.w.Proxy(s.w.Redis.Address())
+	s.pod = s.w.Start(append([]string{"SERVER_DRAIN_SPREAD=500ms", "REDIS_ADDRESS=" + s.redis.Address()}, settings...)...)
 	s.bob = s.pod.Connect(harness.User("acme", "bystander", "bob"))
 	s.flow = s.w.Flow(50, func(int) feed.Event { return feed.Chat("acme", "bystander", "628111@c.us", "hi", 1) })
 	s.rest = s.pod.Resident()
@@ -170,27 +173,31 @@ func TestStormOfConnects(t *testing.T) {
 	s.wantCalm(n, 64)
 }
 
-// TestCrowdAndProbe: who asks how the pod is, or for a token, does not wait behind a crowd that is let in slowly, all of whom
-// are.
+// TestCrowdAndProbe: who asks how the pod is, or for a token, does not wait behind a crowd that is let in slowly, since Redis is far, all
+// of whom are.
 func TestCrowdAndProbe(t *testing.T) {
 	const n = 400
-	s := newStorm(t, "SERVER_UPGRADE_RATE=40")
+	s := newStorm(t)
 	ctx, errs := harness.Within(t, 3*harness.Patience), make(chan error, n)
+	s.redis.Latency(100 * time.Millisecond)
 	for i := range n {
 		go func() { // ended by ctx
 			_, err := s.tryConnect(ctx, visitor(i))
 			errs <- err
 		}()
-		if i%20 == 19 {
-			for _, path := range []string{"/health", "/ready", "/metrics"} {
-				if a := s.pod.Do("GET", path, http.Header{"Connection": {"close"}}, nil); a.StatusCode != http.StatusOK {
-					t.Fatalf("GET %s: %d %s", path, a.StatusCode, a.Body)
-				}
-			}
-			s.pod.Mint("/generate-token", harness.APIKey, map[string]any{"company_id": "acme", "agent_id": "desk1", "user_id": "ann", "expires_in_seconds": 60})
-		}
 	}
 	s.pod.WaitMetric(func(v float64) bool { return v > n/2 }, "dws_upgrades_waiting")
+	for range 20 {
+		for _, path := range []string{"/health", "/ready", "/metrics"} {
+			if a := s.pod.Do("GET", path, http.Header{"Connection": {"close"}}, nil); a.StatusCode != http.StatusOK {
+				t.Fatalf("GET %s: %d %s", path, a.StatusCode, a.Body)
+			}
+		}
+		s.pod.Mint("/generate-token", harness.APIKey, map[string]any{"company_id": "acme", "agent_id": "desk1", "user_id": "ann", "expires_in_seconds": 60})
+	}
+	if s.pod.Metric("dws_upgrades_waiting") == 0 {
+		t.Error("the crowd was gone before the probes")
+	}
 	for range n {
 		if err := <-errs; err != nil {
 			t.Fatal(err)
@@ -203,59 +210,29 @@ func TestCrowdAndProbe(t *testing.T) {
 // TestDrainSendsTheCrowdAway: those who still wait to be let in when the pod begins to drain are told so.
 func TestDrainSendsTheCrowdAway(t *testing.T) {
 	t.Parallel()
-	const n = 100 // half of them wait
-	pod := harness.New(t).Start("SERVER_UPGRADE_RATE=1", "SERVER_DRAIN_SPREAD=500ms")
+	const n = 1000
+	s := newStorm(t)
+	s.redis.Latency(200 * time.Millisecond)
 	ctx, told := harness.Within(t, harness.Patience), make(chan bool, n)
 	for i := range n {
 		go func() { // ended by the drain, or by ctx
-			_, a, _ := pod.TryDial(ctx, visitor(i))
+			_, a, _ := s.pod.TryDial(ctx, visitor(i))
 			told <- a.Response != nil && a.StatusCode == http.StatusServiceUnavailable && strings.Contains(string(a.Body), "this pod is draining")
 		}()
 	}
-	pod.WaitMetric(func(v float64) bool { return v >= n/2 }, "dws_active_connections") // who has had its turn is told too, until then
-	pod.WaitMetric(func(v float64) bool { return v >= n/3 }, "dws_upgrades_waiting")
-	pod.Terminate()
-	pod.WantExit(0, harness.Patience)
+	s.pod.WaitMetric(func(v float64) bool { return v > n/2 }, "dws_upgrades_waiting")
+	s.pod.Terminate()
+	s.pod.WantExit(0, harness.Patience)
 	away := 0
 	for range n {
 		if <-told {
 			away++
 		}
 	}
-	if away < n/4 || away > n/2 {
+	if away < n/4 {
 		t.Errorf("%d of %d were told that the pod drains", away, n)
 	}
-}
-
-// TestLeftBehindInTheCrowd: a client waits to be let in, goes on to another pod unheard, as one that changes its network, and has its
-// session there. What it left behind does not take the session away when its turn comes.
-func TestLeftBehindInTheCrowd(t *testing.T) {
-	t.Parallel()
-	w := harness.New(t)
-	crowded, other := w.Start("SERVER_UPGRADE_RATE=1"), w.Start()
-	ctx, left := harness.Within(t, 3*harness.Patience), make(chan harness.Answer, 1)
-	const crowd = 65 // 15 wait, a second each
-	for i := range crowd {
-		go crowded.TryDial(ctx, visitor(i)) // ended by ctx
-	}
-	authenticated := func(n float64) {
-		crowded.WaitMetric(func(v float64) bool { return v == n }, "dws_auth_success_total")
-	}
-	authenticated(crowd)
-	ann := harness.User("acme", "desk1", "ann")
-	go func() { // ended by ctx
-		_, a, _ := crowded.TryDial(ctx, ann)
-		left <- a
-	}()
-	authenticated(crowd + 1)
-	c := other.Connect(ann)
-	if a := <-left; a.Response == nil || a.StatusCode != http.StatusServiceUnavailable || !strings.Contains(string(a.Body), "a later socket got the session") {
-		t.Errorf("what was left behind got %+v %s", a.Response, a.Body)
-	}
-	c.WaitEvent(w.Chat("acme", "desk1"))
-	if end := c.Ended(); end != nil {
-		t.Errorf("the live socket has ended: %+v", *end)
-	}
+	s.flow.Stop()
 }
 
 // TestStormAtTheLimit: of those who connect at once as many are served as MAX_CONNECTIONS allows. The others are told to come

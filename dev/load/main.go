@@ -35,21 +35,20 @@ import (
 
 // plan is what the flags ask for.
 type plan struct {
-	agents   int
-	events   int
-	rate     int
-	size     int
-	seconds  int
-	sockets  int
-	settle   time.Duration
-	procs    int
-	rounds   int
-	taken    int
-	clients  int
-	backlog  int
-	upgrades int
-	wrong    bool
-	deflate  string
+	agents  int
+	events  int
+	rate    int
+	size    int
+	seconds int
+	sockets int
+	settle  time.Duration
+	procs   int
+	rounds  int
+	taken   int
+	clients int
+	backlog int
+	wrong   bool
+	deflate string
 }
 
 func main() {
@@ -70,7 +69,6 @@ func run() error {
 	flag.IntVar(&p.taken, "taken", 200, "takeover: sessions taken over from a living pod")
 	flag.IntVar(&p.clients, "clients", 5000, "resume: sockets of the pod that dies")
 	flag.IntVar(&p.backlog, "backlog", 10, "resume: events that each of them has had")
-	flag.IntVar(&p.upgrades, "upgrades", 0, "SERVER_UPGRADE_RATE of the pods")
 	flag.IntVar(&p.sockets, "sockets", 10_000, "memory, compare, redis: sockets, each of an agent of its own")
 	flag.DurationVar(&p.settle, "settle", 60*time.Second, "memory, compare: pause between the last connect and the reading")
 	flag.IntVar(&p.procs, "procs", 2, "GOMAXPROCS of the pod")
@@ -121,19 +119,18 @@ func withBench(ctx context.Context, p plan, measure func(context.Context, *bench
 
 // bench is the processes under measurement.
 type bench struct {
-	dir      string
-	deflate  string
-	upgrades int
-	bin      rig.Binaries
-	nats     *rig.NATS
-	redis    *rig.Redis
-	rdb      *redis.Client
-	pod      *rig.Service // pulls
-	other    *rig.Service // the second of two
-	way      *rig.Proxy   // from other to NATS
-	nc       *nats.Conn
-	js       jetstream.JetStream
-	stream   jetstream.Stream
+	dir     string
+	deflate string
+	bin     rig.Binaries
+	nats    *rig.NATS
+	redis   *rig.Redis
+	rdb     *redis.Client
+	pod     *rig.Service // pulls
+	other   *rig.Service // the second of two
+	way     *rig.Proxy   // from other to NATS
+	nc      *nats.Conn
+	js      jetstream.JetStream
+	stream  jetstream.Stream
 }
 
 const (
@@ -148,7 +145,7 @@ func newBench(ctx context.Context, p plan) (*bench, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &bench{dir: dir, deflate: p.deflate, upgrades: p.upgrades}
+	b := &bench{dir: dir, deflate: p.deflate}
 	bin, err := rig.Build(ctx, dir, false)
 	if err != nil {
 		return b, err
@@ -196,7 +193,7 @@ func (b *bench) startPod(ctx context.Context, bin rig.Binaries, id, natsURL stri
 	pod, err := rig.StartService(bin.Service, id, filepath.Join(b.dir, id+".log"), []string{
 		"SERVER_HTTP_PORT=0", "SERVER_GRPC_PORT=0", "SERVER_BIND_ADDRESS=127.0.0.1", "SERVER_POD_ID=" + id,
 		"NATS_URL=" + natsURL, "REDIS_ADDRESS=" + b.redis.Address(), "SERVER_DEBUG_ADDRESS=" + os.Getenv("LOAD_DEBUG_ADDRESS"),
-		"SERVER_UPGRADE_RATE=" + fmt.Sprint(b.upgrades), "WEBSOCKET_COMPRESSION=" + b.deflate, "WEBSOCKET_COMPRESSION_THRESHOLD=0",
+		"WEBSOCKET_COMPRESSION=" + b.deflate, "WEBSOCKET_COMPRESSION_THRESHOLD=0",
 		"AUTH_SECRET_TOKEN=" + apiKey, "AUTH_TOKEN_AES_KEY=" + tokenKey, "AUTH_ADMIN_SECRET_TOKEN=load-admin-key", "AUTH_ADMIN_TOKEN_AES_KEY=" + adminKey,
 	})
 	if err != nil {
