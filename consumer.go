@@ -18,7 +18,6 @@ import (
 // sink is where the consumer leads to: the router.
 type sink interface {
 	accept(msg jetstream.Msg) // called by the library, one message at a time
-	setMaxPayload(bytes int)  // the largest that the server allows
 	// newestSeen is the message with the highest sequence that has come, 0 = none; endFound is told that it still stands in the stream.
 	newestSeen() (seq uint64, stored time.Time)
 	endFound()
@@ -54,6 +53,8 @@ type consumer struct {
 	misfit                    bool      // the last consumer seen does not deliver what it should
 	missing                   time.Time // since when there is no consumer, after one that did not fit
 	asked                     time.Time // when somebody was last seen to ask the consumer for events
+	barren                    int       // how many flows in a row were given nothing, though events wait in the stream
+	had                       uint64    // received before the present flow
 
 	mu      sync.Mutex // guards all below
 	state   string     // "active", or why not
@@ -237,7 +238,6 @@ func (c *consumer) consume(ctx context.Context) error {
 	if !c.nc.IsConnected() {
 		return c.errDisconnected()
 	}
-	c.to.setMaxPayload(int(c.nc.MaxPayload()))
 	stream, err := c.ensureStream(ctx)
 	if err != nil {
 		return err
@@ -249,9 +249,15 @@ func (c *consumer) consume(ctx context.Context) error {
 	cfg := c.cfg.Load()
 	made := cons.CachedInfo().Created // of this answer: each later one replaces it
 	missed := make(chan error, 1)
+	// The server gives out no event that is larger than what was asked for, and none behind it either.
+	bytes := max(int(cfg.NATSPrefetchBytes), int(c.nc.MaxPayload())+messageSlack)
+	if c.barren > 0 { // it may be from before that limit
+		bytes = max(bytes, natsMaxPayload+messageSlack)
+	}
+	c.had = c.received.Load()
 	flow, err := cons.Consume(c.take,
 		// A consumer with a lower limit than the settings': what is asked for in advance is not to fill it.
-		jetstream.PullMaxMessagesWithBytesLimit(c.cfg.prefetch(), int(cfg.NATSPrefetchBytes)),
+		jetstream.PullMaxMessagesWithBytesLimit(c.cfg.prefetch(), bytes),
 		jetstream.PullExpiry(pullExpiry), jetstream.PullHeartbeat(heartbeat),
 		jetstream.ConsumeErrHandler(func(_ jetstream.ConsumeContext, err error) {
 			select {
@@ -386,12 +392,19 @@ func (c *consumer) poll(ctx context.Context, w *bound) error {
 		return err
 	}
 	c.seen()
-	if info.Paused {
+	got := c.received.Load()
+	if got != c.had {
+		c.barren = 0
+	}
+	c.m.consumerPaused.with().Set(0)
+	switch {
+	case info.Paused:
 		c.setState(fmt.Sprintf("paused by someone until %v", info.Config.PauseUntil))
 		c.m.consumerPaused.with().Set(1)
-	} else {
+	case c.barren > 1:
+		c.setState("JetStream gives out none of the events that wait in the stream, however often it is asked")
+	default:
 		c.setState("active")
-		c.m.consumerPaused.with().Set(0)
 	}
 	c.m.ackPending.with().Set(float64(info.NumAckPending))
 	c.m.consumerLag.with().Set(float64(info.NumPending))
@@ -402,10 +415,12 @@ func (c *consumer) poll(ctx context.Context, w *bound) error {
 	if err := c.raiseFloor(ctx, info, id); err != nil {
 		return err
 	}
-	got := c.received.Load()
 	// While the callback waits for room nothing is asked for, and rightly so: a second flow would call accept beside it.
 	if info.NumPending > 0 && info.NumWaiting == 0 && info.NumAckPending < c.cfg.maxAckPending() && c.waits.Load() == 0 {
 		if w.stalled == got+1 {
+			if got == c.had {
+				c.barren++
+			}
 			return errors.New("events wait in the stream and nothing asks for them: starting anew")
 		}
 		w.stalled = got + 1

@@ -593,8 +593,6 @@ func (r *router) newStream() {
 
 func (r *router) madeBeyond() { r.hub.gapAll("stream") }
 
-func (r *router) setMaxPayload(bytes int) { r.peers.setMaxPayload(bytes) }
-
 // settleAll waits until nothing is in hand, or ctx ends.
 func (r *router) settleAll(ctx context.Context) error {
 	for r.share.inHand.Load() > 0 {

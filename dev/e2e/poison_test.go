@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -127,6 +128,61 @@ func TestLargestPayload(t *testing.T) {
 		}
 		wantAtRest(pod, map[string]float64{"delivered": 1, "malformed": 0})
 	})
+}
+
+// TestLargeEvents: an event may be larger than NATS_PREFETCH_BYTES, or than what the server takes by now: it comes, on whatever pod, and so
+// does what stands behind it.
+func TestLargeEvents(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name          string
+		before, after string // of the event's publishing
+		settings      string
+		size          int
+	}{
+		{"just below the limit", "", "", "NATS_PREFETCH_BYTES=1MiB", 1<<20 - 16},
+		{"beyond the default", "max_payload: 33554432", "", "", 17 << 20},
+		{"beyond the server's limit of today", "max_payload: 33554432", "max_payload: 1048576", "NATS_PREFETCH_BYTES=1MiB", 17 << 20},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			w := harness.New(t, harness.OwnNATS(c.before, "max_pending: 134217728"), shortTimeouts, harness.Settings(strings.Fields(c.settings)...))
+			a, b := w.Start(), w.Start()
+			clients := []*harness.Client{a.Connect(harness.User("acme", "desk1", "ann")), b.Connect(harness.User("acme", "desk1", "bob"))}
+			payload := []byte(`{"a":"` + strings.Repeat("x", c.size-8) + `"}`)
+			var seqs []uint64
+			if c.after != "" {
+				a.Process.Signal(syscall.SIGSTOP)
+				b.Process.Signal(syscall.SIGSTOP)
+			}
+			seqs = append(seqs, w.PublishRaw(w.Prefix+".acme.desk1.chats", payload))
+			for range 5 {
+				seqs = append(seqs, w.Chat("acme", "desk1"))
+			}
+			if c.after != "" {
+				if err := w.NATS.Configure(c.after); err != nil {
+					t.Fatal(err)
+				}
+				w.NATS.Kill()
+				if err := w.NATS.Restart(); err != nil {
+					t.Fatal(err)
+				}
+				a.Process.Signal(syscall.SIGCONT)
+				b.Process.Signal(syscall.SIGCONT)
+			}
+			for _, cl := range clients {
+				for i, seq := range seqs {
+					if m := cl.WaitEvent(seq); i == 0 && len(m.Payload) != c.size {
+						t.Errorf("the payload of %d bytes came as %d", c.size, len(m.Payload))
+					}
+				}
+			}
+			w.Settled()
+			for _, p := range []*harness.Pod{a, b} {
+				p.WaitReady()
+			}
+		})
+	}
 }
 
 // TestPoisonIsLoggedSparingly: a flood of malformed events, longer than a second, makes at most one line a second, and
