@@ -48,13 +48,13 @@ type consumer struct {
 	stopped  chan struct{} // closed when run has returned
 
 	// Owned by run.
-	saidRetention, saidLimits string    // what the last warning was about
-	skipped                   time.Time // creation of a consumer that did not deliver what it should
-	misfit                    bool      // the last consumer seen does not deliver what it should
-	missing                   time.Time // since when there is no consumer, after one that did not fit
-	asked                     time.Time // when somebody was last seen to ask the consumer for events
-	barren                    int       // how many flows in a row were given nothing, though events wait in the stream
-	had                       uint64    // received before the present flow
+	saidRetention, saidRemoves, saidLimits string    // what the last warning was about
+	skipped                                time.Time // creation of a consumer that did not deliver what it should
+	misfit                                 bool      // the last consumer seen does not deliver what it should
+	missing                                time.Time // since when there is no consumer, after one that did not fit
+	asked                                  time.Time // when somebody was last seen to ask the consumer for events
+	barren                                 int       // how many flows in a row were given nothing, though events wait in the stream
+	had                                    uint64    // received before the present flow
 
 	mu      sync.Mutex // guards all below
 	state   string     // "active", or why not

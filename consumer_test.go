@@ -25,6 +25,7 @@ type natsServer struct {
 	config  jetstream.StreamConfig
 	first   uint64 // of the stream
 	last    uint64
+	removed []uint64          // from within
 	msgs    []storedMsg       // in order
 	headers map[uint64]string // of those that a publisher gave some
 	behind  uint64            // a direct get finds nothing from here on: a replica is behind; 0 = none is
@@ -122,7 +123,7 @@ func (v *natsServer) answer(subject string, body []byte) (headers string, answer
 		return "NATS/1.0 503\r\n\r\n", nil
 	}
 	if what == "INFO" {
-		answer, _ = json.Marshal(map[string]any{"config": v.config, "created": v.created, "state": jetstream.StreamState{FirstSeq: v.first, LastSeq: v.last}})
+		answer, _ = json.Marshal(map[string]any{"config": v.config, "created": v.created, "state": jetstream.StreamState{FirstSeq: v.first, LastSeq: v.last, Deleted: v.removed, NumDeleted: len(v.removed)}})
 		return "NATS/1.0\r\n\r\n", answer
 	}
 	i := slices.IndexFunc(v.msgs, func(m storedMsg) bool {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -128,7 +129,10 @@ func (r *replays) answer(f *finding) {
 	}
 }
 
-// state asks the leader for the stream.
+// maxRemoved bounds the list of removed messages that is asked for: 100 KB.
+const maxRemoved = 10_000
+
+// state asks the leader for the stream, and for the sequences that were removed from within it.
 func (r *replays) state() (jetstream.Stream, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), apiTimeout)
 	defer cancel()
@@ -136,6 +140,11 @@ func (r *replays) state() (jetstream.Stream, error) {
 	s, err := r.consumer.js.Stream(ctx, name)
 	if err != nil {
 		return nil, fmt.Errorf("find stream %s: %w", name, err)
+	}
+	if n := s.CachedInfo().State.NumDeleted; 0 < n && n <= maxRemoved {
+		if _, err := s.Info(ctx, jetstream.WithDeletedDetails(true)); err != nil {
+			return nil, fmt.Errorf("find out what was removed from stream %s: %w", name, err)
+		}
 	}
 	if created := s.CachedInfo().Created; !created.Equal(r.consumer.streamCreated()) {
 		return nil, fmt.Errorf("stream %s was made anew at %s", name, created)
@@ -147,6 +156,7 @@ func (r *replays) state() (jetstream.Stream, error) {
 type replay struct {
 	replays *replays
 	stream  jetstream.Stream // whose library call asks the nearest replica where the stream allows it
+	since   uint64           // it began behind
 	tracks  []track
 	count   int // events so far
 }
@@ -159,31 +169,46 @@ func (r *replays) open(ctx context.Context, since uint64, subjects []string) (*r
 	if err != nil {
 		return nil, err
 	}
+	p := &replay{replays: r, stream: s, since: since}
 	info := s.CachedInfo()
 	switch state := info.State; {
 	case info.Config.Retention != jetstream.LimitsPolicy:
 		return nil, fmt.Errorf("%w: stream %s has no limits retention", errTooFar, cfg.NATSStreamName)
 	case since > state.LastSeq:
 		return nil, fmt.Errorf("%w: %d is beyond the stream's end at %d", errTooFar, since, state.LastSeq)
-	case since+1 < state.FirstSeq:
-		return nil, fmt.Errorf("%w: %d has expired, the stream begins at %d", errTooFar, since, state.FirstSeq)
 	case state.LastSeq-since > uint64(cfg.ResumeMaxBehind):
 		return nil, fmt.Errorf("%w: %d is more than RESUME_MAX_BEHIND before the stream's end at %d", errTooFar, since, state.LastSeq)
 	}
-	p := &replay{replays: r, stream: s}
+	if err := p.whole(info.State); err != nil {
+		return nil, err
+	}
 	for _, subject := range subjects {
 		p.tracks = append(p.tracks, track{subject: subject, from: since + 1})
 	}
 	return p, nil
 }
 
-// last asks for the stream's last sequence.
+// whole returns errTooFar where messages behind the position are gone from the stream: expired, deleted, purged, or removed by a limit per
+// subject. Of how many there are too many to name, any may be.
+func (p *replay) whole(state jetstream.StreamState) error {
+	removed := func(seq uint64) bool { return seq > p.since && seq <= state.LastSeq }
+	switch {
+	case p.since+1 < state.FirstSeq:
+		return fmt.Errorf("%w: %d has expired, the stream begins at %d", errTooFar, p.since, state.FirstSeq)
+	case state.NumDeleted > maxRemoved || slices.ContainsFunc(state.Deleted, removed):
+		return fmt.Errorf("%w: messages behind %d were removed from within the stream, %d in all", errTooFar, p.since, state.NumDeleted)
+	}
+	return nil
+}
+
+// last asks for the stream's last sequence, and whether all is still there.
 func (p *replay) last(ctx context.Context) (uint64, error) {
 	s, err := p.replays.find(ctx)
 	if err != nil {
 		return 0, err
 	}
-	return s.CachedInfo().State.LastSeq, nil
+	state := s.CachedInfo().State
+	return state.LastSeq, p.whole(state)
 }
 
 // pass hands f every event up to the sequence to, in order, and returns how many there were. The last pass finds all that there are; one before
@@ -351,7 +376,11 @@ func (c *conn) passes(ctx context.Context, since uint64) (n int, end uint64, err
 		}
 		found, err := p.pass(ctx, end, live, write)
 		n += found
-		if err != nil || live {
+		switch {
+		case err != nil:
+			return n, 0, err
+		case live: // what has been removed since the end was asked for, before it was read?
+			_, err = p.last(ctx)
 			return n, end, err
 		}
 		if found <= replayEnough {

@@ -333,6 +333,18 @@ func TestReplayRefusals(t *testing.T) {
 	}{
 		{"beyond the end", 52, nil, 0, nil},
 		{"expired", 41, func(th *testHub) { th.past.first = 43 }, 0, nil},
+		{"one behind it was removed", 41, func(th *testHub) { th.past.removed = []uint64{40, 45} }, 0, nil},
+		{"one was removed in the midst of it", 48, func(th *testHub) {
+			asked := 0
+			th.past.before = func(what string) {
+				if what == "INFO" {
+					asked++
+				}
+				if asked == 4 { // the last pass has ended
+					th.past.change(func() { th.past.before, th.past.removed = nil, []uint64{50} })
+				}
+			}
+		}, 3, []uint64{49, 50, 51}},
 		{"too far back", 46, func(th *testHub) { th.cfg.Load().ResumeMaxBehind = 4 }, 0, nil},
 		{"too many", 41, func(th *testHub) { th.cfg.Load().ResumeMaxEvents = 2 }, 2, []uint64{42, 43}},
 		{"no limits retention", 41, func(th *testHub) { th.past.config.Retention = jetstream.WorkQueuePolicy }, 0, nil},
@@ -378,7 +390,7 @@ func TestReplayAtTheLimits(t *testing.T) {
 	for range 3 {
 		th.past.publish("wa.c.a.chats")
 	}
-	th.past.first = 42
+	th.past.first, th.past.removed = 42, []uint64{41, 45}
 	wantResumed(t, th.dial(th.since(41, ""), "").wantEvents("ready", 42, 43, 44), 3, 44.0, false)
 }
 

@@ -38,6 +38,12 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 	if info.Config.Retention != jetstream.LimitsPolicy {
 		retention = info.Config.Retention.String()
 	}
+	removes := ""
+	if info.Config.MaxMsgsPerSubject > 0 {
+		removes = strconv.FormatInt(info.Config.MaxMsgsPerSubject, 10)
+	}
+	c.warn(&c.saidRemoves, removes, "the stream keeps a few messages of a subject only: mostly clients cannot resume, and reload",
+		"stream", cfg.NATSStreamName, "max_msgs_per_subject", removes)
 	c.warn(&c.saidRetention, retention, "the stream has no limits retention: acked events are gone, clients cannot resume",
 		"stream", cfg.NATSStreamName, "retention", retention)
 	c.mu.Lock()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -492,8 +493,8 @@ func disguised(w *harness.World, agent string) uint64 {
 	return ack.Sequence
 }
 
-// TestResumeOfMany: when many resume at once, each gets what it missed and nothing else, in order, without what was removed, and
-// joined to the flow; also where the stream allows no direct gets.
+// TestResumeOfMany: when many resume at once, each gets what it missed and nothing else, in order and joined to the flow;
+// also where the stream allows no direct gets.
 func TestResumeOfMany(t *testing.T) {
 	t.Parallel()
 	const clients, rounds = 150, 4
@@ -503,21 +504,13 @@ func TestResumeOfMany(t *testing.T) {
 			w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) { c.AllowDirect = direct }))
 			pod := w.Start("RESUME_CONCURRENCY=1", "NATS_NAK_DELAY=100ms")
 			agent := func(i int) string { return fmt.Sprint("desk", i) }
-			stream, err := w.JS.Stream(t.Context(), w.Stream)
-			if err != nil {
-				t.Fatal(err)
-			}
 			due := make([][]uint64, clients)
 			for round := range rounds {
 				for i := range clients {
 					due[i] = append(due[i], w.Chat("acme", agent(i)), w.Contact("acme", agent(i)))
 					w.Message("acme", agent(i), "unselected")
 				}
-				last := len(due[round]) - 1
-				if err := stream.DeleteMsg(t.Context(), due[round][last]); err != nil {
-					t.Fatal(err)
-				}
-				due[round][last] = disguised(w, agent(round))
+				due[round] = append(due[round], disguised(w, agent(round)))
 			}
 			places := make([]harness.Place, clients)
 			for i := range clients {
@@ -555,29 +548,69 @@ func TestResumeOfMany(t *testing.T) {
 	}
 }
 
-// TestResumeFromARemovedEvent: the event that the position names, and those around it, were removed from within the stream.
-func TestResumeFromARemovedEvent(t *testing.T) {
+// TestResumeOverRemovedEvents: an event behind the client's position is gone from the stream: deleted, purged by its subject, or removed by
+// the stream's own limit. The client is told to reload; one whose position is behind it resumes.
+func TestResumeOverRemovedEvents(t *testing.T) {
 	t.Parallel()
-	w := harness.New(t)
-	pod := w.Start("NATS_NAK_DELAY=50ms")
-	w.Chat("acme", "desk1")
-	gone := []uint64{w.Contact("acme", "desk1"), w.Chat("acme", "desk1"), w.Contact("acme", "desk1")}
-	next := w.Contact("acme", "desk1")
-	w.Settled() // what is retried may come live as well
-	s, err := w.JS.Stream(harness.Within(t, harness.Patience), w.Stream)
-	if err != nil {
-		t.Fatal(err)
+	for name, remove := range map[string]func(t *testing.T, w *harness.World, s jetstream.Stream, seq uint64){
+		"deleted": func(t *testing.T, _ *harness.World, s jetstream.Stream, seq uint64) {
+			if err := s.DeleteMsg(harness.Within(t, harness.Patience), seq); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"securely": func(t *testing.T, _ *harness.World, s jetstream.Stream, seq uint64) {
+			if err := s.SecureDeleteMsg(harness.Within(t, harness.Patience), seq); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"purged": func(t *testing.T, w *harness.World, s jetstream.Stream, seq uint64) {
+			if err := s.Purge(harness.Within(t, harness.Patience), jetstream.WithPurgeSubject(w.Prefix+".acme.desk1.contacts")); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"limited": func(t *testing.T, w *harness.World, s jetstream.Stream, seq uint64) {
+			config := s.CachedInfo().Config
+			config.MaxMsgsPerSubject = 1
+			if _, err := w.JS.UpdateStream(harness.Within(t, harness.Patience), config); err != nil {
+				t.Fatal(err)
+			}
+			w.Contact("acme", "desk1")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := harness.New(t, harness.Settings("NATS_NAK_DELAY=50ms"))
+			pod := w.Start()
+			before := w.Chat("acme", "desk1")
+			gone := w.Contact("acme", "desk1")
+			next := w.Chat("acme", "desk2")
+			s, err := w.JS.Stream(harness.Within(t, harness.Patience), w.Stream)
+			if err != nil {
+				t.Fatal(err)
+			}
+			remove(t, w, s, gone)
+			w.Settled() // what is retried may come live as well
+			late := pod.Dial(harness.User("acme", "desk1", "ann").From(at(pod, before)))
+			if r := late.TakeReply("ready"); !r.Gap || r.Resumed != 0 {
+				t.Errorf("from before what was removed: %+v, want a gap", r)
+			}
+			wantLine(t, pod, "removed from within the stream")
+			if r := pod.Dial(harness.User("acme", "desk1", "bob").From(at(pod, next))).TakeReply("ready"); r.Gap {
+				t.Errorf("from behind what was removed: %+v, want no gap", r)
+			}
+			if name == "limited" {
+				wantLine(t, w.Start(), "keeps a few messages of a subject only")
+			}
+		})
 	}
-	for _, seq := range gone {
-		if err := s.DeleteMsg(harness.Within(t, harness.Patience), seq); err != nil {
-			t.Fatal(err)
-		}
+}
+
+// wantLine waits until the pod's log says so.
+func wantLine(t *testing.T, p *harness.Pod, text string) {
+	t.Helper()
+	if _, err := p.Log.Find(harness.Within(t, harness.Patience), func(line string) bool { return strings.Contains(line, text) }); err != nil {
+		t.Errorf("no line %q in the log of %s: %v", text, p.ID, err)
 	}
-	wantReplay(t, pod.Dial(harness.User("acme", "desk1", "ann").From(at(pod, gone[1]))), "ready", next)
-	if err := s.Purge(harness.Within(t, harness.Patience), jetstream.WithPurgeSubject(w.Prefix+".acme.desk1.contacts")); err != nil {
-		t.Fatal(err)
-	}
-	wantReplay(t, pod.Dial(harness.User("acme", "desk1", "ann").From(at(pod, gone[1]))), "ready")
 }
 
 // TestAckedWhileTheOtherIsAway: of two users of one agent, on two pods, one is between two sockets while an event is acked since the
