@@ -99,10 +99,6 @@ var effects = map[string]string{
 	"PEER_BREAKER_THRESHOLD":          "TestBreakerByMissingReceived",
 	"PEER_BREAKER_OPEN":               "TestBreakerByMissingReceived",
 	"PEER_WINDOW":                     "TestPeerWindowFull",
-	"PEER_TLS_CERT_FILE":              "TestPeerTLS",
-	"PEER_TLS_KEY_FILE":               "TestPeerTLS",
-	"PEER_TLS_CA_FILE":                "TestPeerTLS",
-	"PEER_TLS_SERVER_NAME":            "TestPeerTLS",
 }
 
 // A setting without effect is a lie: a test shows what it does.
