@@ -13,7 +13,7 @@ var effects = map[string]string{
 	"SERVER_HTTP_PORT":                "TestAddresses",
 	"SERVER_GRPC_PORT":                "TestAddresses",
 	"SERVER_POD_ID":                   "TestLeaseNamesThePod",
-	"SERVER_ENABLE_REFLECTION":        "TestPeerIsOpenForHealthAndIdentify",
+	"SERVER_ENABLE_REFLECTION":        "TestPeerAnswersQuestions",
 	"SERVER_BIND_ADDRESS":             "TestAddresses",
 	"SERVER_ADVERTISE_ADDRESS":        "TestLeaseNamesThePod",
 	"SERVER_READ_TIMEOUT":             "TestHTTPTimeouts",

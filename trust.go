@@ -31,7 +31,7 @@ const (
 	handshakesPerHost = 16
 	handshakesInAll   = 64
 	// strangerPace is how many handshakes per second, and at once, are begun for hosts that are no live pod's: each costs
-	// 0.4 ms of a processor, whatever the stranger spent on it.
+	// 0.25 ms of a processor, whatever the stranger spent on it.
 	strangerPace = 100
 
 	// unusedConnection ends a connection without a stream; a peer's has one.
