@@ -18,6 +18,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
@@ -253,34 +254,40 @@ func TestNoResumption(t *testing.T) {
 	}
 }
 
-// TestSilentStranger: a connection that says nothing is closed when the time for its handshake is over; one that has proven
-// itself and opens no stream, a minute later.
+// TestSilentStranger: a connection that says nothing is closed when the time for its handshake is over.
 func TestSilentStranger(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newPeerPipes()
-		p := servePeers(t, "pod-b", "eb", peerConfig(), n.listen("b"), wantNoDelivery(t))
-		ended := func(conn net.Conn) time.Duration {
-			begun := time.Now()
-			io.Copy(io.Discard, conn)
-			return time.Since(begun)
-		}
-		silent, err := n.dial(t.Context(), "b")
+		servePeers(t, "pod-b", "eb", peerConfig(), n.listen("b"))
+		conn, err := n.dial(t.Context(), "b")
 		if err != nil {
 			t.Fatal(err)
 		}
-		if d := ended(silent); d < handshakeTimeout-time.Second || d > handshakeTimeout {
+		begun := time.Now()
+		io.Copy(io.Discard, conn)
+		if d := time.Since(begun); d < handshakeTimeout-time.Second || d > handshakeTimeout {
 			t.Errorf("a silent connection stood %s", d)
 		}
-		pod, err := n.dial(t.Context(), "b")
+	})
+}
+
+// TestUnusedConnection: a connection that has proven itself and has no stream is ended in the end.
+func TestUnusedConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newPeerPipes()
+		p := servePeers(t, "pod-b", "eb", peerConfig(), n.listen("b"), n.on)
+		conn, err := p.dial("b")
 		if err != nil {
 			t.Fatal(err)
 		}
-		cfg := p.tlsConfig()
-		cfg.NextProtos = []string{"h2"}
-		idle := tls.Client(pod, cfg)
-		io.WriteString(idle, http2Preface)
-		if d := ended(idle); d > unusedConnection+keepaliveTime+keepaliveTimeout {
-			t.Errorf("an unused connection stood %s", d)
+		defer conn.Close()
+		if _, err := peerpb.NewPeerClient(conn).Identify(t.Context(), &peerpb.IdentifyRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		begun := time.Now()
+		conn.WaitForStateChange(t.Context(), connectivity.Ready)
+		if d := time.Since(begun); d < unusedConnection-time.Second || d > unusedConnection+time.Second {
+			t.Errorf("an unused connection stood %s, want %s", d, unusedConnection)
 		}
 	})
 }

@@ -426,6 +426,9 @@ func TestReflection(t *testing.T) {
 	}
 }
 
+// handshakeTimeout is how long a pod lets a stranger be.
+const handshakeTimeout = 3 * time.Second
+
 // TestHalfOpenConnections: a thousand strangers' connections that begin a handshake and go no further, dialled again as the pod ends
 // them, cost it neither memory nor the others' time, and a pod that comes meanwhile is let in.
 func TestHalfOpenConnections(t *testing.T) {
@@ -476,9 +479,14 @@ func TestHalfOpenConnections(t *testing.T) {
 		})
 	}
 	harness.Eventually(t, harness.Patience, "a thousand half-open connections", func() bool { return opened.Load() >= 1000 })
+	begun := time.Now()
 	third := w.Start()
 	cid := third.Connect(harness.User("acme", "desk1", "cid"))
-	during := latencies(200, ann, bob, cid)
+	var during []time.Duration
+	for time.Since(begun) < 2*handshakeTimeout || len(during) < 200 {
+		during = append(during, latencies(50, ann, bob, cid)...)
+	}
+	slices.Sort(during)
 	for n := 0; third.Metric("dws_grpc_pool_size") < 2; n++ { // it is let in at the pod that strangers besiege
 		if n == 200 {
 			t.Fatal("the third pod reaches not both others")
@@ -491,7 +499,7 @@ func TestHalfOpenConnections(t *testing.T) {
 	if p50, was := during[len(during)/2], before[len(before)/2]; p50 > was+50*time.Millisecond {
 		t.Errorf("an event took %v at the median, %v before", p50, was)
 	}
-	if more := pods[0].Metric("process_resident_memory_peak_bytes") - memory; more > 32<<20 {
+	if more := pods[0].Metric("process_resident_memory_peak_bytes") - memory; more > 64<<20 { // 32 of them are room for garbage
 		t.Errorf("a thousand half-open connections took %.0f MiB of memory", more/(1<<20))
 	}
 	for _, reason := range []string{"crowd", "pace"} {
@@ -499,7 +507,7 @@ func TestHalfOpenConnections(t *testing.T) {
 			t.Errorf("nobody was refused for reason %s", reason)
 		}
 	}
-	t.Logf("%d connections; events before %v, during %v at the median, %v at most", opened.Load(), before[len(before)/2], during[len(during)/2], during[len(during)-1])
+	t.Logf("%d connections, %.0f MiB; events before %v, during %v at the median, %v at most", opened.Load(), (pods[0].Metric("process_resident_memory_peak_bytes")-memory)/(1<<20), before[len(before)/2], during[len(during)/2], during[len(during)-1])
 }
 
 // clientHello is the first message of a handshake, as anyone can record it.
