@@ -496,10 +496,10 @@ func TestHalfOpenConnections(t *testing.T) {
 	refused := pods[0].Metrics()
 	cancel()
 	wg.Wait()
-	if p50, was := during[len(during)/2], before[len(before)/2]; p50 > was+50*time.Millisecond {
+	if p50, was := during[len(during)/2], before[len(before)/2]; p50 > was+50*time.Millisecond && !harness.Race {
 		t.Errorf("an event took %v at the median, %v before", p50, was)
 	}
-	if more := pods[0].Metric("process_resident_memory_peak_bytes") - memory; more > 64<<20 { // 32 of them are room for garbage
+	if more := pods[0].Metric("process_resident_memory_peak_bytes") - memory; more > 64<<20 && !harness.Race { // 32 of them are room for garbage
 		t.Errorf("a thousand half-open connections took %.0f MiB of memory", more/(1<<20))
 	}
 	for _, reason := range []string{"crowd", "pace"} {
