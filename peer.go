@@ -51,8 +51,9 @@ type peers struct {
 	m     *Metrics
 	lease *lease
 	share *share
-	known atomic.Pointer[identity] // of the settings when it was last asked for
 	door  *door
+
+	known atomic.Pointer[identity] // that was derived last
 
 	// deliver takes an event that a peer addressed to this pod's life, pushes it to the sockets here and nowhere else,
 	// and settles it. It must not block. Set before serve.
