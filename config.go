@@ -124,10 +124,6 @@ type Config struct {
 	PeerBreakerThreshold int           `set:"PEER_BREAKER_THRESHOLD" default:"5" min:"1" help:"failures in a row that open a peer's breaker"`
 	PeerBreakerOpen      time.Duration `set:"PEER_BREAKER_OPEN" default:"30s" min:"1ms" help:"how long an open breaker refuses before it probes"`
 	PeerWindow           int           `set:"PEER_WINDOW" default:"1024" min:"1" help:"events in flight to a peer"`
-	PeerTLSCertFile      string        `set:"PEER_TLS_CERT_FILE" default:"" help:"certificate (PEM) for mTLS between pods"`
-	PeerTLSKeyFile       string        `set:"PEER_TLS_KEY_FILE" default:"" help:"key (PEM) of PEER_TLS_CERT_FILE"`
-	PeerTLSCAFile        string        `set:"PEER_TLS_CA_FILE" default:"" help:"CA (PEM) that signed the pods' certificates"`
-	PeerTLSServerName    string        `set:"PEER_TLS_SERVER_NAME" default:"" help:"name that the pods' certificates carry"`
 }
 
 // settings is the configuration in force. Rooms keep the *settings and call Load where a value may change
@@ -388,7 +384,8 @@ func (l *loader) take(entries []entry) {
 }
 
 // formerSettings are those that a former version had. They have no effect any more, and keep no service from starting that was updated.
-var formerSettings = []string{"POD_OWNER_CACHE_SIZE", "RESUME_MAX_AGE", "RESUME_OVERLAP", "SERVER_UPGRADE_RATE"}
+var formerSettings = []string{"PEER_TLS_CA_FILE", "PEER_TLS_CERT_FILE", "PEER_TLS_KEY_FILE", "PEER_TLS_SERVER_NAME", "POD_OWNER_CACHE_SIZE",
+	"RESUME_MAX_AGE", "RESUME_OVERLAP", "SERVER_UPGRADE_RATE"}
 
 func isFormer(name string) bool {
 	name, ours := strings.CutPrefix(name, settingPrefix)

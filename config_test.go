@@ -176,7 +176,7 @@ func TestAnySpelling(t *testing.T) {
 
 // What a former version had is no fault in a file that has it still, and has no effect.
 func TestFormerSettings(t *testing.T) {
-	file := writeFile(t, "x.conf", "DAISI_WS_RESUME_OVERLAP=2m\nDAISI_WS_RESUME_MAX_AGE=never\nDAISI_WS_POD_OWNER_CACHE_SIZE=\n")
+	file := writeFile(t, "x.conf", "DAISI_WS_RESUME_OVERLAP=2m\nDAISI_WS_RESUME_MAX_AGE=never\nDAISI_WS_POD_OWNER_CACHE_SIZE=\nDAISI_WS_PEER_TLS_CERT_FILE=/nowhere\n")
 	_, warnings, err := loadConfig(file, env("RESUME_OVERLAP=1s"))
 	if err != nil {
 		t.Fatal(err)
@@ -185,6 +185,7 @@ func TestFormerSettings(t *testing.T) {
 		"@:1: DAISI_WS_RESUME_OVERLAP: a setting of a former version, ignored",
 		"@:2: DAISI_WS_RESUME_MAX_AGE: a setting of a former version, ignored",
 		"@:3: DAISI_WS_POD_OWNER_CACHE_SIZE: a setting of a former version, ignored",
+		"@:4: DAISI_WS_PEER_TLS_CERT_FILE: a setting of a former version, ignored",
 		"environment: DAISI_WS_RESUME_OVERLAP: unknown setting, ignored")
 	for _, name := range formerSettings {
 		if settingOf(settingPrefix+name) != nil {
@@ -294,8 +295,7 @@ func TestWarnings(t *testing.T) {
 		"environment: DAISI_WS_NO_SUCH: unknown setting, ignored",
 		"DAISI_WS_AUTH_PUBLIC_KEY IS NOT SET: user sockets need the general API key, so every browser gets to see it and can mint tokens for anyone",
 		"DAISI_WS_WEBSOCKET_INSECURE_SKIP_VERIFY IS ON: any web page may open sockets; for development only",
-		"DAISI_WS_SERVER_ENABLE_REFLECTION is on: the gRPC port describes itself to anyone; for development only",
-		"DAISI_WS_PEER_TLS_CERT_FILE is not set: events pass between pods unencrypted, so everyone on that network must be trusted not to listen",
+		"DAISI_WS_SERVER_ENABLE_REFLECTION is on: the gRPC port describes itself to whoever knows a token key; for development only",
 		"DAISI_WS_AUTH_SECRET_TOKEN and DAISI_WS_AUTH_ADMIN_SECRET_TOKEN have a key in common: who mints user tokens is an admin too")
 }
 

@@ -13,7 +13,7 @@ var effects = map[string]string{
 	"SERVER_HTTP_PORT":                "TestAddresses",
 	"SERVER_GRPC_PORT":                "TestAddresses",
 	"SERVER_POD_ID":                   "TestLeaseNamesThePod",
-	"SERVER_ENABLE_REFLECTION":        "TestPeerIsOpenForHealthAndIdentify",
+	"SERVER_ENABLE_REFLECTION":        "TestPeerAnswersQuestions",
 	"SERVER_BIND_ADDRESS":             "TestAddresses",
 	"SERVER_ADVERTISE_ADDRESS":        "TestLeaseNamesThePod",
 	"SERVER_READ_TIMEOUT":             "TestHTTPTimeouts",
@@ -98,10 +98,6 @@ var effects = map[string]string{
 	"PEER_BREAKER_THRESHOLD":          "TestBreakerByMissingReceived",
 	"PEER_BREAKER_OPEN":               "TestBreakerByMissingReceived",
 	"PEER_WINDOW":                     "TestPeerWindowFull",
-	"PEER_TLS_CERT_FILE":              "TestPeerTLS",
-	"PEER_TLS_KEY_FILE":               "TestPeerTLS",
-	"PEER_TLS_CA_FILE":                "TestPeerTLS",
-	"PEER_TLS_SERVER_NAME":            "TestPeerTLS",
 }
 
 // A setting without effect is a lie: a test shows what it does.

@@ -30,7 +30,7 @@ const (
 type ending string
 
 const (
-	endUnopened  ending = "unopened"  // never came up: dial, TLS or proof failed
+	endUnopened  ending = "unopened"  // never came up: dial, TLS or hello failed
 	endBroken    ending = "broken"    // the stream broke
 	endTripped   ending = "tripped"   // the breaker opened: too many events were not received in time
 	endUnhealthy ending = "unhealthy" // the health check failed
@@ -58,7 +58,7 @@ type link struct {
 	probe  bool            // made by a half-open breaker: dials once only
 
 	// Guarded by peer.mu. Events have numbers from 1, given when they are taken into a batch.
-	conn       *grpc.ClientConn  // nil until the stream is proven
+	conn       *grpc.ClientConn  // nil until the stream is open
 	queue      []flight          // not yet in a batch
 	flights    map[uint64]flight // in a batch, not settled
 	number     uint64            // of the last event in a batch
@@ -87,7 +87,7 @@ func (l *link) run() {
 	reader.Wait()
 }
 
-// open dials and proves, all within PEER_TIMEOUT; where nothing listens, once more.
+// open dials and says hello, all within PEER_TIMEOUT; where nothing listens, once more.
 func (l *link) open() (*grpc.ClientConn, peerpb.Peer_DeliverClient, error) {
 	timeout := l.peer.ps.cfg.Load().PeerTimeout
 	timer := time.AfterFunc(timeout, func() { l.cancel(fmt.Errorf("no stream within %s", timeout)) })
@@ -124,7 +124,7 @@ func (l *link) dial() (*grpc.ClientConn, peerpb.Peer_DeliverClient, error) {
 	return conn, stream, nil
 }
 
-// established puts a proven link to use. It says false when the link was ended meanwhile.
+// established puts an open link to use. It says false when the link was ended meanwhile.
 func (l *link) established(conn *grpc.ClientConn) bool {
 	q := l.peer
 	q.mu.Lock()

@@ -11,7 +11,7 @@
 //	conn.go      one socket: its life; protocol.go json.v1; inbound.go messages of clients; replay.go the past of a socket
 //	hub.go       the sockets of this pod, by agent
 //	session.go   exclusive sessions in Redis; auth.go keys and tokens; ids.go what may be an id; server.go HTTP; origin.go whose pages may come
-//	peer.go      the talk among pods; roster.go their sessions, for operators
+//	peer.go      the talk among pods; trust.go who is one; roster.go their sessions, for operators
 //	config.go    settings; commands.go the command line; metrics.go every metric
 package main
 
@@ -284,12 +284,7 @@ func advertised(ctx context.Context, cfg *Config, bound *net.TCPAddr) (string, e
 
 // reload reads the settings again on SIGHUP: live ones are in force at once, a faulty file changes nothing.
 func (s *service) reload(file string, environ []string, level *slog.LevelVar) {
-	var changed, restart []string
-	// First those whose names only a restart changes: the file may name others, which are good, and nothing is in force yet.
-	err := s.peers.reloadTLS()
-	if err == nil {
-		changed, restart, err = s.cfg.reload(file, environ)
-	}
+	changed, restart, err := s.cfg.reload(file, environ)
 	if err == nil {
 		err = s.server.reloadTLS() // of files that were found good a moment ago
 	}

@@ -140,6 +140,7 @@ type Metrics struct {
 	grpcPoolSize                  *gauges
 	grpcPoolConnectionsCreated    *counters
 	grpcPoolConnectionsClosed     *counters
+	grpcConnectionsRefused        *counters
 	grpcCircuitbreakerTripped     *counters
 	grpcCircuitbreakerOpen        *gauges
 	targetsTotal                  *counters
@@ -244,6 +245,7 @@ func (m *Metrics) declarePeers() {
 	m.grpcPoolSize = m.gauge("grpc_pool_size", "Connections to peers.")
 	m.grpcPoolConnectionsCreated = m.counter("grpc_pool_connections_created_total", "Connections to peers made.")
 	m.grpcPoolConnectionsClosed = m.counter("grpc_pool_connections_closed_total", "Connections to peers closed.", "reason")
+	m.grpcConnectionsRefused = m.counter("grpc_connections_refused_total", "Connections to the gRPC port that were not let in.", "reason")
 	m.grpcCircuitbreakerTripped = m.counter("grpc_circuitbreaker_tripped_total", "Times that a peer's breaker opened.")
 	m.grpcCircuitbreakerOpen = m.gauge("grpc_circuitbreaker_open", "Peers whose breaker is open or half-open.")
 }

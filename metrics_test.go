@@ -23,7 +23,7 @@ parked_events ack_pending consumer_lag consumer_paused consumer_heartbeat_age_se
 owner_lookups_total owner_lookup_seconds owner_unanswered position_age_seconds
 grpc_messages_sent_total{target_pod_id} grpc_messages_received_total{source_pod_id} grpc_forward_retry_attempts_total
 grpc_forward_retry_success_total grpc_forward_retry_failure_total grpc_forward_seconds grpc_pool_size
-grpc_pool_connections_created_total grpc_pool_connections_closed_total{reason} grpc_circuitbreaker_tripped_total
+grpc_pool_connections_created_total grpc_pool_connections_closed_total{reason} grpc_connections_refused_total{reason} grpc_circuitbreaker_tripped_total
 grpc_circuitbreaker_open targets_total{outcome} websocket_messages_dropped_total{reason} websocket_buffer_used
 websocket_buffer_capacity gaps_total{reason} slow_clients_disconnected_total redis_errors_total{op} resume_requests_total
 resume_events_total resume_gaps_total config_reloads_total{result} build_info{version,go_version}`
@@ -44,7 +44,7 @@ func labelsOf(m *Metrics) []string {
 		m.sessionLockRenewalAttempts, m.sessionLockRenewalSuccess, m.sessionLockRenewalFailure, m.natsMessagesReceivedTotal,
 		m.eventsTotal, m.redeliveredTotal, m.ownerLookupsTotal, m.grpcMessagesSentTotal,
 		m.grpcMessagesReceivedTotal, m.grpcForwardRetryAttempts, m.grpcForwardRetrySuccess, m.grpcForwardRetryFailure,
-		m.grpcPoolConnectionsCreated, m.grpcPoolConnectionsClosed, m.grpcCircuitbreakerTripped, m.targetsTotal,
+		m.grpcPoolConnectionsCreated, m.grpcPoolConnectionsClosed, m.grpcConnectionsRefused, m.grpcCircuitbreakerTripped, m.targetsTotal,
 		m.websocketMessagesDroppedTotal, m.gapsTotal, m.slowClientsDisconnectedTotal, m.redisErrorsTotal, m.resumeRequestsTotal,
 		m.resumeEventsTotal, m.resumeGapsTotal, m.configReloadsTotal} {
 		f.with(note(f.name, f.labels)...).Add(7)

@@ -17,6 +17,7 @@ import (
 	vm "github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -27,8 +28,8 @@ import (
 )
 
 const (
-	// natsMaxPayload is the largest payload that a NATS server can be set to allow; what the one here allows becomes
-	// known only when it answers, and gRPC's limit is fixed from the start.
+	// natsMaxPayload is the largest payload that a NATS server can be set to allow. The one here may allow less by now than when an event
+	// was published.
 	natsMaxPayload = 64 << 20
 	// messageSlack is what a message between pods holds besides payloads.
 	messageSlack = 64 << 10
@@ -50,7 +51,9 @@ type peers struct {
 	m     *Metrics
 	lease *lease
 	share *share
-	certs *certificates // nil: no mTLS
+	door  *door
+
+	known atomic.Pointer[identity] // that was derived last
 
 	// deliver takes an event that a peer addressed to this pod's life, pushes it to the sockets here and nowhere else,
 	// and settles it. It must not block. Set before serve.
@@ -58,15 +61,14 @@ type peers struct {
 	// sessions lists this pod's sockets for another pod. Set before serve.
 	sessions func(*peerpb.List) *peerpb.Sessions
 
-	network    func(ctx context.Context, addr string) (net.Conn, error) // dials; tests put their own here
-	maxPayload atomic.Int64
-	server     *grpc.Server
-	health     *health.Server
-	up         atomic.Bool
-	refused    sparse
-	stopping   chan struct{} // closed by stop
-	stopOnce   sync.Once
-	wg         sync.WaitGroup // every goroutine of this file and pool.go
+	network  func(ctx context.Context, addr string) (net.Conn, error) // dials; tests put their own here
+	server   *grpc.Server
+	health   *health.Server
+	up       atomic.Bool
+	refused  sparse
+	stopping chan struct{} // closed by stop
+	stopOnce sync.Once
+	wg       sync.WaitGroup // every goroutine of this file and pool.go
 
 	mu      sync.Mutex // guards all below
 	stopped bool
@@ -77,26 +79,26 @@ type peers struct {
 // newPeers prepares the server, which serve starts, and starts the care for the pool, which stop ends.
 func newPeers(cfg *settings, m *Metrics, l *lease, s *share) *peers {
 	c := cfg.Load()
-	p := &peers{cfg: cfg, m: m, lease: l, share: s, certs: newCertificates(c), health: health.NewServer(),
+	p := &peers{cfg: cfg, m: m, lease: l, share: s, health: health.NewServer(),
 		stopping: make(chan struct{}), pool: map[peerKey]*peer{}, sources: map[string]bool{}}
 	p.network = func(ctx context.Context, addr string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 	}
-	p.setMaxPayload(natsMaxPayload)
+	p.door = &door{TransportCredentials: credentials.NewTLS(p.tlsConfig()), ps: p}
 	p.server = grpc.NewServer(
-		grpc.Creds(watching{p.certs.serverCredentials()}),
+		grpc.Creds(p.door),
 		grpc.MaxRecvMsgSize(natsMaxPayload+messageSlack),
 		grpc.MaxConcurrentStreams(32),
 		grpc.InitialWindowSize(streamWindow),
 		grpc.InitialConnWindowSize(streamWindow),
 		grpc.MaxHeaderListSize(16<<10),
-		grpc.ConnectionTimeout(proofTimeout),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, MaxConnectionIdle: strangerIdle}),
+		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, MaxConnectionIdle: unusedConnection}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 2, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true), // stop waits for what the handlers start
 	)
 	peerpb.RegisterPeerServer(p.server, p)
-	healthpb.RegisterHealthServer(p.server, probes{p.health})
+	healthpb.RegisterHealthServer(p.server, p.health)
 	if c.ServerEnableReflection {
 		reflection.Register(p.server)
 	}
@@ -104,24 +106,8 @@ func newPeers(cfg *settings, m *Metrics, l *lease, s *share) *peers {
 	return p
 }
 
-// setMaxPayload tells the largest payload that the NATS server allows; a peer's event above it is refused.
-func (p *peers) setMaxPayload(n int) { p.maxPayload.Store(int64(n)) }
-
-// reloadTLS reads the certificates again now and says what is wrong with them; the old ones serve on then. Renewed
-// files are taken at the next handshake without it.
-func (p *peers) reloadTLS() error {
-	if p.certs == nil {
-		return nil
-	}
-	return p.certs.load()
-}
-
 // serve answers peers on l, which it owns, until stop; then it returns nil.
 func (p *peers) serve(l net.Listener) error {
-	if err := p.reloadTLS(); err != nil {
-		l.Close()
-		return err
-	}
 	p.up.Store(true)
 	defer p.up.Store(false)
 	if err := p.server.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
@@ -154,21 +140,20 @@ func (p *peers) stop(ctx context.Context) error {
 	return nil
 }
 
-// Identify names this pod and its life to anyone who asks.
+// Identify names this pod and its life.
 func (p *peers) Identify(_ context.Context, who *peerpb.IdentifyRequest) (*peerpb.IdentifyResponse, error) {
 	overlooked := who.GetLife() != "" && p.lease.overlooks(member{who.GetPod(), who.GetLife()})
 	return &peerpb.IdentifyResponse{Pod: p.lease.pod, Life: p.lease.life(), Overlooked: overlooked}, nil
 }
 
-// intake is a stream that another pod opened to this one. Its reader (receive) and its handler (Deliver) share it; the
-// reader sends until the stream is proven, the handler from then on, so no two send at once.
+// intake is a stream that another pod opened to this one. Its reader (receive) and its handler (Deliver) share it; only the
+// handler sends.
 type intake struct {
 	ps     *peers
 	stream peerpb.Peer_DeliverServer
-	pod    string       // proven by the reader
-	number uint64       // of the last event read; owned by the reader
-	warned bool         // about a faulty event; owned by the reader
-	fate   atomic.Int32 // one of the values below
+	pod    string // that opened it
+	number uint64 // of the last event read; owned by the reader
+	warned bool   // about a faulty event; owned by the reader
 
 	wake  chan struct{} // room for 1: there is something to answer; never closed
 	ended chan error    // room for 1: the reader's result; never closed
@@ -182,27 +167,20 @@ type intake struct {
 	list     *peerpb.List // asked for, not yet answered
 }
 
-const (
-	unproven int32 = iota
-	proven
-	cut // too late: whatever it proves now, nothing of it is read
-)
-
-// Deliver takes events from another pod as soon as it has proven that it belongs to this cluster, and answers them.
+// Deliver takes events from another pod, and answers them.
 func (p *peers) Deliver(stream peerpb.Peer_DeliverServer) error {
-	in := &intake{ps: p, stream: stream, wake: make(chan struct{}, 1), ended: make(chan error, 1)}
+	pod, err := p.admit(stream)
+	if err != nil {
+		slog.Warn("peer's stream refused", "err", err)
+		return err
+	}
+	in := &intake{ps: p, stream: stream, pod: pod, wake: make(chan struct{}, 1), ended: make(chan error, 1)}
 	p.wg.Go(func() { in.ended <- in.receive() }) // ends with the stream, which ends with this handler
-	deadline := time.NewTimer(proofTimeout)
-	defer deadline.Stop()
 	stopping := p.stopping
 	for {
 		select {
 		case err := <-in.ended:
 			return err
-		case <-deadline.C:
-			if in.fate.CompareAndSwap(unproven, cut) {
-				return p.refuse(stream.Context(), status.Error(codes.Unauthenticated, "no proof in time"))
-			}
 		case <-in.wake:
 			if err := in.answer(); err != nil {
 				return err
@@ -216,29 +194,11 @@ func (p *peers) Deliver(stream peerpb.Peer_DeliverServer) error {
 	}
 }
 
-// refuse logs, once per second at most, that a stream was not let in, and returns err.
-func (p *peers) refuse(ctx context.Context, err error) error {
-	if suppressed, ok := p.refused.turn(time.Now()); ok {
-		slog.Warn("stream of a stranger refused", "remote", remoteAddr(ctx), "err", err, "suppressed", suppressed)
-	}
-	return err
-}
-
-// receive proves the stream and reads it to its end.
+// receive reads the stream to its end.
 func (in *intake) receive() error {
-	pod, err := in.ps.admit(in.stream)
-	if err != nil {
-		return in.ps.refuse(in.stream.Context(), err)
-	}
-	if !in.fate.CompareAndSwap(unproven, proven) {
-		return nil // the handler has gone
-	}
-	trust(in.stream.Context())
-	if err := in.stream.Send(&peerpb.Response{Body: &peerpb.Response_Welcome{Welcome: &peerpb.Welcome{}}}); err != nil {
-		return err
-	}
-	in.pod = pod
+	pod := in.pod
 	slog.Info("peer opened a stream", "peer", pod)
+	var err error
 	for {
 		var req *peerpb.Request
 		if req, err = in.stream.Recv(); err != nil {
@@ -399,8 +359,6 @@ func (p *peers) eventFromWire(e *peerpb.Event) (*event, error) {
 		return nil, errors.New("a chat that is none of a message")
 	case len(e.GetRequestId()) > 128:
 		return nil, errors.New("request id too long")
-	case int64(len(e.GetPayload())) > p.maxPayload.Load():
-		return nil, fmt.Errorf("payload of %d bytes", len(e.GetPayload()))
 	}
 	if err := checkPair(e.GetCompany(), e.GetAgent()); err != nil {
 		return nil, err

@@ -12,8 +12,8 @@ import (
 
 	vm "github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
-	grpcpeer "google.golang.org/grpc/peer"
 
 	peerpb "daisi-ws-service/proto"
 )
@@ -68,6 +68,7 @@ func (p *peers) get(key peerKey) *peer {
 // keep drops every peer that is not in live, which maps the ids of the live pods to their addresses: its connection,
 // its breaker and, unless the pod lives on at another address, its metric series.
 func (p *peers) keep(live map[string]string) {
+	p.door.expect(live)
 	var drop []*peer
 	p.mu.Lock()
 	for key, q := range p.pool {
@@ -247,8 +248,8 @@ func (q *peer) look(now time.Time) {
 	}
 	lost := l.missedLocked(now.Add(-c.PeerTimeout))
 	lost = append(lost, l.lateLocked(now.Add(-q.ps.cfg.lateAfter()))...)
-	if len(lost) > 0 {
-		poke(l.wake) // there is room in the window
+	if len(l.queue) > 0 {
+		poke(l.wake) // there may be room: by what was just lost, or since the window has grown with this pod's share
 	}
 	switch {
 	case q.breaker.state == breakerOpen:
@@ -271,7 +272,7 @@ func (q *peer) look(now time.Time) {
 // dial prepares a connection to addr; gRPC makes it with the first call.
 func (p *peers) dial(addr string) (*grpc.ClientConn, error) {
 	return grpc.NewClient("passthrough:///"+addr,
-		grpc.WithTransportCredentials(p.certs.clientCredentials()),
+		grpc.WithTransportCredentials(credentials.NewTLS(p.tlsConfig())),
 		grpc.WithContextDialer(p.network), // also keeps HTTPS_PROXY out of it: pods are near
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
@@ -318,12 +319,4 @@ func (p *peers) list(ctx context.Context, pod, addr string, ask *peerpb.List) (*
 		return nil, fmt.Errorf("list the sessions of pod %s at %s: %w", pod, addr, err)
 	}
 	return answer.GetSessions(), nil
-}
-
-// remoteAddr is the address at the other end of a call, for the log.
-func remoteAddr(ctx context.Context) string {
-	if p, ok := grpcpeer.FromContext(ctx); ok {
-		return p.Addr.String()
-	}
-	return ""
 }

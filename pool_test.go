@@ -16,7 +16,7 @@ import (
 	peerpb "daisi-ws-service/proto"
 )
 
-// scriptedPeer is a pod that proves itself and then does only what the test tells it.
+// scriptedPeer is a pod that introduces itself and then does only what the test tells it.
 type scriptedPeer struct {
 	*peers
 	gate chan struct{} // if set: nothing is read before it is closed
@@ -32,7 +32,6 @@ func (s *scriptedPeer) Deliver(stream peerpb.Peer_DeliverServer) error {
 	if _, err := s.admit(stream); err != nil {
 		return err
 	}
-	stream.Send(&peerpb.Response{Body: &peerpb.Response_Welcome{Welcome: &peerpb.Welcome{}}})
 	s.mu.Lock()
 	s.streams = append(s.streams, stream)
 	s.mu.Unlock()
@@ -77,7 +76,7 @@ func (s *scriptedPeer) got() (events, streams int) {
 func scripted(t *testing.T, n *peerPipes) *scriptedPeer {
 	t.Helper()
 	s := &scriptedPeer{peers: newTestPeers("pod-b", "eb", peerConfig())}
-	server := grpc.NewServer(grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}))
+	server := grpc.NewServer(grpc.Creds(s.door), grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}))
 	peerpb.RegisterPeerServer(server, s)
 	healthpb.RegisterHealthServer(server, s.health)
 	l := n.listen("b")
@@ -499,6 +498,28 @@ func TestUnhealthyProbe(t *testing.T) {
 		b.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
 		a.push(member{"pod-b", "eb"}, "b", newPeerLedger(t).delivery(7))
 		wantBreaker(t, a, breakerHalfOpen, 2)
+	})
+}
+
+// TestWindowGrows: when this pod's share grows, since another pod has gone, what waits for room is sent without an answer.
+func TestWindowGrows(t *testing.T) {
+	cfg := peerConfig()
+	cfg.NATSMaxAckPending = 64
+	peerBubble(t, cfg, func(t *testing.T, n *peerPipes, a *peers, b *scriptedPeer) {
+		a.share.pods.Store(4)
+		l := newPeerLedger(t)
+		for seq := uint64(1); seq <= 8; seq++ {
+			a.push(member{"pod-b", "eb"}, "b", l.delivery(seq))
+		}
+		time.Sleep(time.Second)
+		if events, _ := b.got(); events != 2 {
+			t.Errorf("%d events in flight, want 2", events)
+		}
+		a.share.pods.Store(1)
+		time.Sleep(2 * time.Second)
+		if events, _ := b.got(); events != 8 {
+			t.Errorf("%d events in flight with a larger share, want 8", events)
+		}
 	})
 }
 

@@ -362,8 +362,6 @@ var relations = []struct {
 		"$REDIS_DB must be 0 with $REDIS_MODE: a cluster has no other"},
 	{func(c *Config) bool { return c.RedisMode != "sentinel" || c.RedisSentinelMaster != "" },
 		"$REDIS_SENTINEL_MASTER is required with $REDIS_MODE"},
-	{func(c *Config) bool { return (c.PeerTLSCertFile == "") == (c.PeerTLSCAFile == "") },
-		"$PEER_TLS_CERT_FILE and $PEER_TLS_CA_FILE go together: a pod shows its certificate and checks that of the other"},
 	{func(c *Config) bool { return disjoint(c.AuthPublicKey, c.AuthSecretToken) },
 		"$AUTH_PUBLIC_KEY and $AUTH_SECRET_TOKEN must have no key in common: every browser could mint tokens"},
 	{func(c *Config) bool { return disjoint(c.AuthPublicKey, c.AuthAdminSecretToken) },
@@ -422,7 +420,7 @@ func orEmpty(s string) string {
 // checkFiles reads the certificates, keys and credentials that c names, so that the start (or a reload) stops here and
 // not at the first connection.
 func (l *loader) checkFiles(c *Config) {
-	for _, section := range []string{"SERVER", "NATS", "REDIS", "PEER"} {
+	for _, section := range []string{"SERVER", "NATS", "REDIS"} {
 		l.checkKeyPair(findSetting(section+"_TLS_CERT_FILE"), findSetting(section+"_TLS_KEY_FILE"))
 		if section != "SERVER" {
 			l.checkCA(findSetting(section + "_TLS_CA_FILE"))
@@ -484,10 +482,7 @@ func (l *loader) warn(c *Config) {
 		l.warning("DAISI_WS_WEBSOCKET_COMPRESSION: context_takeover is taken as no_context_takeover: a window of its own costs 1.2 MB per socket")
 	}
 	if c.ServerEnableReflection {
-		l.warning("DAISI_WS_SERVER_ENABLE_REFLECTION is on: the gRPC port describes itself to anyone; for development only")
-	}
-	if ip, err := netip.ParseAddr(c.ServerBindAddress); c.PeerTLSCertFile == "" && (err != nil || !ip.IsLoopback()) && c.ServerBindAddress != "localhost" {
-		l.warning("DAISI_WS_PEER_TLS_CERT_FILE is not set: events pass between pods unencrypted, so everyone on that network must be trusted not to listen")
+		l.warning("DAISI_WS_SERVER_ENABLE_REFLECTION is on: the gRPC port describes itself to whoever knows a token key; for development only")
 	}
 	if !disjoint(c.AuthSecretToken, c.AuthAdminSecretToken) {
 		l.warning("DAISI_WS_AUTH_SECRET_TOKEN and DAISI_WS_AUTH_ADMIN_SECRET_TOKEN have a key in common: who mints user tokens is an admin too")

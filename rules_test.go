@@ -62,8 +62,6 @@ func TestRelations(t *testing.T) {
 			"DAISI_WS_REDIS_SENTINEL_MASTER (empty) is required with DAISI_WS_REDIS_MODE (sentinel)"},
 		{[]string{"AUTH_SECRET_TOKEN=a,b", "AUTH_PUBLIC_KEY=c,d"}, []string{"AUTH_SECRET_TOKEN=a, b", "AUTH_PUBLIC_KEY=c,b"},
 			"DAISI_WS_AUTH_PUBLIC_KEY and DAISI_WS_AUTH_SECRET_TOKEN must have no key in common: every browser could mint tokens"},
-		{[]string{"PEER_TLS_SERVER_NAME=pod"}, []string{"PEER_TLS_CA_FILE=" + ca},
-			"DAISI_WS_PEER_TLS_CERT_FILE (empty) and DAISI_WS_PEER_TLS_CA_FILE (" + ca + ") go together: a pod shows its certificate and checks that of the other"},
 		{nil, []string{"AUTH_PUBLIC_KEY=admin-secret"},
 			"DAISI_WS_AUTH_PUBLIC_KEY and DAISI_WS_AUTH_ADMIN_SECRET_TOKEN must have no key in common: every browser would be an admin"},
 	} {

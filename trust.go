@@ -1,140 +1,240 @@
 package main
 
 import (
-	"context"
+	"crypto/ed25519"
 	"crypto/hkdf"
-	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
+	"math/big"
 	"net"
-	"os"
+	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/health"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	peerpb "daisi-ws-service/proto"
 )
 
 const (
-	// proofTimeout is how long a stream may stay unproven: it bounds what a stranger can hold open.
-	proofTimeout = 5 * time.Second
-	nonceSize    = 32
-	// maxProofs bounds the work that a stranger can ask for; a rotation needs two keys.
-	maxProofs = 16
+	// handshakeTimeout is how long a connection to the gRPC port may take to prove itself.
+	handshakeTimeout = 3 * time.Second
+	// A handshake under way holds up to 256 KiB of a stranger's certificates. A pod's takes milliseconds, a stranger's may take all its time.
+	handshakesPerHost = 16
+	handshakesInAll   = 64
+	// strangerPace is how many handshakes per second, and at once, are begun for hosts that are no live pod's: each costs
+	// 0.25 ms of a processor, whatever the stranger spent on it.
+	strangerPace = 100
 
-	roleClient = "client"
-	roleServer = "server"
+	// unusedConnection ends a connection without a stream; a peer's has one.
+	unusedConnection = time.Minute
+
+	// peerVersion is that of the protocol between pods: the meaning of proto/peer.proto.
+	peerVersion = 1
 )
 
-var errUnproven = errors.New("it does not know our token key")
-
-// introduction is what both ends of a stream prove: that they know a token key, and that they mean this stream of these
-// two pods in these lives. Both nonces and the role are in it, so a proof can be neither kept for later nor sent back.
-type introduction struct {
-	client, clientLife, server, serverLife string
-	clientNonce, serverNonce               []byte
+// identity is what a pod shows to its peers, and what it takes from them, for one setting of token keys: an Ed25519 key
+// is derived from each. Immutable.
+type identity struct {
+	setting string
+	own     tls.Certificate     // of the first key
+	keys    []ed25519.PublicKey // of all of them
 }
 
-// proofs returns one proof per key: during a rotation neither side knows which key the other has already.
-func (i *introduction) proofs(keys [][]byte, role string) [][]byte {
-	out := make([][]byte, len(keys))
-	for n, key := range keys {
-		out[n] = i.proof(key, role)
-	}
-	return out
-}
-
-// proven says whether one of proofs was made with one of keys.
-func (i *introduction) proven(keys [][]byte, role string, proofs [][]byte) bool {
-	if len(proofs) > maxProofs {
-		return false
-	}
-	ok := false
-	for _, key := range keys {
-		want := i.proof(key, role)
-		for _, got := range proofs {
-			ok = hmac.Equal(want, got) || ok // constant time; no early way out either
-		}
-	}
-	return ok
-}
-
-// proof is the HMAC over everything, each field with its length: no two introductions have the same bytes.
-func (i *introduction) proof(key []byte, role string) []byte {
-	mac := hmac.New(sha256.New, key)
-	for _, field := range []string{role, i.client, i.clientLife, i.server, i.serverLife, string(i.clientNonce), string(i.serverNonce)} {
-		mac.Write(binary.BigEndian.AppendUint32(nil, uint32(len(field))))
-		io.WriteString(mac, field)
-	}
-	return mac.Sum(nil)
-}
-
-// peerKeys derives a key for proofs from each token key of the setting. The token keys themselves seal tokens only: what is
-// shown to peers must not help to forge one.
-func peerKeys(setting string) ([][]byte, error) {
-	keys, err := parseTokenKeys(setting)
+// newIdentity derives the keys. The token keys themselves seal tokens only: what is shown to peers must not help to forge one.
+func newIdentity(setting string) (*identity, error) {
+	secrets, err := parseTokenKeys(setting)
 	if err != nil {
-		return nil, fmt.Errorf("derive the keys for peers: %w", err)
+		return nil, fmt.Errorf("derive the identity among pods: %w", err)
 	}
-	for i, secret := range keys {
-		if keys[i], err = hkdf.Key(sha256.New, secret, nil, "daisi-ws-service peer stream v1", sha256.Size); err != nil {
-			return nil, fmt.Errorf("derive the keys for peers: %w", err)
+	id := &identity{setting: setting}
+	for _, secret := range secrets {
+		seed, err := hkdf.Key(sha256.New, secret, nil, "daisi-ws-service peer identity v1", ed25519.SeedSize)
+		if err != nil {
+			return nil, fmt.Errorf("derive the identity among pods: %w", err)
+		}
+		key := ed25519.NewKeyFromSeed(seed)
+		public := key.Public().(ed25519.PublicKey)
+		id.keys = append(id.keys, public)
+		if len(id.keys) > 1 {
+			continue
+		}
+		// Nobody reads more of it than the public key. The end of its validity is RFC 5280's for "none" (4.1.2.5).
+		tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)}
+		der, err := x509.CreateCertificate(nil, tmpl, tmpl, public, key)
+		if err != nil {
+			return nil, fmt.Errorf("make the certificate for peers: %w", err)
+		}
+		id.own = tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+	}
+	return id, nil
+}
+
+// identity is that of the settings in force.
+func (p *peers) identity() (*identity, error) {
+	setting := p.cfg.Load().AuthTokenAESKey
+	if id := p.known.Load(); id != nil && id.setting == setting {
+		return id, nil
+	}
+	id, err := newIdentity(setting)
+	if err == nil {
+		p.known.Store(id)
+	}
+	return id, err
+}
+
+// tlsConfig serves both ends of a connection, and reads the settings at each handshake.
+func (p *peers) tlsConfig() *tls.Config {
+	own := func() (*tls.Certificate, error) {
+		id, err := p.identity()
+		if err != nil {
+			return nil, err
+		}
+		return &id.own, nil
+	}
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return own() },
+		GetClientCertificate:   func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return own() },
+		ClientAuth:             tls.RequireAnyClientCert,
+		InsecureSkipVerify:     true, // of the server's chain, name and dates; VerifyConnection asks for the key instead
+		VerifyConnection:       p.verify,
+		SessionTicketsDisabled: true, // a resumed session would go on with a key that has been withdrawn
+	}
+}
+
+// verify takes the other end for a pod if its key is derived from a token key that is listed here. TLS has proven before
+// that the other end has the key.
+func (p *peers) verify(cs tls.ConnectionState) error {
+	id, err := p.identity()
+	if err != nil {
+		return err
+	}
+	shown, _ := cs.PeerCertificates[0].PublicKey.(ed25519.PublicKey)
+	if !slices.ContainsFunc(id.keys, func(k ed25519.PublicKey) bool { return k.Equal(shown) }) {
+		return errors.New("it does not know our token key")
+	}
+	return nil
+}
+
+// door bounds the handshakes under way at the gRPC port. A newcomer that is one too many takes the place of the oldest:
+// strangers can keep places for as long as they are let, and a pod needs its own for a moment only.
+type door struct {
+	credentials.TransportCredentials
+	ps *peers
+
+	mu    sync.Mutex      // guards all below
+	pods  map[string]bool // hosts of the live pods
+	under []caller        // handshakes under way, the oldest first
+	pace  limiter
+}
+
+type caller struct {
+	conn net.Conn
+	host string
+}
+
+// ServerHandshake returns when conn has proven to be a pod's, or with an error, after which gRPC closes it.
+func (d *door) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	if !d.enter(conn) {
+		return nil, nil, d.ps.refuse(conn.RemoteAddr(), "pace", errors.New("too many strangers"))
+	}
+	secure, info, err := d.TransportCredentials.ServerHandshake(conn)
+	switch stayed := d.leave(conn); {
+	case err == nil:
+	case !stayed:
+		d.ps.refuse(conn.RemoteAddr(), "crowd", errors.New("others came while it took its time"))
+	default:
+		d.ps.refuse(conn.RemoteAddr(), "handshake", err)
+	}
+	return secure, info, err
+}
+
+// enter notes a handshake that begins, or says that it may not.
+func (d *door) enter(conn net.Conn) bool {
+	host, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.pods[host] {
+		if ok, _ := d.pace.allow(time.Now(), strangerPace, strangerPace); !ok {
+			return false
 		}
 	}
-	return keys, nil
+	same := 0
+	for _, c := range d.under {
+		if c.host == host {
+			same++
+		}
+	}
+	oldest := -1
+	if same >= handshakesPerHost {
+		oldest = slices.IndexFunc(d.under, func(c caller) bool { return c.host == host })
+	} else if len(d.under) >= handshakesInAll {
+		oldest = slices.IndexFunc(d.under, func(c caller) bool { return !d.pods[c.host] })
+	}
+	if oldest >= 0 {
+		d.under[oldest].conn.Close()
+		d.under = slices.Delete(d.under, oldest, oldest+1)
+	}
+	d.under = append(d.under, caller{conn, host})
+	return true
 }
 
-func newNonce() []byte {
-	nonce := make([]byte, nonceSize)
-	rand.Read(nonce) // never fails
-	return nonce
+// leave notes a handshake that has ended, and says whether it kept its place until then.
+func (d *door) leave(conn net.Conn) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	i := slices.IndexFunc(d.under, func(c caller) bool { return c.conn == conn })
+	if i >= 0 {
+		d.under = slices.Delete(d.under, i, i+1)
+	}
+	return i >= 0
 }
 
-// introduce opens a stream to pod: it makes the other end prove itself before it proves this one, and returns when the
-// other end agreed.
+// expect notes the addresses of the live pods. A pod that is known by a name is taken for a stranger until it has proven itself.
+func (d *door) expect(live map[string]string) {
+	pods := map[string]bool{}
+	for _, addr := range live {
+		host, _, _ := net.SplitHostPort(addr)
+		pods[host] = true
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.pods = pods
+}
+
+// refuse counts someone who was not let in, logs it, once per second at most, and returns err.
+func (p *peers) refuse(remote net.Addr, reason string, err error) error {
+	p.m.grpcConnectionsRefused.with(reason).Inc()
+	if err == io.EOF {
+		return err // a probe of the port
+	}
+	if suppressed, ok := p.refused.turn(time.Now()); ok {
+		slog.Warn("not let in as a peer", "remote", remote.String(), "reason", reason, "err", err, "suppressed", suppressed)
+	}
+	return err
+}
+
+func (p *peers) hello() *peerpb.Hello {
+	return &peerpb.Hello{Pod: p.lease.pod, Life: p.lease.life(), Version: peerVersion}
+}
+
+// introduce opens a stream to pod, and returns when the pod there has said that it is this one.
 func (p *peers) introduce(stream peerpb.Peer_DeliverClient, pod string) error {
-	keys, err := peerKeys(p.cfg.Load().AuthTokenAESKey)
+	answer, err := exchange(stream, &peerpb.Request{Body: &peerpb.Request_Hello{Hello: p.hello()}})
 	if err != nil {
 		return err
 	}
-	i := introduction{client: p.lease.pod, clientLife: p.lease.life(), clientNonce: newNonce()}
-	hello := &peerpb.Hello{Pod: i.client, Life: i.clientLife, Nonce: i.clientNonce}
-	answer, err := exchange(stream, &peerpb.Request{Body: &peerpb.Request_Hello{Hello: hello}})
-	if err != nil {
-		return err
-	}
-	challenge := answer.GetChallenge()
-	i.server, i.serverLife, i.serverNonce = challenge.GetPod(), challenge.GetLife(), challenge.GetNonce()
-	if i.server != pod {
-		return fmt.Errorf("the pod there is %q", i.server)
-	}
-	if len(i.serverNonce) != nonceSize || !i.proven(keys, roleServer, challenge.GetProofs()) {
-		return errUnproven
-	}
-	proof := &peerpb.Proof{Proofs: i.proofs(keys, roleClient)}
-	answer, err = exchange(stream, &peerpb.Request{Body: &peerpb.Request_Proof{Proof: proof}})
-	if err != nil {
-		return err
-	}
-	if answer.GetWelcome() == nil {
-		return errors.New("it answered something else than welcome")
+	if got := answer.GetHello().GetPod(); got != pod {
+		return fmt.Errorf("the pod there is %q", got)
 	}
 	return nil
 }
@@ -147,203 +247,24 @@ func exchange(stream peerpb.Peer_DeliverClient, req *peerpb.Request) (*peerpb.Re
 	return stream.Recv()
 }
 
-// admit is introduce's other end: it returns the pod that has proven itself. It proves this pod first, to anyone: a
-// proof is worth nothing but for the stream that it was made for.
+// admit is introduce's other end: it returns the pod that opened the stream.
 func (p *peers) admit(stream peerpb.Peer_DeliverServer) (pod string, err error) {
-	keys, err := peerKeys(p.cfg.Load().AuthTokenAESKey)
-	if err != nil {
-		return "", status.Error(codes.Internal, err.Error())
-	}
 	req, err := stream.Recv()
 	if err != nil {
 		return "", err
 	}
 	hello := req.GetHello()
-	if len(hello.GetNonce()) != nonceSize || !validPodID(hello.GetPod()) {
-		return "", status.Error(codes.Unauthenticated, "the first message is no hello")
+	switch {
+	case !validPodID(hello.GetPod()):
+		return "", status.Error(codes.InvalidArgument, "the first message is no hello")
+	case hello.GetVersion() != peerVersion:
+		return "", status.Errorf(codes.FailedPrecondition, "pod %s speaks version %d of the protocol, pod %s version %d",
+			hello.GetPod(), hello.GetVersion(), p.lease.pod, peerVersion)
 	}
-	i := introduction{client: hello.GetPod(), clientLife: hello.GetLife(), clientNonce: hello.GetNonce(),
-		server: p.lease.pod, serverLife: p.lease.life(), serverNonce: newNonce()}
-	challenge := &peerpb.Challenge{Pod: i.server, Life: i.serverLife, Nonce: i.serverNonce, Proofs: i.proofs(keys, roleServer)}
-	if err := stream.Send(&peerpb.Response{Body: &peerpb.Response_Challenge{Challenge: challenge}}); err != nil {
-		return "", err
-	}
-	if req, err = stream.Recv(); err != nil {
-		return "", err
-	}
-	if !i.proven(keys, roleClient, req.GetProof().GetProofs()) {
-		return "", status.Error(codes.Unauthenticated, errUnproven.Error())
-	}
-	return i.client, nil
+	return hello.GetPod(), stream.Send(&peerpb.Response{Body: &peerpb.Response_Hello{Hello: p.hello()}})
 }
 
 // validPodID says whether s can be the name of a pod: it becomes a metric's label and part of log lines.
 func validPodID(s string) bool {
 	return len(s) > 0 && len(s) <= 253 && strings.IndexFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) < 0
-}
-
-// certificates are those of mTLS between pods. They are read again when a file has changed, at the next handshake:
-// streams that run go on with what they were opened with.
-type certificates struct {
-	certFile, keyFile, caFile string
-	name                      string // that the other pod's certificate must carry; "" = the host that was dialled
-
-	mu    sync.Mutex // guards all below
-	stamp string     // of the files as they were when read
-	cert  tls.Certificate
-	ca    *x509.CertPool
-}
-
-// newCertificates returns nil where mTLS is not asked for.
-func newCertificates(cfg *Config) *certificates {
-	if cfg.PeerTLSCertFile == "" && cfg.PeerTLSKeyFile == "" && cfg.PeerTLSCAFile == "" {
-		return nil
-	}
-	return &certificates{certFile: cfg.PeerTLSCertFile, keyFile: cfg.PeerTLSKeyFile, caFile: cfg.PeerTLSCAFile, name: cfg.PeerTLSServerName}
-}
-
-// load reads the files now. After an error the ones read before stay in force.
-func (c *certificates) load() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.loadLocked(c.stampNow())
-}
-
-func (c *certificates) loadLocked(stamp string) error {
-	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
-	if err != nil {
-		return fmt.Errorf("load the certificate for peers: %w", err)
-	}
-	pem, err := os.ReadFile(c.caFile)
-	if err != nil {
-		return fmt.Errorf("load the CA of peers: %w", err)
-	}
-	ca := x509.NewCertPool()
-	if !ca.AppendCertsFromPEM(pem) {
-		return fmt.Errorf("load the CA of peers: no certificate in %s", c.caFile)
-	}
-	c.stamp, c.cert, c.ca = stamp, cert, ca
-	return nil
-}
-
-// stampNow tells one state of the files from another. A file replaced while it is read is read once more at the next
-// handshake, since the stamp was taken before.
-func (c *certificates) stampNow() string {
-	var b strings.Builder
-	for _, name := range []string{c.certFile, c.keyFile, c.caFile} {
-		if info, err := os.Stat(name); err == nil {
-			fmt.Fprintf(&b, "%d %d\n", info.ModTime().UnixNano(), info.Size())
-		}
-	}
-	return b.String()
-}
-
-// config is for one handshake; both ends use it. Certificate and key may be renewed one after the other: a pair that
-// does not fit is left for later, the old one serves.
-func (c *certificates) config() *tls.Config {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if stamp := c.stampNow(); stamp != c.stamp {
-		if err := c.loadLocked(stamp); err != nil {
-			slog.Warn("renewed certificates for peers not used", "err", err)
-		} else {
-			slog.Info("certificates for peers read again")
-		}
-	}
-	return &tls.Config{
-		MinVersion:             tls.VersionTLS13,
-		NextProtos:             []string{"h2"},
-		Certificates:           []tls.Certificate{c.cert},
-		RootCAs:                c.ca,
-		ServerName:             c.name,
-		ClientCAs:              c.ca,
-		ClientAuth:             tls.RequireAndVerifyClientCert,
-		SessionTicketsDisabled: true, // a resumed session would go on with a certificate that has been renewed
-		VerifyConnection:       c.checkName,
-	}
-}
-
-// checkName holds clients to the name too, not only servers: a CA may have signed for others than pods.
-func (c *certificates) checkName(cs tls.ConnectionState) error {
-	if c.name == "" {
-		return nil
-	}
-	return cs.PeerCertificates[0].VerifyHostname(c.name)
-}
-
-func (c *certificates) serverCredentials() credentials.TransportCredentials {
-	if c == nil {
-		return insecure.NewCredentials()
-	}
-	return credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13,
-		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return c.config(), nil }})
-}
-
-func (c *certificates) clientCredentials() credentials.TransportCredentials {
-	if c == nil {
-		return insecure.NewCredentials()
-	}
-	return credentials.NewTLS(c.config())
-}
-
-// strangerBytes is what a connection may send until one of its streams is proven: far more than a handshake with a client's
-// chain, introduction and proof take, and than hours of health checks. A message may be as long as the largest event, so
-// 16 strangers' introductions of 8 MiB took 350 MiB of memory (measured).
-const strangerBytes = 64 << 10
-
-// strangerIdle ends connections without a stream; a peer's has one.
-const strangerIdle = time.Minute
-
-var errTalkative = errors.New("it sends too much without a proof")
-
-// watched is a connection to the gRPC port.
-type watched struct {
-	net.Conn
-	left atomic.Int64 // bytes that it may still send; once trusted it may go on for ever
-}
-
-func (w *watched) Read(b []byte) (int, error) {
-	n, err := w.Conn.Read(b)
-	if w.left.Add(-int64(n)) < 0 {
-		w.Conn.Close()
-		return 0, errTalkative
-	}
-	return n, err
-}
-
-// watching hands every connection on as a watched one, which its streams find in their AuthInfo.
-type watching struct {
-	credentials.TransportCredentials
-}
-
-type watchedInfo struct {
-	credentials.AuthInfo
-	conn *watched
-}
-
-func (c watching) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	w := &watched{Conn: raw}
-	w.left.Store(strangerBytes)
-	conn, info, err := c.TransportCredentials.ServerHandshake(w)
-	return conn, watchedInfo{info, w}, err
-}
-
-func (c watching) Clone() credentials.TransportCredentials {
-	return watching{c.TransportCredentials.Clone()}
-}
-
-// trust lets the connection of a proven stream send as much as it likes.
-func trust(ctx context.Context) {
-	if p, ok := grpcpeer.FromContext(ctx); ok {
-		if info, ok := p.AuthInfo.(watchedInfo); ok {
-			info.conn.left.Store(math.MaxInt64)
-		}
-	}
-}
-
-// probes is the standard health service without Watch: a stranger who watches would hold up the end of a drain.
-type probes struct{ *health.Server }
-
-func (probes) Watch(*healthpb.HealthCheckRequest, healthpb.Health_WatchServer) error {
-	return status.Error(codes.Unimplemented, "ask by Check")
 }

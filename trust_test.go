@@ -3,98 +3,108 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
+	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
+	"encoding/hex"
+	"fmt"
+	"io"
 	"math/big"
-	"os"
-	"path/filepath"
+	"net"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	peerpb "daisi-ws-service/proto"
 )
 
-// TestProofCoversEverything: a proof holds for its role, pods, lives and nonces only, and for no shifted border between
-// two of them.
-func TestProofCoversEverything(t *testing.T) {
-	keys, err := peerKeys(peerKeyA + ", " + peerKeyB)
-	if err != nil || len(keys) != 2 || bytes.Equal(keys[0], keys[1]) || bytes.Contains(keys[0], []byte{0xa1, 0xa1, 0xa1}) {
-		t.Fatalf("keys %x, %v", keys, err)
+// TestIdentity: the same key gives the same identity on every pod and in every version, no two keys give the same, and what is
+// shown holds nothing of the key.
+func TestIdentity(t *testing.T) {
+	id, err := newIdentity(peerKeyA + ", " + peerKeyB)
+	if err != nil || len(id.keys) != 2 {
+		t.Fatalf("%+v, %v", id, err)
 	}
-	base := introduction{client: "a", clientLife: "1", server: "b", serverLife: "2", clientNonce: newNonce(), serverNonce: newNonce()}
-	proofs := base.proofs(keys, roleClient)
-	if !base.proven(keys[1:], roleClient, proofs) {
-		t.Error("one key in common is not enough")
+	if got, want := hex.EncodeToString(id.keys[0]), "8fabd5866b2a3b84b1078f2d1614cb661edae81b6de0db6ac1487c2d696bdf15"; got != want {
+		t.Errorf("the public key of %s is %s, want %s: pods of two versions could not talk", peerKeyA, got, want)
 	}
-	if base.proven(keys, roleServer, proofs) {
-		t.Error("a proof can be sent back")
+	again, err := newIdentity(peerKeyB + "," + peerKeyA)
+	if err != nil || !again.keys[1].Equal(id.keys[0]) || again.keys[0].Equal(id.keys[0]) {
+		t.Errorf("in another order: %x, %v", again.keys, err)
 	}
-	changes := map[string]func(i *introduction){
-		"client":       func(i *introduction) { i.client = "c" },
-		"client life":  func(i *introduction) { i.clientLife = "2" },
-		"server":       func(i *introduction) { i.server = "c" },
-		"server life":  func(i *introduction) { i.serverLife = "1" },
-		"client nonce": func(i *introduction) { i.clientNonce = newNonce() },
-		"server nonce": func(i *introduction) { i.serverNonce = newNonce() },
-		"borders":      func(i *introduction) { i.client, i.clientLife = "", "a1" },
+	alone, err := newIdentity(peerKeyA)
+	if err != nil || !bytes.Equal(alone.own.Certificate[0], id.own.Certificate[0]) || bytes.Equal(again.own.Certificate[0], id.own.Certificate[0]) {
+		t.Errorf("the certificate is not that of the first key: %v", err)
 	}
-	for name, change := range changes {
-		i := base
-		change(&i)
-		if i.proven(keys, roleClient, proofs) {
-			t.Errorf("the proof holds with another %s", name)
+	for _, secret := range [][]byte{bytes.Repeat([]byte{0xa1}, 8), id.own.PrivateKey.(ed25519.PrivateKey).Seed()} {
+		if bytes.Contains(id.own.Certificate[0], secret) {
+			t.Errorf("the certificate holds %x", secret)
 		}
 	}
-	many := make([][]byte, maxProofs+1)
-	many[0] = proofs[0]
-	if base.proven(keys, roleClient, many) || base.proven(keys, roleClient, nil) || base.proven(nil, roleClient, proofs) || base.proven(nil, roleClient, nil) {
-		t.Error("too many proofs, none, or none to compare with pass")
-	}
 	for _, bad := range []string{"", "a1", peerKeyA + ",", peerKeyA + "00", "zz" + peerKeyA[2:]} {
-		if _, err := peerKeys(bad); err == nil {
+		if _, err := newIdentity(bad); err == nil {
 			t.Errorf("token keys %q pass", bad)
 		}
 	}
 }
 
-// TestPeerKeyRotation: pods that know one key in common, wherever each lists it, talk; the keys are read at the time of use.
+// TestPeerKeyRotation: pods that are one step of a rotation apart talk in both directions, the keys are read at the next
+// handshake, and connections that stand go on.
 func TestPeerKeyRotation(t *testing.T) {
-	ca, cb := peerConfig(), peerConfig()
-	ca.AuthTokenAESKey, cb.AuthTokenAESKey = peerKeyB+","+peerKeyA, peerKeyA
-	a, addrA := startPeers(t, "pod-a", "ea", ca, takeAll(written, nil))
-	b, addrB := startPeers(t, "pod-b", "eb", cb, takeAll(written, nil))
-	l := newPeerLedger(t)
-	a.push(member{"pod-b", "eb"}, addrB, l.delivery(1))
-	b.push(member{"pod-a", "ea"}, addrA, l.delivery(2))
-	l.want(2, written)
-	foreign := peerConfig()
-	foreign.AuthTokenAESKey = peerKeyB
-	b.cfg.Store(foreign)
-	a.keep(nil)
-	a.push(member{"pod-b", "eb"}, addrB, l.delivery(3))
-	l.want(3, written)
-	only := peerConfig()
-	a.cfg.Store(only)
-	a.keep(nil)
+	const a, b = 0, 1
+	settings := func(s string) *Config {
+		c := peerConfig()
+		c.AuthTokenAESKey = s
+		return c
+	}
+	var pods [2]*peers
+	var addrs [2]string
+	for i, name := range []string{"pod-a", "pod-b"} {
+		pods[i], addrs[i] = startPeers(t, name, "e", peerConfig(), takeAll(written, nil))
+	}
+	seq := uint64(0)
+	push := func(l *peerLedger) {
+		seq += 2
+		pods[a].push(member{"pod-b", "e"}, addrs[b], l.delivery(seq))
+		pods[b].push(member{"pod-a", "e"}, addrs[a], l.delivery(seq+1))
+	}
+	both := func() {
+		t.Helper()
+		l := newPeerLedger(t)
+		push(l)
+		l.want(2, written)
+	}
+	steps := []string{peerKeyA, peerKeyA + "," + peerKeyB, peerKeyB + "," + peerKeyA, peerKeyB}
+	for i, step := range steps {
+		pods[a].cfg.Store(settings(step))
+		both() // on the connections that stand
+		for _, p := range pods {
+			p.keep(nil)
+		}
+		both()
+		if i == len(steps)-1 {
+			break
+		}
+		pods[b].cfg.Store(settings(step))
+	}
+	pods[b].cfg.Store(settings(peerKeyA)) // two steps behind
+	for _, p := range pods {
+		p.keep(nil)
+	}
 	refused := newPeerLedger(t)
-	a.push(member{"pod-b", "eb"}, addrB, refused.delivery(1))
-	refused.want(1, failed)
+	push(refused)
+	refused.want(2, failed)
 }
 
-// TestPodWithoutKey: neither does a pod send to another one that does not know the key, nor take anything from it, nor
-// take one pod for another.
+// TestPodWithoutKey: neither does a pod send to another one that does not know the key, nor take anything from it, nor ask it
+// anything, nor take one pod for another.
 func TestPodWithoutKey(t *testing.T) {
 	stranger := peerConfig()
 	stranger.AuthTokenAESKey = peerKeyB
@@ -107,6 +117,29 @@ func TestPodWithoutKey(t *testing.T) {
 	a.push(member{"pod-x", "eb"}, addrB, l.delivery(3))
 	l.want(3, failed)
 	wantPeerMetric(t, "connections", counterValue(a.m.grpcPoolConnectionsCreated.with()), 0)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if who, err := a.identify(ctx, addrS, member{}); err == nil {
+		t.Errorf("a stranger was believed to be %v", who)
+	}
+	if who, err := s.identify(ctx, addrA, member{}); err == nil {
+		t.Errorf("a stranger was told %v", who)
+	}
+}
+
+// ownCertificate is one that a stranger made for itself.
+func ownCertificate(t *testing.T) tls.Certificate {
+	t.Helper()
+	public, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, public, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
 // impostor is a server that goes through all the motions of a pod without knowing a key.
@@ -115,283 +148,263 @@ type impostor struct {
 	t *testing.T
 }
 
-// Deliver welcomes anyone and reads whatever comes.
-func (i impostor) Deliver(stream peerpb.Peer_DeliverServer) error {
-	stream.Recv()
-	stream.Send(&peerpb.Response{Body: &peerpb.Response_Challenge{Challenge: &peerpb.Challenge{Pod: "pod-b", Life: "eb", Nonce: newNonce(), Proofs: [][]byte{newNonce()}}}})
-	stream.Send(&peerpb.Response{Body: &peerpb.Response_Welcome{Welcome: &peerpb.Welcome{}}})
-	for {
-		req, err := stream.Recv()
-		if err != nil {
-			return err
-		}
-		i.t.Errorf("the impostor got %v", req)
-	}
+func (i impostor) Deliver(peerpb.Peer_DeliverServer) error {
+	i.t.Error("a stream was opened to the impostor")
+	return nil
 }
 
-// TestImpostorReadsNothing: who took over a pod's address gets neither an event nor a proof of ours.
+// TestImpostorReadsNothing: an impostor at a pod's address gets no stream, with TLS of its own or without.
 func TestImpostorReadsNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		n := newPeerPipes()
-		server := grpc.NewServer()
-		peerpb.RegisterPeerServer(server, impostor{t: t})
-		l := n.listen("b")
-		served := make(chan error, 1)
-		go func() { served <- server.Serve(l) }()
-		a := servePeers(t, "pod-a", "ea", peerConfig(), n.listen("a"), n.on)
-		ledger := newPeerLedger(t)
-		a.push(member{"pod-b", "eb"}, "b", ledger.delivery(1))
-		ledger.want(1, failed)
-		server.Stop()
-		<-served
-	})
-}
-
-// strangerStream opens a stream as someone who knows the protocol, but no key.
-func strangerStream(t *testing.T, n *peerPipes, addr string) peerpb.Peer_DeliverClient {
-	t.Helper()
-	conn, err := grpc.NewClient("passthrough:///"+addr, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(n.dial))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	stream, err := peerpb.NewPeerClient(conn).Deliver(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return stream
-}
-
-// TestStrangerInjectsNothing: whatever a stranger sends, in whatever order, the stream is cut and nothing is delivered.
-func TestStrangerInjectsNothing(t *testing.T) {
-	batch := &peerpb.Request{Body: &peerpb.Request_Batch{Batch: &peerpb.Batch{Life: "eb", Events: []*peerpb.Event{
-		{Seq: 1, Kind: peerpb.Kind_KIND_CHAT, Company: "c", Agent: "a", Payload: []byte("{}"), Count: 1}}}}}
-	hello := &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: "pod-a", Life: "ea", Nonce: newNonce()}}}
-	short := &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: "pod-a", Life: "ea", Nonce: []byte("x")}}}
-	nameless := &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: "a\n", Nonce: newNonce()}}}
-	noProof := &peerpb.Request{Body: &peerpb.Request_Proof{Proof: &peerpb.Proof{}}}
-	guess := &peerpb.Request{Body: &peerpb.Request_Proof{Proof: &peerpb.Proof{Proofs: [][]byte{newNonce()}}}}
-	tests := map[string][]*peerpb.Request{
-		"events at once":          {batch},
-		"an empty message":        {{}},
-		"proof without hello":     {guess, batch},
-		"short nonce":             {short, batch},
-		"no pod id":               {nameless, batch},
-		"no proof":                {hello, noProof, batch},
-		"wrong proof":             {hello, guess, batch},
-		"events instead of proof": {hello, batch, batch},
-		"the challenge sent back": {hello, nil, batch},
-		"silence":                 nil,
-		"silence after hello":     {hello},
-	}
-	for name, messages := range tests {
+	own := grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{ownCertificate(t)}, ClientAuth: tls.RequestClientCert}))
+	for name, opts := range map[string][]grpc.ServerOption{"plain": nil, "own certificate": {own}} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				n := newPeerPipes()
-				servePeers(t, "pod-b", "eb", peerConfig(), n.listen("b"), wantNoDelivery(t))
-				stream := strangerStream(t, n, "b")
-				start := time.Now()
-				for _, m := range messages {
-					if m == nil {
-						challenge, err := stream.Recv()
-						if err != nil {
-							t.Fatal(err)
-						}
-						m = &peerpb.Request{Body: &peerpb.Request_Proof{Proof: &peerpb.Proof{Proofs: challenge.GetChallenge().GetProofs()}}}
-					}
-					stream.Send(m)
-				}
-				var err error
-				for err == nil {
-					var got *peerpb.Response
-					if got, err = stream.Recv(); got.GetWelcome() != nil || got.GetAnswers() != nil {
-						t.Errorf("the stranger got %v", got)
-					}
-				}
-				if status.Code(err) != codes.Unauthenticated {
-					t.Errorf("the stream ended with %v", err)
-				}
-				if d := time.Since(start); d > proofTimeout+time.Second {
-					t.Errorf("the stream was open for %s", d)
-				}
+				server := grpc.NewServer(opts...)
+				peerpb.RegisterPeerServer(server, impostor{t: t})
+				l := n.listen("b")
+				served := make(chan error, 1)
+				go func() { served <- server.Serve(l) }()
+				a := servePeers(t, "pod-a", "ea", peerConfig(), n.listen("a"), n.on)
+				ledger := newPeerLedger(t)
+				a.push(member{"pod-b", "eb"}, "b", ledger.delivery(1))
+				ledger.want(1, failed)
+				server.Stop()
+				<-served
 			})
 		})
 	}
 }
 
-// testCA signs certificates of pods.
-type testCA struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	pem  []byte
-}
+// http2Preface is what a gRPC client says first.
+const http2Preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
-func newTestCA(t *testing.T) *testCA {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+// TestStrangerGetsNothing: without a key of ours not one byte of HTTP/2 comes back.
+func TestStrangerGetsNothing(t *testing.T) {
+	p, addr := startPeers(t, "pod-a", "ea", peerConfig(), wantNoDelivery(t))
+	ours, err := p.identity()
 	if err != nil {
 		t.Fatal(err)
 	}
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA"}, NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &testCA{cert, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}
-}
-
-// issue writes certificate, key and CA for name into dir and returns the settings that name them.
-func (ca *testCA) issue(t *testing.T, dir, name string, serial int64) *Config {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(serial), DNSNames: []string{name}, NotAfter: time.Now().Add(time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, ca.cert, key.Public(), ca.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := peerConfig()
-	cfg.PeerTLSCertFile, cfg.PeerTLSKeyFile, cfg.PeerTLSCAFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"), filepath.Join(dir, "ca.pem")
-	cfg.PeerTLSServerName = "pods.test"
-	for file, data := range map[string][]byte{
-		cfg.PeerTLSCertFile: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
-		cfg.PeerTLSKeyFile:  pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}),
-		cfg.PeerTLSCAFile:   ca.pem,
-	} {
-		if err := os.WriteFile(file, data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return cfg
-}
-
-// TestPeerTLS: only who shows a certificate of our CA and with our name can as much as ask for health; the token key is
-// asked for beyond that.
-func TestPeerTLS(t *testing.T) {
-	wantNoPeerGoroutines(t)
-	ca, other := newTestCA(t), newTestCA(t)
-	a, addrA := startPeers(t, "pod-a", "ea", ca.issue(t, t.TempDir(), "pods.test", 2), takeAll(written, nil))
-	_, addrB := startPeers(t, "pod-b", "eb", ca.issue(t, t.TempDir(), "pods.test", 3), takeAll(written, nil))
-	l := newPeerLedger(t)
-	a.push(member{"pod-b", "eb"}, addrB, l.delivery(1))
-	l.want(1, written)
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	if who, err := a.identify(ctx, addrB, member{}); err != nil || who.GetPod() != "pod-b" {
-		t.Errorf("identify = %v, %v", who, err)
-	}
-	foreign := ca.issue(t, t.TempDir(), "pods.test", 4)
-	foreign.AuthTokenAESKey = peerKeyB
-	strangers := map[string]*Config{
-		"no TLS":      peerConfig(),
-		"another CA":  other.issue(t, t.TempDir(), "pods.test", 5),
-		"other name":  ca.issue(t, t.TempDir(), "browsers.test", 6),
-		"another key": foreign,
+	borrowed := ownCertificate(t) // a pod's certificate, with another's key
+	borrowed.Certificate = ours.own.Certificate
+	strangers := map[string]*tls.Config{
+		"plain text":           nil,
+		"no certificate":       {},
+		"TLS 1.2":              {MaxVersion: tls.VersionTLS12, Certificates: []tls.Certificate{ours.own}},
+		"own certificate":      {Certificates: []tls.Certificate{ownCertificate(t)}},
+		"a pod's certificate":  {Certificates: []tls.Certificate{borrowed}},
+		"two, ours behind":     {Certificates: []tls.Certificate{{Certificate: [][]byte{ownCertificate(t).Certificate[0], ours.own.Certificate[0]}, PrivateKey: ours.own.PrivateKey}}},
+		"control: a pod's key": {Certificates: []tls.Certificate{ours.own}},
 	}
 	for name, cfg := range strangers {
 		t.Run(name, func(t *testing.T) {
-			s, addrS := startPeers(t, "pod-s", "es", cfg, wantNoDelivery(t))
-			l := newPeerLedger(t)
-			s.push(member{"pod-a", "ea"}, addrA, l.delivery(1))
-			a.push(member{"pod-s", "es"}, addrS, l.delivery(2))
-			l.want(2, failed)
-			if _, err := s.identify(ctx, addrA, member{}); (err == nil) != (name == "another key") {
-				t.Errorf("identify: %v", err)
+			before := counterValue(p.m.grpcConnectionsRefused.with("handshake"))
+			raw, err := net.Dial("tcp", addr)
+			if err != nil {
+				t.Fatal(err)
 			}
+			defer raw.Close()
+			raw.SetDeadline(time.Now().Add(10 * time.Second))
+			conn := raw
+			if cfg != nil {
+				cfg.InsecureSkipVerify, cfg.NextProtos = true, []string{"h2"}
+				conn = tls.Client(raw, cfg)
+			}
+			io.WriteString(conn, http2Preface) // what comes of it, Read says
+			got := make([]byte, 100)
+			n, err := conn.Read(got)
+			if cfg == nil {
+				n = max(0, n-7) // the alert that it is no TLS
+			}
+			if name == "control: a pod's key" {
+				if err != nil {
+					t.Errorf("refused: %v", err)
+				}
+				return
+			}
+			if n > 0 {
+				t.Errorf("got %q", got[:n])
+			}
+			wantEventually(t, "the refusal is counted", func() bool {
+				return counterValue(p.m.grpcConnectionsRefused.with("handshake")) == before+1
+			})
 		})
 	}
-	t.Run("no certificate", func(t *testing.T) {
-		conn, err := grpc.NewClient("passthrough:///"+addrA, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{InsecureSkipVerify: true})))
+}
+
+// TestNoResumption: a client that would resume is given nothing to resume with, so a withdrawn key is asked for each time.
+func TestNoResumption(t *testing.T) {
+	p, addr := startPeers(t, "pod-a", "ea", peerConfig())
+	cfg := p.tlsConfig()
+	cfg.NextProtos, cfg.ClientSessionCache = []string{"h2"}, tls.NewLRUClientSessionCache(10)
+	for range 2 {
+		conn, err := tls.Dial("tcp", addr, cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		if _, err := peerpb.NewPeerClient(conn).Identify(ctx, &peerpb.IdentifyRequest{}); err == nil {
-			t.Error("answered")
+		conn.SetDeadline(time.Now().Add(10 * time.Second))
+		if _, err := conn.Read(make([]byte, 9)); err != nil { // a ticket would come before the server's settings
+			t.Fatal(err)
+		}
+		if conn.ConnectionState().DidResume {
+			t.Error("resumed")
+		}
+	}
+}
+
+// TestSilentStranger: a connection that says nothing is closed when the time for its handshake is over.
+func TestSilentStranger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newPeerPipes()
+		servePeers(t, "pod-b", "eb", peerConfig(), n.listen("b"))
+		conn, err := n.dial(t.Context(), "b")
+		if err != nil {
+			t.Fatal(err)
+		}
+		begun := time.Now()
+		io.Copy(io.Discard, conn)
+		if d := time.Since(begun); d < handshakeTimeout-time.Second || d > handshakeTimeout {
+			t.Errorf("a silent connection stood %s", d)
 		}
 	})
 }
 
-// TestPeerTLSReload: renewed files are used for new connections, streams that run go on, and a pair that does not fit yet
-// is left alone until it does.
-func TestPeerTLSReload(t *testing.T) {
-	ca := newTestCA(t)
-	dirA, dirB := t.TempDir(), t.TempDir()
-	a, _ := startPeers(t, "pod-a", "ea", ca.issue(t, dirA, "pods.test", 2))
-	cfgB := ca.issue(t, dirB, "pods.test", 3)
-	b, addrB := startPeers(t, "pod-b", "eb", cfgB, takeAll(written, nil))
-	l := newPeerLedger(t)
-	a.push(member{"pod-b", "eb"}, addrB, l.delivery(1))
-	l.want(1, written)
-
-	good, err := os.ReadFile(cfgB.PeerTLSKeyFile)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(cfgB.PeerTLSKeyFile, []byte("half of a k"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := b.reloadTLS(); err == nil {
-		t.Error("a faulty key was read without a word")
-	}
-	wantSerial(t, a, addrB, 3)
-	if err := os.WriteFile(cfgB.PeerTLSKeyFile, good, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	next := newTestCA(t) // all is new, the CA too
-	next.issue(t, dirA, "pods.test", 12)
-	next.issue(t, dirB, "pods.test", 13)
-	wantSerial(t, a, addrB, 13)
-	a.push(member{"pod-b", "eb"}, addrB, l.delivery(2))
-	l.want(2, written)
-	wantPeerMetric(t, "connections", counterValue(a.m.grpcPoolConnectionsCreated.with()), 1)
-	a.keep(nil)
-	a.push(member{"pod-b", "eb"}, addrB, l.delivery(3))
-	l.want(3, written)
+// TestUnusedConnection: a connection that has proven itself and has no stream is ended in the end.
+func TestUnusedConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newPeerPipes()
+		p := servePeers(t, "pod-b", "eb", peerConfig(), n.listen("b"), n.on)
+		conn, err := p.dial("b")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if _, err := peerpb.NewPeerClient(conn).Identify(t.Context(), &peerpb.IdentifyRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		begun := time.Now()
+		conn.WaitForStateChange(t.Context(), connectivity.Ready)
+		if d := time.Since(begun); d < unusedConnection-time.Second || d > unusedConnection+time.Second {
+			t.Errorf("an unused connection stood %s, want %s", d, unusedConnection)
+		}
+	})
 }
 
-// wantSerial dials addr with a's certificate, as a would, and checks which one the pod there shows.
-func wantSerial(t *testing.T, a *peers, addr string, want int64) {
-	t.Helper()
-	conn, err := tls.Dial("tcp", addr, a.certs.config())
+// doorConn is a connection from a host of the test's choice that notes its end.
+type doorConn struct {
+	net.Conn
+	host   string
+	closed bool
+}
+
+func (c *doorConn) RemoteAddr() net.Addr {
+	return &net.TCPAddr{IP: net.ParseIP(c.host), Port: 1000}
+}
+
+func (c *doorConn) Close() error {
+	c.closed = true
+	return nil
+}
+
+// TestDoor: a host that has all its places, and a crowd of hosts, push out the oldest handshake, never that of a live pod's
+// host for another's; and so many strangers a second are let in.
+func TestDoor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &door{}
+		d.expect(map[string]string{"pod-a": "10.0.0.1:50051", "pod-b": "[fd00::1]:50051", "pod-c": "pod-c:50051"})
+		var all []*doorConn
+		enter := func(host string) bool {
+			c := &doorConn{host: host}
+			if !d.enter(c) {
+				return false
+			}
+			all = append(all, c)
+			return true
+		}
+		closed := func() (hosts []string) {
+			for _, c := range all {
+				if c.closed {
+					hosts = append(hosts, c.host)
+				}
+			}
+			return hosts
+		}
+		enter("10.0.0.1")
+		enter("fd00::1")
+		for range handshakesPerHost + 3 {
+			enter("192.0.2.1")
+		}
+		if got := closed(); len(got) != 3 || !all[2].closed || !all[3].closed || !all[4].closed {
+			t.Fatalf("one host too many: closed %v", got)
+		}
+		for i := len(d.under); i < handshakesInAll; i++ {
+			enter(fmt.Sprint("192.0.3.", i))
+		}
+		if got := closed(); len(got) != 3 {
+			t.Fatalf("with room: closed %v", got)
+		}
+		for i := range 5 {
+			enter(fmt.Sprint("192.0.4.", i))
+		}
+		if got := closed(); len(got) != 8 || all[0].closed || all[1].closed || len(d.under) != handshakesInAll {
+			t.Fatalf("a crowd: closed %v, %d under way", got, len(d.under))
+		}
+		if d.leave(all[2]) || !d.leave(all[0]) || len(d.under) != handshakesInAll-1 {
+			t.Errorf("who was pushed out has left, who was not has not")
+		}
+		for enter("192.0.5.1") {
+			if len(all) > 10*strangerPace {
+				t.Fatal("strangers are let in at any pace")
+			}
+		}
+		if !enter("10.0.0.1") {
+			t.Error("a pod waits behind strangers")
+		}
+		time.Sleep(time.Second / strangerPace)
+		if !enter("192.0.5.1") || enter("192.0.5.1") {
+			t.Errorf("not %d strangers a second", strangerPace)
+		}
+	})
+}
+
+// TestHello: a stream begins with the pod's name and the version that this pod speaks, or ends.
+func TestHello(t *testing.T) {
+	n := newPeerPipes()
+	p := servePeers(t, "pod-b", "eb", peerConfig(), n.listen("b"), n.on, wantNoDelivery(t))
+	conn, err := p.dial("b")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if got := conn.ConnectionState().PeerCertificates[0].SerialNumber.Int64(); got != want {
-		t.Errorf("certificate %d, want %d", got, want)
+	batch := &peerpb.Request{Body: &peerpb.Request_Batch{Batch: &peerpb.Batch{Life: "eb", Events: []*peerpb.Event{
+		{Seq: 1, Kind: peerpb.Kind_KIND_CHAT, Company: "c", Agent: "a", Payload: []byte("{}"), Count: 1}}}}}
+	hello := func(pod string, version uint32) *peerpb.Request {
+		return &peerpb.Request{Body: &peerpb.Request_Hello{Hello: &peerpb.Hello{Pod: pod, Life: "e", Version: version}}}
 	}
-}
-
-// TestPeerTLSFaults: files that cannot be used end the start, not a handshake at night.
-func TestPeerTLSFaults(t *testing.T) {
-	cfg := newTestCA(t).issue(t, t.TempDir(), "pods.test", 2)
-	spoilt := map[string]func(*Config){
-		"no key":        func(c *Config) { c.PeerTLSKeyFile = "" },
-		"missing CA":    func(c *Config) { c.PeerTLSCAFile += ".not" },
-		"CA is no cert": func(c *Config) { c.PeerTLSCAFile = c.PeerTLSKeyFile },
+	tests := map[string]struct {
+		first *peerpb.Request
+		want  codes.Code
+	}{
+		"events at once":   {batch, codes.InvalidArgument},
+		"an empty message": {&peerpb.Request{}, codes.InvalidArgument},
+		"no pod id":        {hello("a\n", peerVersion), codes.InvalidArgument},
+		"no version":       {hello("pod-a", 0), codes.FailedPrecondition},
+		"another version":  {hello("pod-a", peerVersion+1), codes.FailedPrecondition},
+		"a hello":          {hello("pod-a", peerVersion), codes.OK},
 	}
-	for name, spoil := range spoilt {
+	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			c := *cfg
-			spoil(&c)
-			p := newTestPeers("pod-a", "ea", &c)
-			defer p.stop(t.Context())
-			n := newPeerPipes()
-			if err := p.serve(n.listen("a")); err == nil {
-				t.Error("serves")
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			stream, err := peerpb.NewPeerClient(conn).Deliver(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			answer, err := exchange(stream, test.first)
+			if status.Code(err) != test.want || err == nil && (answer.GetHello().GetPod() != "pod-b" || answer.GetHello().GetLife() != "eb") {
+				t.Errorf("answered %v, %v; want %s", answer, err, test.want)
 			}
 		})
 	}

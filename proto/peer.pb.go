@@ -3,7 +3,7 @@
 // 	protoc-gen-go v1.36.12
 // source: peer.proto
 
-// What the pods of one cluster say to each other. Health is asked by the standard grpc.health.v1 service.
+// What the pods of one cluster say to each other, by mutual TLS 1.3. Health is asked by the standard grpc.health.v1 service.
 
 package peerpb
 
@@ -259,7 +259,6 @@ type Request struct {
 	// Types that are valid to be assigned to Body:
 	//
 	//	*Request_Hello
-	//	*Request_Proof
 	//	*Request_Batch
 	//	*Request_List
 	Body          isRequest_Body `protobuf_oneof:"body"`
@@ -313,15 +312,6 @@ func (x *Request) GetHello() *Hello {
 	return nil
 }
 
-func (x *Request) GetProof() *Proof {
-	if x != nil {
-		if x, ok := x.Body.(*Request_Proof); ok {
-			return x.Proof
-		}
-	}
-	return nil
-}
-
 func (x *Request) GetBatch() *Batch {
 	if x != nil {
 		if x, ok := x.Body.(*Request_Batch); ok {
@@ -348,10 +338,6 @@ type Request_Hello struct {
 	Hello *Hello `protobuf:"bytes,1,opt,name=hello,proto3,oneof"`
 }
 
-type Request_Proof struct {
-	Proof *Proof `protobuf:"bytes,2,opt,name=proof,proto3,oneof"`
-}
-
 type Request_Batch struct {
 	Batch *Batch `protobuf:"bytes,3,opt,name=batch,proto3,oneof"`
 }
@@ -362,8 +348,6 @@ type Request_List struct {
 
 func (*Request_Hello) isRequest_Body() {}
 
-func (*Request_Proof) isRequest_Body() {}
-
 func (*Request_Batch) isRequest_Body() {}
 
 func (*Request_List) isRequest_Body() {}
@@ -372,8 +356,7 @@ type Response struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Body:
 	//
-	//	*Response_Challenge
-	//	*Response_Welcome
+	//	*Response_Hello
 	//	*Response_Answers
 	//	*Response_Sessions
 	Body          isResponse_Body `protobuf_oneof:"body"`
@@ -418,19 +401,10 @@ func (x *Response) GetBody() isResponse_Body {
 	return nil
 }
 
-func (x *Response) GetChallenge() *Challenge {
+func (x *Response) GetHello() *Hello {
 	if x != nil {
-		if x, ok := x.Body.(*Response_Challenge); ok {
-			return x.Challenge
-		}
-	}
-	return nil
-}
-
-func (x *Response) GetWelcome() *Welcome {
-	if x != nil {
-		if x, ok := x.Body.(*Response_Welcome); ok {
-			return x.Welcome
+		if x, ok := x.Body.(*Response_Hello); ok {
+			return x.Hello
 		}
 	}
 	return nil
@@ -458,12 +432,8 @@ type isResponse_Body interface {
 	isResponse_Body()
 }
 
-type Response_Challenge struct {
-	Challenge *Challenge `protobuf:"bytes,1,opt,name=challenge,proto3,oneof"`
-}
-
-type Response_Welcome struct {
-	Welcome *Welcome `protobuf:"bytes,2,opt,name=welcome,proto3,oneof"`
+type Response_Hello struct {
+	Hello *Hello `protobuf:"bytes,1,opt,name=hello,proto3,oneof"`
 }
 
 type Response_Answers struct {
@@ -474,19 +444,18 @@ type Response_Sessions struct {
 	Sessions *Sessions `protobuf:"bytes,4,opt,name=sessions,proto3,oneof"`
 }
 
-func (*Response_Challenge) isResponse_Body() {}
-
-func (*Response_Welcome) isResponse_Body() {}
+func (*Response_Hello) isResponse_Body() {}
 
 func (*Response_Answers) isResponse_Body() {}
 
 func (*Response_Sessions) isResponse_Body() {}
 
+// Hello names the pod that speaks. That it is one of the cluster, TLS has proven.
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Pod           string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
 	Life          string                 `protobuf:"bytes,2,opt,name=life,proto3" json:"life,omitempty"`
-	Nonce         []byte                 `protobuf:"bytes,3,opt,name=nonce,proto3" json:"nonce,omitempty"` // 32 random bytes
+	Version       uint32                 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"` // of this protocol; a stream between two versions is refused
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -535,160 +504,11 @@ func (x *Hello) GetLife() string {
 	return ""
 }
 
-func (x *Hello) GetNonce() []byte {
+func (x *Hello) GetVersion() uint32 {
 	if x != nil {
-		return x.Nonce
+		return x.Version
 	}
-	return nil
-}
-
-// Challenge is the server's hello and its proof at once.
-type Challenge struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Pod           string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
-	Life          string                 `protobuf:"bytes,2,opt,name=life,proto3" json:"life,omitempty"`
-	Nonce         []byte                 `protobuf:"bytes,3,opt,name=nonce,proto3" json:"nonce,omitempty"`
-	Proofs        [][]byte               `protobuf:"bytes,4,rep,name=proofs,proto3" json:"proofs,omitempty"` // one per key that the server knows; one that the client can check is enough
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Challenge) Reset() {
-	*x = Challenge{}
-	mi := &file_peer_proto_msgTypes[5]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Challenge) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Challenge) ProtoMessage() {}
-
-func (x *Challenge) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[5]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Challenge.ProtoReflect.Descriptor instead.
-func (*Challenge) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{5}
-}
-
-func (x *Challenge) GetPod() string {
-	if x != nil {
-		return x.Pod
-	}
-	return ""
-}
-
-func (x *Challenge) GetLife() string {
-	if x != nil {
-		return x.Life
-	}
-	return ""
-}
-
-func (x *Challenge) GetNonce() []byte {
-	if x != nil {
-		return x.Nonce
-	}
-	return nil
-}
-
-func (x *Challenge) GetProofs() [][]byte {
-	if x != nil {
-		return x.Proofs
-	}
-	return nil
-}
-
-type Proof struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Proofs        [][]byte               `protobuf:"bytes,1,rep,name=proofs,proto3" json:"proofs,omitempty"` // one per key that the client knows
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Proof) Reset() {
-	*x = Proof{}
-	mi := &file_peer_proto_msgTypes[6]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Proof) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Proof) ProtoMessage() {}
-
-func (x *Proof) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[6]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Proof.ProtoReflect.Descriptor instead.
-func (*Proof) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{6}
-}
-
-func (x *Proof) GetProofs() [][]byte {
-	if x != nil {
-		return x.Proofs
-	}
-	return nil
-}
-
-type Welcome struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Welcome) Reset() {
-	*x = Welcome{}
-	mi := &file_peer_proto_msgTypes[7]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Welcome) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Welcome) ProtoMessage() {}
-
-func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[7]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
-func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{7}
+	return 0
 }
 
 // Batch holds events that were waiting at the same time. The n-th event of a stream, counted over all its batches
@@ -703,7 +523,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_peer_proto_msgTypes[8]
+	mi := &file_peer_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -715,7 +535,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[8]
+	mi := &file_peer_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -728,7 +548,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{8}
+	return file_peer_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Batch) GetLife() string {
@@ -758,7 +578,7 @@ type List struct {
 
 func (x *List) Reset() {
 	*x = List{}
-	mi := &file_peer_proto_msgTypes[9]
+	mi := &file_peer_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -770,7 +590,7 @@ func (x *List) String() string {
 func (*List) ProtoMessage() {}
 
 func (x *List) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[9]
+	mi := &file_peer_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -783,7 +603,7 @@ func (x *List) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use List.ProtoReflect.Descriptor instead.
 func (*List) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{9}
+	return file_peer_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *List) GetCompany() string {
@@ -823,7 +643,7 @@ type Sessions struct {
 
 func (x *Sessions) Reset() {
 	*x = Sessions{}
-	mi := &file_peer_proto_msgTypes[10]
+	mi := &file_peer_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -835,7 +655,7 @@ func (x *Sessions) String() string {
 func (*Sessions) ProtoMessage() {}
 
 func (x *Sessions) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[10]
+	mi := &file_peer_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -848,7 +668,7 @@ func (x *Sessions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sessions.ProtoReflect.Descriptor instead.
 func (*Sessions) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{10}
+	return file_peer_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Sessions) GetSessions() []*Session {
@@ -873,7 +693,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_peer_proto_msgTypes[11]
+	mi := &file_peer_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -885,7 +705,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[11]
+	mi := &file_peer_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -898,7 +718,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{11}
+	return file_peer_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Session) GetKey() string {
@@ -960,7 +780,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_peer_proto_msgTypes[12]
+	mi := &file_peer_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +792,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[12]
+	mi := &file_peer_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +805,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{12}
+	return file_peer_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -1063,7 +883,7 @@ type Answers struct {
 
 func (x *Answers) Reset() {
 	*x = Answers{}
-	mi := &file_peer_proto_msgTypes[13]
+	mi := &file_peer_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1075,7 +895,7 @@ func (x *Answers) String() string {
 func (*Answers) ProtoMessage() {}
 
 func (x *Answers) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[13]
+	mi := &file_peer_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1088,7 +908,7 @@ func (x *Answers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answers.ProtoReflect.Descriptor instead.
 func (*Answers) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{13}
+	return file_peer_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Answers) GetReceived() uint64 {
@@ -1126,31 +946,21 @@ const file_peer_proto_rawDesc = "" +
 	"\x04life\x18\x02 \x01(\tR\x04life\x12\x1e\n" +
 	"\n" +
 	"overlooked\x18\x03 \x01(\bR\n" +
-	"overlooked\"\xd2\x01\n" +
+	"overlooked\"\xa1\x01\n" +
 	"\aRequest\x12/\n" +
 	"\x05hello\x18\x01 \x01(\v2\x17.daisi.ws.peer.v1.HelloH\x00R\x05hello\x12/\n" +
-	"\x05proof\x18\x02 \x01(\v2\x17.daisi.ws.peer.v1.ProofH\x00R\x05proof\x12/\n" +
 	"\x05batch\x18\x03 \x01(\v2\x17.daisi.ws.peer.v1.BatchH\x00R\x05batch\x12,\n" +
 	"\x04list\x18\x04 \x01(\v2\x16.daisi.ws.peer.v1.ListH\x00R\x04listB\x06\n" +
-	"\x04body\"\xf7\x01\n" +
-	"\bResponse\x12;\n" +
-	"\tchallenge\x18\x01 \x01(\v2\x1b.daisi.ws.peer.v1.ChallengeH\x00R\tchallenge\x125\n" +
-	"\awelcome\x18\x02 \x01(\v2\x19.daisi.ws.peer.v1.WelcomeH\x00R\awelcome\x125\n" +
+	"\x04body\"\xb4\x01\n" +
+	"\bResponse\x12/\n" +
+	"\x05hello\x18\x01 \x01(\v2\x17.daisi.ws.peer.v1.HelloH\x00R\x05hello\x125\n" +
 	"\aanswers\x18\x03 \x01(\v2\x19.daisi.ws.peer.v1.AnswersH\x00R\aanswers\x128\n" +
 	"\bsessions\x18\x04 \x01(\v2\x1a.daisi.ws.peer.v1.SessionsH\x00R\bsessionsB\x06\n" +
-	"\x04body\"C\n" +
+	"\x04body\"G\n" +
 	"\x05Hello\x12\x10\n" +
 	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x12\n" +
-	"\x04life\x18\x02 \x01(\tR\x04life\x12\x14\n" +
-	"\x05nonce\x18\x03 \x01(\fR\x05nonce\"_\n" +
-	"\tChallenge\x12\x10\n" +
-	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x12\n" +
-	"\x04life\x18\x02 \x01(\tR\x04life\x12\x14\n" +
-	"\x05nonce\x18\x03 \x01(\fR\x05nonce\x12\x16\n" +
-	"\x06proofs\x18\x04 \x03(\fR\x06proofs\"\x1f\n" +
-	"\x05Proof\x12\x16\n" +
-	"\x06proofs\x18\x01 \x03(\fR\x06proofs\"\t\n" +
-	"\aWelcome\"L\n" +
+	"\x04life\x18\x02 \x01(\tR\x04life\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\rR\aversion\"L\n" +
 	"\x05Batch\x12\x12\n" +
 	"\x04life\x18\x01 \x01(\tR\x04life\x12/\n" +
 	"\x06events\x18\x02 \x03(\v2\x17.daisi.ws.peer.v1.EventR\x06events\"b\n" +
@@ -1216,7 +1026,7 @@ func file_peer_proto_rawDescGZIP() []byte {
 }
 
 var file_peer_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_peer_proto_goTypes = []any{
 	(Kind)(0),                // 0: daisi.ws.peer.v1.Kind
 	(Outcome)(0),             // 1: daisi.ws.peer.v1.Outcome
@@ -1225,38 +1035,33 @@ var file_peer_proto_goTypes = []any{
 	(*Request)(nil),          // 4: daisi.ws.peer.v1.Request
 	(*Response)(nil),         // 5: daisi.ws.peer.v1.Response
 	(*Hello)(nil),            // 6: daisi.ws.peer.v1.Hello
-	(*Challenge)(nil),        // 7: daisi.ws.peer.v1.Challenge
-	(*Proof)(nil),            // 8: daisi.ws.peer.v1.Proof
-	(*Welcome)(nil),          // 9: daisi.ws.peer.v1.Welcome
-	(*Batch)(nil),            // 10: daisi.ws.peer.v1.Batch
-	(*List)(nil),             // 11: daisi.ws.peer.v1.List
-	(*Sessions)(nil),         // 12: daisi.ws.peer.v1.Sessions
-	(*Session)(nil),          // 13: daisi.ws.peer.v1.Session
-	(*Event)(nil),            // 14: daisi.ws.peer.v1.Event
-	(*Answers)(nil),          // 15: daisi.ws.peer.v1.Answers
+	(*Batch)(nil),            // 7: daisi.ws.peer.v1.Batch
+	(*List)(nil),             // 8: daisi.ws.peer.v1.List
+	(*Sessions)(nil),         // 9: daisi.ws.peer.v1.Sessions
+	(*Session)(nil),          // 10: daisi.ws.peer.v1.Session
+	(*Event)(nil),            // 11: daisi.ws.peer.v1.Event
+	(*Answers)(nil),          // 12: daisi.ws.peer.v1.Answers
 }
 var file_peer_proto_depIdxs = []int32{
 	6,  // 0: daisi.ws.peer.v1.Request.hello:type_name -> daisi.ws.peer.v1.Hello
-	8,  // 1: daisi.ws.peer.v1.Request.proof:type_name -> daisi.ws.peer.v1.Proof
-	10, // 2: daisi.ws.peer.v1.Request.batch:type_name -> daisi.ws.peer.v1.Batch
-	11, // 3: daisi.ws.peer.v1.Request.list:type_name -> daisi.ws.peer.v1.List
-	7,  // 4: daisi.ws.peer.v1.Response.challenge:type_name -> daisi.ws.peer.v1.Challenge
-	9,  // 5: daisi.ws.peer.v1.Response.welcome:type_name -> daisi.ws.peer.v1.Welcome
-	15, // 6: daisi.ws.peer.v1.Response.answers:type_name -> daisi.ws.peer.v1.Answers
-	12, // 7: daisi.ws.peer.v1.Response.sessions:type_name -> daisi.ws.peer.v1.Sessions
-	14, // 8: daisi.ws.peer.v1.Batch.events:type_name -> daisi.ws.peer.v1.Event
-	13, // 9: daisi.ws.peer.v1.Sessions.sessions:type_name -> daisi.ws.peer.v1.Session
-	0,  // 10: daisi.ws.peer.v1.Event.kind:type_name -> daisi.ws.peer.v1.Kind
-	1,  // 11: daisi.ws.peer.v1.Answers.outcomes:type_name -> daisi.ws.peer.v1.Outcome
-	2,  // 12: daisi.ws.peer.v1.Peer.Identify:input_type -> daisi.ws.peer.v1.IdentifyRequest
-	4,  // 13: daisi.ws.peer.v1.Peer.Deliver:input_type -> daisi.ws.peer.v1.Request
-	3,  // 14: daisi.ws.peer.v1.Peer.Identify:output_type -> daisi.ws.peer.v1.IdentifyResponse
-	5,  // 15: daisi.ws.peer.v1.Peer.Deliver:output_type -> daisi.ws.peer.v1.Response
-	14, // [14:16] is the sub-list for method output_type
-	12, // [12:14] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	7,  // 1: daisi.ws.peer.v1.Request.batch:type_name -> daisi.ws.peer.v1.Batch
+	8,  // 2: daisi.ws.peer.v1.Request.list:type_name -> daisi.ws.peer.v1.List
+	6,  // 3: daisi.ws.peer.v1.Response.hello:type_name -> daisi.ws.peer.v1.Hello
+	12, // 4: daisi.ws.peer.v1.Response.answers:type_name -> daisi.ws.peer.v1.Answers
+	9,  // 5: daisi.ws.peer.v1.Response.sessions:type_name -> daisi.ws.peer.v1.Sessions
+	11, // 6: daisi.ws.peer.v1.Batch.events:type_name -> daisi.ws.peer.v1.Event
+	10, // 7: daisi.ws.peer.v1.Sessions.sessions:type_name -> daisi.ws.peer.v1.Session
+	0,  // 8: daisi.ws.peer.v1.Event.kind:type_name -> daisi.ws.peer.v1.Kind
+	1,  // 9: daisi.ws.peer.v1.Answers.outcomes:type_name -> daisi.ws.peer.v1.Outcome
+	2,  // 10: daisi.ws.peer.v1.Peer.Identify:input_type -> daisi.ws.peer.v1.IdentifyRequest
+	4,  // 11: daisi.ws.peer.v1.Peer.Deliver:input_type -> daisi.ws.peer.v1.Request
+	3,  // 12: daisi.ws.peer.v1.Peer.Identify:output_type -> daisi.ws.peer.v1.IdentifyResponse
+	5,  // 13: daisi.ws.peer.v1.Peer.Deliver:output_type -> daisi.ws.peer.v1.Response
+	12, // [12:14] is the sub-list for method output_type
+	10, // [10:12] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_peer_proto_init() }
@@ -1266,13 +1071,11 @@ func file_peer_proto_init() {
 	}
 	file_peer_proto_msgTypes[2].OneofWrappers = []any{
 		(*Request_Hello)(nil),
-		(*Request_Proof)(nil),
 		(*Request_Batch)(nil),
 		(*Request_List)(nil),
 	}
 	file_peer_proto_msgTypes[3].OneofWrappers = []any{
-		(*Response_Challenge)(nil),
-		(*Response_Welcome)(nil),
+		(*Response_Hello)(nil),
 		(*Response_Answers)(nil),
 		(*Response_Sessions)(nil),
 	}
@@ -1282,7 +1085,7 @@ func file_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_peer_proto_rawDesc), len(file_peer_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   14,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -3,7 +3,7 @@
 // - protoc-gen-go-grpc v1.6.2
 // source: peer.proto
 
-// What the pods of one cluster say to each other. Health is asked by the standard grpc.health.v1 service.
+// What the pods of one cluster say to each other, by mutual TLS 1.3. Health is asked by the standard grpc.health.v1 service.
 
 package peerpb
 
@@ -28,10 +28,9 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 type PeerClient interface {
-	// Identify names the pod behind an address. Open to anyone: a pod that starts asks it of the holder of its own id.
+	// Identify names the pod behind an address: a pod that starts asks it of the holder of its own id.
 	Identify(ctx context.Context, in *IdentifyRequest, opts ...grpc.CallOption) (*IdentifyResponse, error)
-	// Deliver carries events to a pod that has sockets for them, and the answers back. Each side first proves that it
-	// knows a token key, in this order: hello, challenge, proof, welcome. Nothing else is read before that.
+	// Deliver carries events to a pod that has sockets for them, and the answers back. Each side's first message is a hello.
 	Deliver(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Request, Response], error)
 }
 
@@ -70,10 +69,9 @@ type Peer_DeliverClient = grpc.BidiStreamingClient[Request, Response]
 // All implementations must embed UnimplementedPeerServer
 // for forward compatibility.
 type PeerServer interface {
-	// Identify names the pod behind an address. Open to anyone: a pod that starts asks it of the holder of its own id.
+	// Identify names the pod behind an address: a pod that starts asks it of the holder of its own id.
 	Identify(context.Context, *IdentifyRequest) (*IdentifyResponse, error)
-	// Deliver carries events to a pod that has sockets for them, and the answers back. Each side first proves that it
-	// knows a token key, in this order: hello, challenge, proof, welcome. Nothing else is read before that.
+	// Deliver carries events to a pod that has sockets for them, and the answers back. Each side's first message is a hello.
 	Deliver(grpc.BidiStreamingServer[Request, Response]) error
 	mustEmbedUnimplementedPeerServer()
 }
