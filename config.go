@@ -70,7 +70,7 @@ type Config struct {
 	NATSParkedBudget   int           `set:"NATS_PARKED_BUDGET" default:"500" min:"0" help:"events without an owner that this pod keeps waiting"`
 	NATSDeliverPolicy  string        `set:"NATS_DELIVER_POLICY" default:"new" oneof:"new,all" help:"where a newly made consumer starts: new or all"`
 	NATSPrefetch       int           `set:"NATS_PREFETCH" default:"500" min:"1" help:"events asked for in advance"`
-	NATSPrefetchBytes  byteSize      `set:"NATS_PREFETCH_BYTES" default:"16MiB" min:"1KiB" help:"bytes asked for in advance"`
+	NATSPrefetchBytes  byteSize      `set:"NATS_PREFETCH_BYTES" default:"16MiB" min:"1KiB" help:"bytes asked for in advance; room for one event in any case"`
 
 	RedisAddress          string `set:"REDIS_ADDRESS" default:"127.0.0.1:6379" list:"true" check:"hostPort" help:"host:port, comma-separated for cluster and sentinel"`
 	RedisMode             string `set:"REDIS_MODE" default:"single" oneof:"single,cluster,sentinel" help:"single, cluster or sentinel"`

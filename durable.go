@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -12,11 +14,15 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// wanted is the durable consumer as these settings have it.
-func wanted(cfg *Config) jetstream.ConsumerConfig {
+// clusterMark is the key of the consumer's metadata under which the pods that use it have the id of their cluster: pods of two clusters under one
+// consumer would give up each other's events. NATS keeps metadata from 2.10 on.
+const clusterMark = "daisi_ws_cluster"
+
+// wanted is the durable consumer as these settings have it, for pods of that cluster.
+func wanted(cfg *Config, cluster string) jetstream.ConsumerConfig {
 	return jetstream.ConsumerConfig{
 		Durable: cfg.NATSConsumerName, FilterSubject: cfg.NATSSubjectPrefix + ".>", AckPolicy: jetstream.AckExplicitPolicy,
-		AckWait: cfg.NATSAckWait, MaxAckPending: cfg.NATSMaxAckPending, MaxDeliver: -1,
+		AckWait: cfg.NATSAckWait, MaxAckPending: cfg.NATSMaxAckPending, MaxDeliver: -1, Metadata: map[string]string{clusterMark: cluster},
 	}
 }
 
@@ -25,7 +31,7 @@ func (c *consumer) ensureConsumer(ctx context.Context, s jetstream.Stream) (jets
 	cfg := c.cfg.Load()
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	want := wanted(cfg)
+	want := wanted(cfg, c.lease.cluster())
 	cons, err := s.Consumer(ctx, want.Durable)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
 		if err := c.leave(); err != nil {
@@ -155,6 +161,12 @@ func compare(have, want jetstream.ConsumerConfig) (fixed, delivered, limits []di
 
 	note(&limits, "ack_wait", have.AckWait.String(), want.AckWait.String())
 	note(&limits, "max_ack_pending", limitText(have.MaxAckPending), limitText(want.MaxAckPending))
+
+	if mark := have.Metadata[clusterMark]; mark != "" {
+		note(&delivered, clusterMark, mark, want.Metadata[clusterMark])
+	} else {
+		note(&limits, clusterMark, "none", want.Metadata[clusterMark])
+	}
 	return fixed, delivered, limits
 }
 
@@ -201,8 +213,11 @@ func (c *consumer) reconcile(ctx context.Context, s jetstream.Stream, cons jetst
 	c.misfit, c.missing = len(delivered) > 0, time.Time{}
 	used := c.inUse(info)
 	if used && len(delivered) > 0 {
-		return nil, misfitError(want.Durable, delivered, "it is left as it is while others use it: set this pod's NATS_SUBJECT_PREFIX or NATS_CONSUMER_NAME, "+
-			"or change the consumer, or stop all pods and start one")
+		advice := "set this pod's NATS_SUBJECT_PREFIX or NATS_CONSUMER_NAME, or change the consumer, or stop all pods and start one"
+		if slices.ContainsFunc(delivered, func(d difference) bool { return d.field == clusterMark }) {
+			advice = "they are of another cluster, with another Redis: set this pod's NATS_CONSUMER_NAME or REDIS_ADDRESS"
+		}
+		return nil, misfitError(want.Durable, delivered, "it is left as it is while others use it: "+advice)
 	}
 	if err := c.readAgain(ctx, s, info, want.Durable); err != nil {
 		return nil, err
@@ -236,6 +251,11 @@ func (c *consumer) inUse(info *jetstream.ConsumerInfo) bool {
 func change(ctx context.Context, s jetstream.Stream, have, want jetstream.ConsumerConfig) (jetstream.Consumer, error) {
 	have.FilterSubject, have.FilterSubjects, have.AckWait, have.MaxAckPending = want.FilterSubject, nil, want.AckWait, want.MaxAckPending
 	have.MaxDeliver, have.BackOff, have.HeadersOnly = want.MaxDeliver, nil, false
+	have.Metadata = maps.Clone(have.Metadata)
+	if have.Metadata == nil {
+		have.Metadata = map[string]string{}
+	}
+	maps.Copy(have.Metadata, want.Metadata)
 	cons, err := s.UpdateConsumer(ctx, have)
 	if err != nil {
 		return nil, fmt.Errorf("change consumer %s: %w", want.Durable, err)
@@ -260,7 +280,7 @@ func (c *consumer) adopt(have jetstream.ConsumerConfig, differ []difference) {
 
 // stillFits is nil while a consumer that is in use delivers what it should. Its limits may have changed: they are adopted.
 func (c *consumer) stillFits(ctx context.Context, s jetstream.Stream, info *jetstream.ConsumerInfo) error {
-	_, delivered, limits := compare(info.Config, wanted(c.cfg.Load()))
+	_, delivered, limits := compare(info.Config, wanted(c.cfg.Load(), c.lease.cluster()))
 	if len(delivered) > 0 {
 		c.noteSkipping(ctx, s, info.Created)
 		return misfitError(info.Name, delivered, "somebody has changed it")

@@ -8,10 +8,12 @@ import (
 )
 
 func TestCompare(t *testing.T) {
-	want := wanted(&Config{NATSConsumerName: "c", NATSSubjectPrefix: "wa", NATSAckWait: 30 * time.Second, NATSMaxAckPending: 65536})
+	want := wanted(&Config{NATSConsumerName: "c", NATSSubjectPrefix: "wa", NATSAckWait: 30 * time.Second, NATSMaxAckPending: 65536}, "ours")
 	same := want
 	same.FilterSubject, same.FilterSubjects, same.MaxDeliver, same.DeliverPolicy = "", []string{"wa.>"}, 0, jetstream.DeliverByStartSequencePolicy
-	same.Replicas, same.Description, same.Metadata = 3, "ours", map[string]string{"team": "chat"}
+	same.Replicas, same.Description, same.Metadata = 3, "ours", map[string]string{"team": "chat", clusterMark: "ours"}
+	foreign := want
+	foreign.Metadata = map[string]string{clusterMark: "theirs"}
 	other := jetstream.ConsumerConfig{
 		AckPolicy: jetstream.AckNonePolicy, DeliverPolicy: jetstream.DeliverLastPolicy, ReplayPolicy: jetstream.ReplayOriginalPolicy,
 		FilterSubjects: []string{"a.>", "b.>"}, HeadersOnly: true, MaxDeliver: 3, BackOff: []time.Duration{time.Second, time.Minute},
@@ -23,10 +25,11 @@ func TestCompare(t *testing.T) {
 	}{
 		{want, "", "", ""},
 		{same, "", "", ""},
-		{jetstream.ConsumerConfig{AckWait: want.AckWait, MaxAckPending: 100}, "", "filter_subject: empty -> wa.>", "max_ack_pending: 100 -> 65536"},
+		{foreign, "", "daisi_ws_cluster: theirs -> ours", ""},
+		{jetstream.ConsumerConfig{AckWait: want.AckWait, MaxAckPending: 100}, "", "filter_subject: empty -> wa.>", "max_ack_pending: 100 -> 65536, daisi_ws_cluster: none -> ours"},
 		{other, "ack_policy: AckNone -> AckExplicit, deliver_policy: last -> new, all or by_start_sequence, replay_policy: original -> instant",
 			"filter_subject: a.>, b.> -> wa.>, headers_only: true -> false, max_deliver: 3 -> unlimited, backoff: [1s 1m0s] -> none",
-			"ack_wait: 1m30s -> 30s, max_ack_pending: unlimited -> 65536"},
+			"ack_wait: 1m30s -> 30s, max_ack_pending: unlimited -> 65536, daisi_ws_cluster: none -> ours"},
 	} {
 		fixed, delivered, limits := compare(c.have, want)
 		const format = "%s: %s -> %s"

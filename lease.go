@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,8 +26,8 @@ func noteKey(m member) string { return "note:" + m.String() }
 
 const leaseTimeout = time.Second
 
-// generationKey holds the stream's generation: a random id that the pods replace when the stream has lost its end, as one that was
-// restored from a backup has. With its creation time it names the stream.
+// generationKey holds the stream's generation: the random id of this cluster of pods, and behind a point another one that the pods replace
+// when the stream has lost its end, as one that was restored from a backup has. With its creation time it names the stream.
 func generationKey(cfg *Config) string { return "generation:" + cfg.NATSStreamName }
 
 // nextGeneration replaces the generation ARGV[1] by ARGV[2], unless another pod was faster, and answers with what it is now.
@@ -96,10 +97,12 @@ type lease struct {
 	// generation is the stream's, as of the last renewal.
 	generation atomic.Pointer[string]
 
-	mu        sync.Mutex      // serialises renewals and the end of the lease; guards all below
-	tried     string          // the lease that was last to be taken
-	instances map[string]bool // run and replication ids of the Redis masters; nil before the first answer
-	givenUp   bool
+	// instances are the run and replication ids of the Redis masters, replaced, never changed; nil before the first answer.
+	instances atomic.Pointer[map[string]bool]
+
+	mu      sync.Mutex // serialises renewals and the end of the lease; guards all below
+	tried   string     // the lease that was last to be taken
+	givenUp bool
 }
 
 func newLease(cfg *settings, rdb redis.UniversalClient, m *Metrics) *lease {
@@ -228,9 +231,15 @@ func (l *lease) setGeneration(generation string) (another bool) {
 	return *old != "" && *old != generation
 }
 
+// cluster is the random id of the pods that have this Redis in common; "" before the lease was taken.
+func (l *lease) cluster() string {
+	id, _, _ := strings.Cut(*l.generation.Load(), ".")
+	return id
+}
+
 // endLost gives the stream another generation, if no other pod has.
 func (l *lease) endLost(ctx context.Context) error {
-	next, err := nextGeneration.Run(ctx, l.rdb, []string{generationKey(l.cfg.Load())}, *l.generation.Load(), randomID(4)).Text()
+	next, err := nextGeneration.Run(ctx, l.rdb, []string{generationKey(l.cfg.Load())}, *l.generation.Load(), l.cluster()+"."+randomID(4)).Text()
 	if err != nil {
 		l.m.redisErrorsTotal.with("generation").Inc()
 		return fmt.Errorf("name the stream's next generation: %w", err)
@@ -350,7 +359,7 @@ func (l *lease) renewLocked(ctx context.Context, acted []string, peers *peers) (
 		}
 		if err != nil {
 			if r.another {
-				l.instances = map[string]bool{} // so that it is another one at the next attempt too
+				l.instances.Store(&map[string]bool{}) // so that it is another one at the next attempt too
 			}
 			return r, err
 		}
@@ -433,10 +442,8 @@ func (l *lease) instancesChanged(ctx context.Context) (bool, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		silent = silent || err != nil
-		for line := range strings.Lines(server.Val() + "\n" + repl.Val()) {
-			if strings.HasPrefix(line, "run_id:") || strings.HasPrefix(line, "master_replid:") {
-				ids[strings.TrimSpace(line)] = true
-			}
+		for _, id := range instanceIDs(server.Val() + "\n" + repl.Val()) {
+			ids[id] = true
 		}
 		return nil
 	}
@@ -451,19 +458,44 @@ func (l *lease) instancesChanged(ctx context.Context) (bool, error) {
 	if err := ctx.Err(); err != nil {
 		return false, fmt.Errorf("ask Redis for its id: %w", err)
 	}
-	old := l.instances
-	l.instances = ids
-	if silent { // a master that stood still for a moment is no new one when it answers again
-		l.instances = maps.Clone(ids)
-		maps.Copy(l.instances, old)
+	old, now := l.instances.Load(), ids
+	if silent && old != nil { // a master that stood still for a moment is no new one when it answers again
+		now = maps.Clone(ids)
+		maps.Copy(now, *old)
 	}
+	l.instances.Store(&now)
 	for id := range ids {
-		if old != nil && !old[id] {
+		if old != nil && !(*old)[id] {
 			slog.Warn("Redis was restarted, failed over, or lost writes")
 			return true, nil
 		}
 	}
 	return false, nil
+}
+
+// instanceIDs finds the run and replication ids in what INFO says.
+func instanceIDs(info string) (ids []string) {
+	for line := range strings.Lines(info) {
+		if strings.HasPrefix(line, "run_id:") || strings.HasPrefix(line, "master_replid:") {
+			ids = append(ids, strings.TrimSpace(line))
+		}
+	}
+	return ids
+}
+
+// meet looks who answers on a new connection to Redis, before anything else is asked on it: one that is restarted within a moment, without its
+// data, would say of every route that nobody has it, until the next renewal notices.
+func (l *lease) meet(ctx context.Context, conn *redis.Conn) error {
+	known := l.instances.Load()
+	info, err := conn.Info(ctx, "server").Result()
+	if known == nil || err != nil || strings.Contains(info, "redis_mode:sentinel") {
+		return nil
+	}
+	if slices.ContainsFunc(instanceIDs(info), func(id string) bool { return !(*known)[id] }) {
+		l.doubtUntil.Store(l.since(time.Now().Add(l.cfg.Load().PodLease)))
+		poke(l.wake)
+	}
+	return nil
 }
 
 // leaveNotes tells each pod where one of the events failed that it was given up, and returns when Redis has all notes. A note is named

@@ -138,7 +138,8 @@ func newService(cfg *Config) (*service, error) {
 	s.background, s.cancel = context.WithCancel(context.Background())
 	s.starting, s.giveUp = context.WithCancel(s.background)
 	var err error
-	if s.rdb, err = newRedis(cfg); err != nil {
+	meet := func(ctx context.Context, conn *redis.Conn) error { return s.lease.meet(ctx, conn) }
+	if s.rdb, err = newRedis(cfg, meet); err != nil {
 		return nil, err
 	}
 	s.lease = newLease(s.cfg, s.rdb, s.m)

@@ -17,10 +17,11 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// newRedis makes the client that all rooms share. It connects when first used.
-func newRedis(cfg *Config) (redis.UniversalClient, error) {
+// newRedis makes the client that all rooms share. It connects when first used; meet is called with each new connection first.
+func newRedis(cfg *Config, meet func(context.Context, *redis.Conn) error) (redis.UniversalClient, error) {
 	opt := &redis.UniversalOptions{
-		Addrs: strings.Split(cfg.RedisAddress, ","), IsClusterMode: cfg.RedisMode == "cluster",
+		OnConnect: meet,
+		Addrs:     strings.Split(cfg.RedisAddress, ","), IsClusterMode: cfg.RedisMode == "cluster",
 		Username: cfg.RedisUsername, Password: cfg.RedisPassword, DB: cfg.RedisDB,
 		DialTimeout: 2 * time.Second, ReadTimeout: 2 * time.Second, WriteTimeout: 2 * time.Second,
 		ContextTimeoutEnabled: true, // a batch of events waits for a read at most as long as its context

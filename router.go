@@ -307,7 +307,11 @@ func (r *router) find(ctx context.Context, batch []*pulled, routes *[]route, pla
 			}
 		}
 	}
-	return r.owners.find(ctx, *routes)
+	found, err := r.owners.find(ctx, *routes)
+	if err == nil && r.lease.inDoubt() { // since it was asked
+		err = errors.New("what Redis says of owners is in doubt")
+	}
+	return found, err
 }
 
 // dispatch hands each event to the pods that own its agent, and gives up the router's own hold on it.

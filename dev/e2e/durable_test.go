@@ -110,6 +110,77 @@ func TestPodWithAnotherPrefix(t *testing.T) {
 	stray.Connect(harness.User("acme", "desk1", "ann")).WaitEvent(w.PublishRaw(other+"."+ev.Subject, ev.Payload))
 }
 
+// TestTwoClusters: pods with another Redis come to the same consumer, as staging beside production. They say whose it is, and take nothing from
+// it, while those that were there use it; afterwards it is theirs. A Redis that loses its data makes no other cluster of its pods.
+func TestTwoClusters(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, shortTimeouts)
+	a, b := w.Start(), w.Start()
+	mark := func() string { return w.ConsumerInfo().Config.Metadata["daisi_ws_cluster"] }
+	ours := mark()
+	if ours == "" {
+		t.Fatal("the consumer has no mark")
+	}
+	clients := []*harness.Client{a.Connect(harness.User("acme", "desk1", "ann")), b.Connect(harness.User("acme", "desk1", "bob"))}
+	strays := []*harness.Pod{w.Launch("REDIS_DB=1"), w.Launch("REDIS_DB=1")}
+	for _, stray := range strays {
+		wantMisfit(stray, "daisi_ws_cluster is "+ours, "another cluster", "NATS_CONSUMER_NAME or REDIS_ADDRESS")
+	}
+	flow := w.Flow(50, func(int) feed.Event { return feed.Chat("acme", "desk1", "628111@c.us", "hi", 1) })
+	flow.WaitSent(100)
+	w.Redis.Kill()
+	if err := w.Redis.LoseData(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Redis.Restart(); err != nil {
+		t.Fatal(err)
+	}
+	flow.WaitSent(250)
+	for _, p := range flow.Stop() {
+		for _, c := range clients {
+			c.WaitEvent(p.Seq)
+		}
+	}
+	w.Settled()
+	a.WaitReady()
+	b.WaitReady()
+	if got := mark(); got != ours {
+		t.Errorf("the mark is %q, was %q", got, ours)
+	}
+	for _, pod := range []*harness.Pod{a, b} {
+		pod.Terminate()
+		pod.WantExit(0, 2*harness.Patience)
+	}
+	for _, stray := range strays {
+		stray.WaitReady()
+	}
+	if got := mark(); got == ours || got == "" {
+		t.Errorf("the mark is %q under the other cluster, was %q", got, ours)
+	}
+	cid := strays[0].Connect(harness.User("acme", "desk1", "cid"))
+	cid.WaitEvent(w.Chat("acme", "desk1"))
+	wantMisfit(w.Launch(), "daisi_ws_cluster is "+mark(), "another cluster")
+}
+
+// TestUnmarkedConsumer: one that a version of before has made gets its mark as soon as nobody uses it.
+func TestUnmarkedConsumer(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, shortTimeouts)
+	pod := w.Start()
+	changeConsumer(w, func(cfg *jetstream.ConsumerConfig) { delete(cfg.Metadata, "daisi_ws_cluster") })
+	ann := pod.Connect(harness.User("acme", "desk1", "ann"))
+	ann.WantEvent(w.Chat("acme", "desk1"))
+	for _, p := range []*harness.Pod{pod, w.Start()} {
+		p.WaitReady()
+		p.Terminate()
+		p.WantExit(0, 2*harness.Patience)
+	}
+	w.Start().Connect(harness.User("acme", "desk1", "ann")).WantEvent(w.Chat("acme", "desk1"))
+	if w.ConsumerInfo().Config.Metadata["daisi_ws_cluster"] == "" {
+		t.Error("the consumer has no mark")
+	}
+}
+
 // TestConsumerSkipsEvents: somebody changes the filter while pods run: they say so, and take no sockets. When it is put right, what was
 // skipped meanwhile comes to those who stayed.
 func TestConsumerSkipsEvents(t *testing.T) {

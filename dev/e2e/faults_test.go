@@ -198,6 +198,42 @@ func TestNATSRestarts(t *testing.T) {
 	pod.WantLedgers()
 }
 
+// TestRedisRestartsInAnInstant: Redis is there again, without its data, before a pod has noticed. Clients that resume nothing miss nothing: what
+// it says of owners is not believed until the pods have claimed everything again.
+func TestRedisRestartsInAnInstant(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, shortTimeouts, roomy)
+	pods := startPods(w, 2)
+	clients := []*harness.Client{pods[0].Connect(harness.User("acme", "desk1", "ann")), pods[1].Connect(harness.User("acme", "desk1", "bob"))}
+	flow := w.Flow(200, func(int) feed.Event { return feed.Chat("acme", "desk1", "628111@c.us", "hi", 1) })
+	for n := range 3 {
+		flow.WaitSent(200 * (n + 1))
+		w.Redis.Kill()
+		if err := w.Redis.LoseData(); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Redis.Restart(); err != nil {
+			t.Fatal(err)
+		}
+		flow.WaitSent(200*(n+1) + 150)
+		for _, c := range clients {
+			c.WantGap("owner")
+		}
+		for _, p := range pods {
+			p.WaitReady()
+		}
+	}
+	for _, p := range flow.Stop() {
+		for _, c := range clients {
+			c.WaitEvent(p.Seq)
+		}
+	}
+	w.Settled()
+	for _, p := range pods {
+		p.WantLedgers()
+	}
+}
+
 // TestRedisHangs: Redis keeps its connections and answers nothing. Who is connected gets everything, nobody new is let in.
 func TestRedisHangs(t *testing.T) {
 	t.Parallel()

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -594,22 +593,14 @@ func TestResumeOverRemovedEvents(t *testing.T) {
 			if r := late.TakeReply("ready"); !r.Gap || r.Resumed != 0 {
 				t.Errorf("from before what was removed: %+v, want a gap", r)
 			}
-			wantLine(t, pod, "removed from within the stream")
+			pod.WantLine("removed from within the stream")
 			if r := pod.Dial(harness.User("acme", "desk1", "bob").From(at(pod, next))).TakeReply("ready"); r.Gap {
 				t.Errorf("from behind what was removed: %+v, want no gap", r)
 			}
 			if name == "limited" {
-				wantLine(t, w.Start(), "keeps a few messages of a subject only")
+				w.Start().WantLine("keeps a few messages of a subject only")
 			}
 		})
-	}
-}
-
-// wantLine waits until the pod's log says so.
-func wantLine(t *testing.T, p *harness.Pod, text string) {
-	t.Helper()
-	if _, err := p.Log.Find(harness.Within(t, harness.Patience), func(line string) bool { return strings.Contains(line, text) }); err != nil {
-		t.Errorf("no line %q in the log of %s: %v", text, p.ID, err)
 	}
 }
 

@@ -70,7 +70,7 @@ func TestConsumerSettings(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The client comes within the delays of an event that nobody owns.
-	p := w.Start("NATS_ACK_WAIT=25s", "NATS_MAX_ACK_PENDING=1000", "NATS_PARKED_BUDGET=100", "NATS_DELIVER_POLICY=all", "NATS_PREFETCH=7", "NATS_PREFETCH_BYTES=96KiB")
+	p := w.Start("NATS_ACK_WAIT=25s", "NATS_MAX_ACK_PENDING=1000", "NATS_PARKED_BUDGET=100", "NATS_DELIVER_POLICY=all", "NATS_PREFETCH=7", "NATS_PREFETCH_BYTES=3MiB")
 	p.Connect(harness.User("acme", "desk1", "ann")).WaitEvent(early)
 	cfg := w.ConsumerInfo().Config
 	if cfg.Durable != w.Consumer || cfg.FilterSubject != w.Prefix+".>" || cfg.AckPolicy != jetstream.AckExplicitPolicy || cfg.AckWait != 25*time.Second ||
@@ -83,8 +83,8 @@ func TestConsumerSettings(t *testing.T) {
 			Batch    int `json:"batch"`
 			MaxBytes int `json:"max_bytes"`
 		}
-		if err := json.Unmarshal(m.Data, &ask); err != nil || ask.Batch != 7 || ask.MaxBytes != 96<<10 {
-			t.Errorf("the service asks for %s, want 7 messages and %d bytes", m.Data, 96<<10)
+		if err := json.Unmarshal(m.Data, &ask); err != nil || ask.Batch != 7 || ask.MaxBytes != 3<<20 {
+			t.Errorf("the service asks for %s, want 7 messages and %d bytes", m.Data, 3<<20)
 		}
 	case <-time.After(harness.Patience):
 		t.Error("no pull was seen")
