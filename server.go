@@ -25,9 +25,8 @@ import (
 
 const (
 	maxHeader      = 32 << 10        // a page's cookies come with every upgrade
-	acquireTimeout = 7 * time.Second // sessions.acquire gives up a fight after 5 s; the rest is for a slow Redis
+	acquireTimeout = 6 * time.Second // a Redis that is slow, a pod that is silent, and others that are
 	retryAfter     = "2"             // seconds, for Unavailable
-	longWait       = time.Second     // a client that has left unheard may have a socket elsewhere after it
 )
 
 // server answers HTTP and leads upgrades to the hub.
@@ -37,9 +36,8 @@ type server struct {
 	auth      *auth
 	hub       *hub
 	ready     func() (map[string]string, bool)
-	available func() bool                                                                       // that of the lease
-	acquire   func(ctx context.Context, key, userType string, came time.Time) (*session, error) // that of sessions
-	later     func(ctx context.Context, key string, came time.Time) (bool, error)               // that of sessions
+	available func() bool                                  // that of the lease
+	swap      func(key, userType string) (*session, error) // that of sessions
 	crowd     *crowd
 	roster    *roster // set before serve
 	http      *http.Server
@@ -59,7 +57,7 @@ type server struct {
 func newServer(cfg *settings, m *Metrics, a *auth, s *sessions, l *lease, h *hub, ready func() (map[string]string, bool)) *server {
 	c := cfg.Load()
 	srv := &server{
-		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: l.available, acquire: s.acquire, later: s.later, tls: c.ServerTLSCertFile != "",
+		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: l.available, swap: s.swap, tls: c.ServerTLSCertFile != "",
 		crowd: newCrowd(cfg, m),
 	}
 	srv.draining, srv.startDrain = context.WithCancel(context.Background())
@@ -370,7 +368,6 @@ func (s *server) socket(w http.ResponseWriter, r *http.Request, authenticate fun
 
 // admit gives an authenticated upgrade its place and its session, and both to the hub.
 func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func() (*claims, *apiError)) *apiError {
-	came := time.Now()
 	cl, apiErr := authenticate()
 	if apiErr != nil {
 		return apiErr
@@ -390,23 +387,24 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 			s.hub.free()
 		}
 	}()
-	apiErr = s.wait(r.Context(), cl, came)
-	// Both this and a fight for the session may take longer than an answer is usually given.
+	apiErr = s.wait(r.Context(), cl)
+	// Both this and the old socket's end may take longer than an answer is usually given.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(acquireTimeout + s.cfg.Load().ServerWriteTimeout))
 	if apiErr != nil {
 		return apiErr
 	}
-	sess, apiErr := s.acquireFor(r, cl, came)
-	if apiErr != nil {
-		return apiErr
+	sess, err := s.swap(cl.sessionKey(), cl.userType())
+	if err != nil {
+		return unavailable("session could not be acquired")
 	}
+	sess.await()
 	served = true // from here on serve answers for place and session, whatever happens
 	s.hub.serve(w, r, cl, sess, requestID(w))
 	return nil
 }
 
 // wait lets a newcomer wait for its turn, and looks again at what may have changed meanwhile.
-func (s *server) wait(ctx context.Context, cl *claims, came time.Time) *apiError {
+func (s *server) wait(ctx context.Context, cl *claims) *apiError {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.draining, cancel)()
@@ -423,17 +421,6 @@ func (s *server) wait(ctx context.Context, cl *claims, came time.Time) *apiError
 	if !time.Now().Before(cl.expires) {
 		s.m.authFailureTotal.with(cl.userType(), "expired").Inc()
 		return tokenExpired()
-	}
-	if time.Since(came) < longWait {
-		return nil
-	}
-	// Who went on to another pod unheard must not lose the session there to what he left behind here. If it was somebody else, who
-	// waited here comes again and gets it.
-	switch later, err := s.later(ctx, cl.sessionKey(), came); {
-	case err != nil:
-		return unavailable("session could not be read")
-	case later:
-		return unavailable("a later socket got the session meanwhile")
 	}
 	return nil
 }
@@ -453,22 +440,6 @@ func (s *server) refusal() *apiError {
 		return unavailable("this pod cannot deliver events now")
 	}
 	return nil
-}
-
-// acquireFor waits for the bearer's session, unless the client goes away meanwhile.
-func (s *server) acquireFor(r *http.Request, cl *claims, came time.Time) (*session, *apiError) {
-	ctx, cancel := context.WithTimeout(r.Context(), acquireTimeout)
-	defer cancel()
-	sess, err := s.acquire(ctx, cl.sessionKey(), cl.userType(), came)
-	switch {
-	case err == nil:
-		return sess, nil
-	case errors.Is(err, errConflict):
-		return nil, sessionConflict()
-	case !errors.Is(err, errUnavailable) && r.Context().Err() == nil:
-		slog.Warn("session not acquired", "session", cl.sessionKey(), "err", err)
-	}
-	return nil, unavailable("session could not be acquired")
 }
 
 // httpLog takes net/http's own complaints. Handshakes that fail are a stranger's doing, and as many as strangers like.

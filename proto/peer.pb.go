@@ -254,6 +254,126 @@ func (x *IdentifyResponse) GetOverlooked() bool {
 	return false
 }
 
+type CloseSessionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"` // "<company>:<agent>:<user>" or "admin:<id>"
+	Socket        string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"`
+	Others        bool                   `protobuf:"varint,3,opt,name=others,proto3" json:"others,omitempty"` // not that socket, but all others of the key; the one that Redis names is left
+	Code          uint32                 `protobuf:"varint,4,opt,name=code,proto3" json:"code,omitempty"`     // of the close; 0: only asks
+	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloseSessionRequest) Reset() {
+	*x = CloseSessionRequest{}
+	mi := &file_peer_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloseSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloseSessionRequest) ProtoMessage() {}
+
+func (x *CloseSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloseSessionRequest.ProtoReflect.Descriptor instead.
+func (*CloseSessionRequest) Descriptor() ([]byte, []int) {
+	return file_peer_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *CloseSessionRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *CloseSessionRequest) GetSocket() string {
+	if x != nil {
+		return x.Socket
+	}
+	return ""
+}
+
+func (x *CloseSessionRequest) GetOthers() bool {
+	if x != nil {
+		return x.Others
+	}
+	return false
+}
+
+func (x *CloseSessionRequest) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *CloseSessionRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type CloseSessionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Found         bool                   `protobuf:"varint,1,opt,name=found,proto3" json:"found,omitempty"` // there is, or was, such a socket, and those before it are closed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloseSessionResponse) Reset() {
+	*x = CloseSessionResponse{}
+	mi := &file_peer_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloseSessionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloseSessionResponse) ProtoMessage() {}
+
+func (x *CloseSessionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloseSessionResponse.ProtoReflect.Descriptor instead.
+func (*CloseSessionResponse) Descriptor() ([]byte, []int) {
+	return file_peer_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CloseSessionResponse) GetFound() bool {
+	if x != nil {
+		return x.Found
+	}
+	return false
+}
+
 type Request struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Body:
@@ -269,7 +389,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_peer_proto_msgTypes[2]
+	mi := &file_peer_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -281,7 +401,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[2]
+	mi := &file_peer_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -294,7 +414,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{2}
+	return file_peer_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Request) GetBody() isRequest_Body {
@@ -383,7 +503,7 @@ type Response struct {
 
 func (x *Response) Reset() {
 	*x = Response{}
-	mi := &file_peer_proto_msgTypes[3]
+	mi := &file_peer_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -395,7 +515,7 @@ func (x *Response) String() string {
 func (*Response) ProtoMessage() {}
 
 func (x *Response) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[3]
+	mi := &file_peer_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -408,7 +528,7 @@ func (x *Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Response.ProtoReflect.Descriptor instead.
 func (*Response) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{3}
+	return file_peer_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Response) GetBody() isResponse_Body {
@@ -493,7 +613,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_peer_proto_msgTypes[4]
+	mi := &file_peer_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -505,7 +625,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[4]
+	mi := &file_peer_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -518,7 +638,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{4}
+	return file_peer_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Hello) GetPod() string {
@@ -555,7 +675,7 @@ type Challenge struct {
 
 func (x *Challenge) Reset() {
 	*x = Challenge{}
-	mi := &file_peer_proto_msgTypes[5]
+	mi := &file_peer_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -567,7 +687,7 @@ func (x *Challenge) String() string {
 func (*Challenge) ProtoMessage() {}
 
 func (x *Challenge) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[5]
+	mi := &file_peer_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -580,7 +700,7 @@ func (x *Challenge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Challenge.ProtoReflect.Descriptor instead.
 func (*Challenge) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{5}
+	return file_peer_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Challenge) GetPod() string {
@@ -620,7 +740,7 @@ type Proof struct {
 
 func (x *Proof) Reset() {
 	*x = Proof{}
-	mi := &file_peer_proto_msgTypes[6]
+	mi := &file_peer_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -632,7 +752,7 @@ func (x *Proof) String() string {
 func (*Proof) ProtoMessage() {}
 
 func (x *Proof) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[6]
+	mi := &file_peer_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -645,7 +765,7 @@ func (x *Proof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proof.ProtoReflect.Descriptor instead.
 func (*Proof) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{6}
+	return file_peer_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Proof) GetProofs() [][]byte {
@@ -663,7 +783,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_peer_proto_msgTypes[7]
+	mi := &file_peer_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -675,7 +795,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[7]
+	mi := &file_peer_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -688,7 +808,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{7}
+	return file_peer_proto_rawDescGZIP(), []int{9}
 }
 
 // Batch holds events that were waiting at the same time. The n-th event of a stream, counted over all its batches
@@ -703,7 +823,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_peer_proto_msgTypes[8]
+	mi := &file_peer_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -715,7 +835,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[8]
+	mi := &file_peer_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -728,7 +848,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{8}
+	return file_peer_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Batch) GetLife() string {
@@ -758,7 +878,7 @@ type List struct {
 
 func (x *List) Reset() {
 	*x = List{}
-	mi := &file_peer_proto_msgTypes[9]
+	mi := &file_peer_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -770,7 +890,7 @@ func (x *List) String() string {
 func (*List) ProtoMessage() {}
 
 func (x *List) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[9]
+	mi := &file_peer_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -783,7 +903,7 @@ func (x *List) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use List.ProtoReflect.Descriptor instead.
 func (*List) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{9}
+	return file_peer_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *List) GetCompany() string {
@@ -823,7 +943,7 @@ type Sessions struct {
 
 func (x *Sessions) Reset() {
 	*x = Sessions{}
-	mi := &file_peer_proto_msgTypes[10]
+	mi := &file_peer_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -835,7 +955,7 @@ func (x *Sessions) String() string {
 func (*Sessions) ProtoMessage() {}
 
 func (x *Sessions) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[10]
+	mi := &file_peer_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -848,7 +968,7 @@ func (x *Sessions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sessions.ProtoReflect.Descriptor instead.
 func (*Sessions) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{10}
+	return file_peer_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Sessions) GetSessions() []*Session {
@@ -873,7 +993,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_peer_proto_msgTypes[11]
+	mi := &file_peer_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -885,7 +1005,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[11]
+	mi := &file_peer_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -898,7 +1018,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{11}
+	return file_peer_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Session) GetKey() string {
@@ -960,7 +1080,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_peer_proto_msgTypes[12]
+	mi := &file_peer_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1092,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[12]
+	mi := &file_peer_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1105,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{12}
+	return file_peer_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -1063,7 +1183,7 @@ type Answers struct {
 
 func (x *Answers) Reset() {
 	*x = Answers{}
-	mi := &file_peer_proto_msgTypes[13]
+	mi := &file_peer_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1075,7 +1195,7 @@ func (x *Answers) String() string {
 func (*Answers) ProtoMessage() {}
 
 func (x *Answers) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[13]
+	mi := &file_peer_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1088,7 +1208,7 @@ func (x *Answers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answers.ProtoReflect.Descriptor instead.
 func (*Answers) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{13}
+	return file_peer_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Answers) GetReceived() uint64 {
@@ -1126,7 +1246,15 @@ const file_peer_proto_rawDesc = "" +
 	"\x04life\x18\x02 \x01(\tR\x04life\x12\x1e\n" +
 	"\n" +
 	"overlooked\x18\x03 \x01(\bR\n" +
-	"overlooked\"\xd2\x01\n" +
+	"overlooked\"\x83\x01\n" +
+	"\x13CloseSessionRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x16\n" +
+	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x16\n" +
+	"\x06others\x18\x03 \x01(\bR\x06others\x12\x12\n" +
+	"\x04code\x18\x04 \x01(\rR\x04code\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\",\n" +
+	"\x14CloseSessionResponse\x12\x14\n" +
+	"\x05found\x18\x01 \x01(\bR\x05found\"\xd2\x01\n" +
 	"\aRequest\x12/\n" +
 	"\x05hello\x18\x01 \x01(\v2\x17.daisi.ws.peer.v1.HelloH\x00R\x05hello\x12/\n" +
 	"\x05proof\x18\x02 \x01(\v2\x17.daisi.ws.peer.v1.ProofH\x00R\x05proof\x12/\n" +
@@ -1198,10 +1326,11 @@ const file_peer_proto_rawDesc = "" +
 	"\x0fOUTCOME_DROPPED\x10\x04\x12\x10\n" +
 	"\fOUTCOME_GONE\x10\x06\x12\x12\n" +
 	"\x0eOUTCOME_FAILED\x10\a\x12\x16\n" +
-	"\x12OUTCOME_UNSELECTED\x10\b\"\x04\b\x05\x10\x052\x9f\x01\n" +
+	"\x12OUTCOME_UNSELECTED\x10\b\"\x04\b\x05\x10\x052\xfe\x01\n" +
 	"\x04Peer\x12Q\n" +
 	"\bIdentify\x12!.daisi.ws.peer.v1.IdentifyRequest\x1a\".daisi.ws.peer.v1.IdentifyResponse\x12D\n" +
-	"\aDeliver\x12\x19.daisi.ws.peer.v1.Request\x1a\x1a.daisi.ws.peer.v1.Response(\x010\x01B\x1fZ\x1ddaisi-ws-service/proto;peerpbb\x06proto3"
+	"\aDeliver\x12\x19.daisi.ws.peer.v1.Request\x1a\x1a.daisi.ws.peer.v1.Response(\x010\x01\x12]\n" +
+	"\fCloseSession\x12%.daisi.ws.peer.v1.CloseSessionRequest\x1a&.daisi.ws.peer.v1.CloseSessionResponseB\x1fZ\x1ddaisi-ws-service/proto;peerpbb\x06proto3"
 
 var (
 	file_peer_proto_rawDescOnce sync.Once
@@ -1216,44 +1345,48 @@ func file_peer_proto_rawDescGZIP() []byte {
 }
 
 var file_peer_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_peer_proto_goTypes = []any{
-	(Kind)(0),                // 0: daisi.ws.peer.v1.Kind
-	(Outcome)(0),             // 1: daisi.ws.peer.v1.Outcome
-	(*IdentifyRequest)(nil),  // 2: daisi.ws.peer.v1.IdentifyRequest
-	(*IdentifyResponse)(nil), // 3: daisi.ws.peer.v1.IdentifyResponse
-	(*Request)(nil),          // 4: daisi.ws.peer.v1.Request
-	(*Response)(nil),         // 5: daisi.ws.peer.v1.Response
-	(*Hello)(nil),            // 6: daisi.ws.peer.v1.Hello
-	(*Challenge)(nil),        // 7: daisi.ws.peer.v1.Challenge
-	(*Proof)(nil),            // 8: daisi.ws.peer.v1.Proof
-	(*Welcome)(nil),          // 9: daisi.ws.peer.v1.Welcome
-	(*Batch)(nil),            // 10: daisi.ws.peer.v1.Batch
-	(*List)(nil),             // 11: daisi.ws.peer.v1.List
-	(*Sessions)(nil),         // 12: daisi.ws.peer.v1.Sessions
-	(*Session)(nil),          // 13: daisi.ws.peer.v1.Session
-	(*Event)(nil),            // 14: daisi.ws.peer.v1.Event
-	(*Answers)(nil),          // 15: daisi.ws.peer.v1.Answers
+	(Kind)(0),                    // 0: daisi.ws.peer.v1.Kind
+	(Outcome)(0),                 // 1: daisi.ws.peer.v1.Outcome
+	(*IdentifyRequest)(nil),      // 2: daisi.ws.peer.v1.IdentifyRequest
+	(*IdentifyResponse)(nil),     // 3: daisi.ws.peer.v1.IdentifyResponse
+	(*CloseSessionRequest)(nil),  // 4: daisi.ws.peer.v1.CloseSessionRequest
+	(*CloseSessionResponse)(nil), // 5: daisi.ws.peer.v1.CloseSessionResponse
+	(*Request)(nil),              // 6: daisi.ws.peer.v1.Request
+	(*Response)(nil),             // 7: daisi.ws.peer.v1.Response
+	(*Hello)(nil),                // 8: daisi.ws.peer.v1.Hello
+	(*Challenge)(nil),            // 9: daisi.ws.peer.v1.Challenge
+	(*Proof)(nil),                // 10: daisi.ws.peer.v1.Proof
+	(*Welcome)(nil),              // 11: daisi.ws.peer.v1.Welcome
+	(*Batch)(nil),                // 12: daisi.ws.peer.v1.Batch
+	(*List)(nil),                 // 13: daisi.ws.peer.v1.List
+	(*Sessions)(nil),             // 14: daisi.ws.peer.v1.Sessions
+	(*Session)(nil),              // 15: daisi.ws.peer.v1.Session
+	(*Event)(nil),                // 16: daisi.ws.peer.v1.Event
+	(*Answers)(nil),              // 17: daisi.ws.peer.v1.Answers
 }
 var file_peer_proto_depIdxs = []int32{
-	6,  // 0: daisi.ws.peer.v1.Request.hello:type_name -> daisi.ws.peer.v1.Hello
-	8,  // 1: daisi.ws.peer.v1.Request.proof:type_name -> daisi.ws.peer.v1.Proof
-	10, // 2: daisi.ws.peer.v1.Request.batch:type_name -> daisi.ws.peer.v1.Batch
-	11, // 3: daisi.ws.peer.v1.Request.list:type_name -> daisi.ws.peer.v1.List
-	7,  // 4: daisi.ws.peer.v1.Response.challenge:type_name -> daisi.ws.peer.v1.Challenge
-	9,  // 5: daisi.ws.peer.v1.Response.welcome:type_name -> daisi.ws.peer.v1.Welcome
-	15, // 6: daisi.ws.peer.v1.Response.answers:type_name -> daisi.ws.peer.v1.Answers
-	12, // 7: daisi.ws.peer.v1.Response.sessions:type_name -> daisi.ws.peer.v1.Sessions
-	14, // 8: daisi.ws.peer.v1.Batch.events:type_name -> daisi.ws.peer.v1.Event
-	13, // 9: daisi.ws.peer.v1.Sessions.sessions:type_name -> daisi.ws.peer.v1.Session
+	8,  // 0: daisi.ws.peer.v1.Request.hello:type_name -> daisi.ws.peer.v1.Hello
+	10, // 1: daisi.ws.peer.v1.Request.proof:type_name -> daisi.ws.peer.v1.Proof
+	12, // 2: daisi.ws.peer.v1.Request.batch:type_name -> daisi.ws.peer.v1.Batch
+	13, // 3: daisi.ws.peer.v1.Request.list:type_name -> daisi.ws.peer.v1.List
+	9,  // 4: daisi.ws.peer.v1.Response.challenge:type_name -> daisi.ws.peer.v1.Challenge
+	11, // 5: daisi.ws.peer.v1.Response.welcome:type_name -> daisi.ws.peer.v1.Welcome
+	17, // 6: daisi.ws.peer.v1.Response.answers:type_name -> daisi.ws.peer.v1.Answers
+	14, // 7: daisi.ws.peer.v1.Response.sessions:type_name -> daisi.ws.peer.v1.Sessions
+	16, // 8: daisi.ws.peer.v1.Batch.events:type_name -> daisi.ws.peer.v1.Event
+	15, // 9: daisi.ws.peer.v1.Sessions.sessions:type_name -> daisi.ws.peer.v1.Session
 	0,  // 10: daisi.ws.peer.v1.Event.kind:type_name -> daisi.ws.peer.v1.Kind
 	1,  // 11: daisi.ws.peer.v1.Answers.outcomes:type_name -> daisi.ws.peer.v1.Outcome
 	2,  // 12: daisi.ws.peer.v1.Peer.Identify:input_type -> daisi.ws.peer.v1.IdentifyRequest
-	4,  // 13: daisi.ws.peer.v1.Peer.Deliver:input_type -> daisi.ws.peer.v1.Request
-	3,  // 14: daisi.ws.peer.v1.Peer.Identify:output_type -> daisi.ws.peer.v1.IdentifyResponse
-	5,  // 15: daisi.ws.peer.v1.Peer.Deliver:output_type -> daisi.ws.peer.v1.Response
-	14, // [14:16] is the sub-list for method output_type
-	12, // [12:14] is the sub-list for method input_type
+	6,  // 13: daisi.ws.peer.v1.Peer.Deliver:input_type -> daisi.ws.peer.v1.Request
+	4,  // 14: daisi.ws.peer.v1.Peer.CloseSession:input_type -> daisi.ws.peer.v1.CloseSessionRequest
+	3,  // 15: daisi.ws.peer.v1.Peer.Identify:output_type -> daisi.ws.peer.v1.IdentifyResponse
+	7,  // 16: daisi.ws.peer.v1.Peer.Deliver:output_type -> daisi.ws.peer.v1.Response
+	5,  // 17: daisi.ws.peer.v1.Peer.CloseSession:output_type -> daisi.ws.peer.v1.CloseSessionResponse
+	15, // [15:18] is the sub-list for method output_type
+	12, // [12:15] is the sub-list for method input_type
 	12, // [12:12] is the sub-list for extension type_name
 	12, // [12:12] is the sub-list for extension extendee
 	0,  // [0:12] is the sub-list for field type_name
@@ -1264,13 +1397,13 @@ func file_peer_proto_init() {
 	if File_peer_proto != nil {
 		return
 	}
-	file_peer_proto_msgTypes[2].OneofWrappers = []any{
+	file_peer_proto_msgTypes[4].OneofWrappers = []any{
 		(*Request_Hello)(nil),
 		(*Request_Proof)(nil),
 		(*Request_Batch)(nil),
 		(*Request_List)(nil),
 	}
-	file_peer_proto_msgTypes[3].OneofWrappers = []any{
+	file_peer_proto_msgTypes[5].OneofWrappers = []any{
 		(*Response_Challenge)(nil),
 		(*Response_Welcome)(nil),
 		(*Response_Answers)(nil),
@@ -1282,7 +1415,7 @@ func file_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_peer_proto_rawDesc), len(file_peer_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
