@@ -227,37 +227,6 @@ func TestDrainSendsTheCrowdAway(t *testing.T) {
 	}
 }
 
-// TestLeftBehindInTheCrowd: a client waits to be let in, goes on to another pod unheard, as one that changes its network, and has its
-// session there. What it left behind does not take the session away when its turn comes.
-func TestLeftBehindInTheCrowd(t *testing.T) {
-	t.Parallel()
-	w := harness.New(t)
-	crowded, other := w.Start("SERVER_UPGRADE_RATE=1"), w.Start()
-	ctx, left := harness.Within(t, 3*harness.Patience), make(chan harness.Answer, 1)
-	const crowd = 65 // 15 wait, a second each
-	for i := range crowd {
-		go crowded.TryDial(ctx, visitor(i)) // ended by ctx
-	}
-	authenticated := func(n float64) {
-		crowded.WaitMetric(func(v float64) bool { return v == n }, "dws_auth_success_total")
-	}
-	authenticated(crowd)
-	ann := harness.User("acme", "desk1", "ann")
-	go func() { // ended by ctx
-		_, a, _ := crowded.TryDial(ctx, ann)
-		left <- a
-	}()
-	authenticated(crowd + 1)
-	c := other.Connect(ann)
-	if a := <-left; a.Response == nil || a.StatusCode != http.StatusServiceUnavailable || !strings.Contains(string(a.Body), "a later socket got the session") {
-		t.Errorf("what was left behind got %+v %s", a.Response, a.Body)
-	}
-	c.WaitEvent(w.Chat("acme", "desk1"))
-	if end := c.Ended(); end != nil {
-		t.Errorf("the live socket has ended: %+v", *end)
-	}
-}
-
 // TestStormAtTheLimit: of those who connect at once as many are served as MAX_CONNECTIONS allows. The others are told to come
 // again, and are let in when somebody has left.
 func TestStormAtTheLimit(t *testing.T) {
