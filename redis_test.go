@@ -188,8 +188,10 @@ func (v *redisServer) applyLocked(cmd redis.Cmder) {
 }
 
 func (v *redisServer) scriptLocked(cmd *redis.Cmd, args []string) {
-	if args[0] == "eval" {
-		args[1] = redis.NewScript(args[1]).Hash()
+	switch script := args[1]; {
+	case script == putSession || script == dropSession:
+	case args[0] == "eval":
+		args[1] = redis.NewScript(script).Hash()
 	}
 	key, arg := args[3], args[4:]
 	cur, held := v.values[key]
@@ -219,7 +221,7 @@ func (v *redisServer) scriptLocked(cmd *redis.Cmd, args []string) {
 			break
 		}
 		v.deleteLocked(key)
-	case putSession.Hash():
+	case putSession:
 		v.log = append(v.log, "put "+key)
 		if cur != arg[0] && cur != arg[1] {
 			cmd.SetVal(cur)
@@ -228,13 +230,11 @@ func (v *redisServer) scriptLocked(cmd *redis.Cmd, args []string) {
 		v.values[key], v.ends[key] = arg[0], time.Now().Add(millis(arg[2]))
 		cmd.SetVal("")
 		return
-	case dropSession.Hash():
+	case dropSession:
 		v.log = append(v.log, "drop "+key)
 		if strings.HasSuffix(cur, "#"+arg[0]) {
 			v.deleteLocked(key)
 		}
-		cmd.SetVal("")
-		return
 	default:
 		v.t.Errorf("unexpected script %v", args)
 	}

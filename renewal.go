@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"slices"
 	"time"
@@ -15,19 +14,19 @@ import (
 
 const sessionBatch = 128 // commands in one pipeline at most
 
-// putSession writes ARGV[1] for ARGV[3] ms where the value is still ARGV[2], ” = none. It returns ” or the value found instead. Like
-// dropSession, it may be sent twice: go-redis does when an answer was lost.
-var putSession = redis.NewScript(`
+// putSession writes ARGV[1] for ARGV[3] ms where the value is still ARGV[2], empty = none. It returns nothing, or the value found. Like
+// dropSession, it may be executed twice: go-redis sends it again when an answer was lost.
+const putSession = `
 local value = redis.call('GET', KEYS[1]) or ''
 if value ~= ARGV[2] and value ~= ARGV[1] then return value end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
-return ''`)
+return ''`
 
 // dropSession deletes the key where its value names the socket ARGV[1], under whatever life.
-var dropSession = redis.NewScript(`
+const dropSession = `
 local value = redis.call('GET', KEYS[1]) or ''
-if string.sub(value, -#ARGV[1] - 1) == '#' .. ARGV[1] then redis.call('DEL', KEYS[1]) end
-return ''`)
+if string.sub(value, -#ARGV[1] - 1) == '#' .. ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0`
 
 // sessionDrop is a release that is still to be sent.
 type sessionDrop struct {
@@ -35,19 +34,12 @@ type sessionDrop struct {
 	until       time.Time // by then the key has expired by itself
 }
 
-// queueDrop makes run delete the key if it names the socket.
-func (s *sessions) queueDrop(key, socket string) {
-	s.mu.Lock()
-	s.drops = append(s.drops, sessionDrop{key, socket, time.Now().Add(s.ttl())})
-	s.mu.Unlock()
-	poke(s.wake)
-}
-
-// reclaim has all sessions renewed at once: Redis is back, or the pod has a new life. lost says that Redis may have lost data, so that
-// a session whose key names another may be the newer one. It does not block.
+// reclaim has all sessions renewed at once: Redis is back, or the pod has a new life. lost says that Redis may have lost data. It does
+// not block.
 func (s *sessions) reclaim(lost bool) {
+	all := s.all()
 	s.mu.Lock()
-	s.sweep = true
+	s.urgent = append(s.urgent, all...)
 	if lost {
 		s.loss = time.Now().Add(s.ttl())
 	}
@@ -65,17 +57,23 @@ func (s *sessions) run(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
-			final, cancel := context.WithTimeout(context.WithoutCancel(ctx), sessionTimeout)
-			defer cancel()
-			s.sendDrops(final)
+			s.sendDrops(context.WithoutCancel(ctx))
 			return
 		case <-s.wake:
 		case <-timer.C:
 		}
 		retry := s.sendDrops(ctx)
-		s.renewAll(ctx, s.takeUrgent())
+		s.mu.Lock()
+		urgent := s.urgent
+		s.urgent = nil
+		s.mu.Unlock()
+		for batch := range slices.Chunk(urgent, sessionBatch) { // what is left comes with its slot, or when Redis is back
+			if s.sendDrops(ctx) || !s.renew(ctx, batch) {
+				break
+			}
+		}
 		if !time.Now().Before(next) {
-			_ = s.renew(ctx, s.inSlot(slot))
+			s.renew(ctx, s.inSlot(slot))
 			slot = (slot + 1) % sessionSlots
 			next = next.Add(s.cfg.Load().SessionRefreshInterval / sessionSlots)
 			if now := time.Now(); next.Before(now) { // no burst after run was held up
@@ -90,125 +88,128 @@ func (s *sessions) run(ctx context.Context) {
 	}
 }
 
-// takeUrgent returns the sessions that are to be renewed at once.
-func (s *sessions) takeUrgent() []*session {
-	s.mu.Lock()
-	sweep, urgent := s.sweep, s.again
-	s.sweep, s.again = false, nil
-	s.mu.Unlock()
-	if sweep {
-		return s.all()
-	}
-	return urgent
-}
-
 // sendDrops sends the queued releases and says whether some have to be tried again. Those whose key has expired are forgotten.
 func (s *sessions) sendDrops(ctx context.Context) (retry bool) {
-	for {
-		s.mu.Lock()
-		now := time.Now()
-		s.drops = slices.DeleteFunc(s.drops, func(d sessionDrop) bool { return d.until.Before(now) })
-		n := min(len(s.drops), sessionBatch)
-		batch := slices.Clone(s.drops[:n])
-		s.drops = slices.Delete(s.drops, 0, n)
-		s.mu.Unlock()
-		if len(batch) == 0 {
-			return false
+	s.mu.Lock()
+	drops := s.drops
+	s.drops = nil
+	s.mu.Unlock()
+	var left []sessionDrop
+	for batch := range slices.Chunk(drops, sessionBatch) {
+		if len(left) == 0 { // else Redis is away
+			batch = s.drop(ctx, batch...)
 		}
-		var failed []sessionDrop
-		for i, r := range s.drop(ctx, batch) {
-			if r.err != nil {
-				failed = append(failed, batch[i])
-			}
-		}
-		if len(failed) > 0 {
-			s.mu.Lock()
-			s.drops = append(failed, s.drops...)
-			s.mu.Unlock()
-			return true
-		}
+		left = append(left, batch...)
 	}
+	if len(left) == 0 {
+		return false
+	}
+	now := time.Now()
+	left = slices.DeleteFunc(left, func(d sessionDrop) bool { return d.until.Before(now) })
+	s.mu.Lock()
+	s.drops = append(left, s.drops...)
+	s.mu.Unlock()
+	return true
 }
 
-// renewAll renews a list of any length, with releases in between, up to the first batch that gets no answer at all. What fails comes
-// again: with its slot, and when Redis is back.
-func (s *sessions) renewAll(ctx context.Context, list []*session) {
-	for batch := range slices.Chunk(list, sessionBatch) {
-		s.sendDrops(ctx)
-		if errors.Is(s.renew(ctx, batch), errUnavailable) {
-			return
+// drop sends releases and returns those that Redis has not answered.
+func (s *sessions) drop(ctx context.Context, drops ...sessionDrop) (left []sessionDrop) {
+	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
+	defer cancel()
+	pipe := s.rdb.Pipeline()
+	cmds := make([]*redis.Cmd, len(drops))
+	for i, d := range drops {
+		cmds[i] = pipe.Eval(ctx, dropSession, []string{sessionKey(d.key)}, d.socket)
+	}
+	_, _ = pipe.Exec(ctx) // each command has its own error
+	for i, cmd := range cmds {
+		if cmd.Err() != nil {
+			s.m.redisErrorsTotal.with("session_release").Inc()
+			left = append(left, drops[i])
 		}
 	}
+	return left
 }
 
 // renew lengthens the lives of the sessions of list that are still to be held. A key that is missing, or names the socket under an
-// older life or a ghost, gets its name back; one that names another begins a dispute. A session that gets no answer stays.
-func (s *sessions) renew(ctx context.Context, list []*session) error {
-	list, ghosts := s.renewable(list)
+// older life, or a ghost, gets its name back; one that names another begins a dispute. A session without an answer stays. answered is
+// false where none had one.
+//
+// It is one plain command per key where a script that compares first costs Redis three. The price: whoever has lost a session lengthens
+// the life of another's key, once.
+func (s *sessions) renew(ctx context.Context, list []*session) (answered bool) {
+	list = s.renewable(list)
 	if len(list) == 0 {
-		return nil
+		return true
 	}
+	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
+	defer cancel()
 	s.m.sessionLockRenewalAttempts.with().Add(len(list))
-	replies := s.extend(ctx, list)
-	var puts []sessionPut
-	for i, r := range replies {
-		own, found := s.holderOf(list[i]), parseHolder(r.value)
-		if r.err == nil && r.value != own.String() && (r.value == "" || found.socket == own.socket || r.value == ghosts[i]) {
-			puts = append(puts, sessionPut{i, list[i].key, own.String(), r.value})
-		}
+	pipe := s.rdb.Pipeline()
+	gets := make([]*redis.StringCmd, len(list))
+	for i, sess := range list {
+		gets[i] = pipe.GetEx(ctx, sessionKey(sess.key), s.ttl())
 	}
-	for n, r := range s.put(ctx, puts) {
-		if r.err == nil && r.value == "" {
-			r.value = puts[n].own
-		}
-		replies[puts[n].i] = r
+	_, _ = pipe.Exec(ctx)
+	pipe = s.rdb.Pipeline()
+	puts := map[*session]*redis.Cmd{}
+	missed, last := 0, error(nil)
+	miss := func(err error) {
+		missed, last = missed+1, err
+		s.m.redisErrorsTotal.with("session_renew").Inc()
+		s.m.sessionLockRenewalFailure.with("redis").Inc()
 	}
-	return s.renewed(list, replies)
-}
-
-// renewable leaves out the sessions that are to go, or have gone since list was made: their release may have been sent. ghosts are
-// the values that are known to name no living socket.
-func (s *sessions) renewable(list []*session) (left []*session, ghosts []string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, sess := range list {
-		if sess.state == held && sess.verdict == nil {
-			left, ghosts = append(left, sess), append(ghosts, sess.ghost)
-		}
-	}
-	return left, ghosts
-}
-
-// renewed acts on the values that the keys of list have now, and returns the error of one that is not known.
-func (s *sessions) renewed(list []*session, replies []sessionReply) error {
-	missed, err := 0, error(nil)
-	for i, r := range replies {
+	for i, sess := range list {
+		value, err := gets[i].Result()
+		own := s.holderOf(sess)
 		switch {
-		case r.err != nil:
-			missed, err = missed+1, r.err
-			s.m.sessionLockRenewalFailure.with("redis").Inc()
-		case parseHolder(r.value).socket != list[i].id:
-			s.dispute(list[i], r.value)
-		default:
+		case err != nil && !errors.Is(err, redis.Nil):
+			miss(err)
+		case value == own.String():
 			s.m.sessionLockRenewalSuccess.with().Inc()
+		case value == "" || parseHolder(value).socket == sess.id || s.isGhost(sess, value):
+			puts[sess] = pipe.Eval(ctx, putSession, []string{sessionKey(sess.key)}, own.String(), value, s.ttl().Milliseconds())
+		default:
+			s.dispute(sess, value)
 		}
 	}
-	if missed == len(list) {
-		err = fmt.Errorf("%w: %w", errUnavailable, err)
+	if len(puts) > 0 {
+		_, _ = pipe.Exec(ctx)
+	}
+	for sess, put := range puts {
+		switch value, err := put.Text(); {
+		case err != nil:
+			miss(err)
+		case value == "":
+			s.m.sessionLockRenewalSuccess.with().Inc()
+		default:
+			s.dispute(sess, value)
+		}
 	}
 	switch {
 	case missed == len(list) && !s.away:
 		s.away = true
-		slog.Warn("sessions cannot be renewed, their sockets stay", "err", err)
+		slog.Warn("sessions cannot be renewed, their sockets stay", "err", last)
 	case missed == 0 && s.away:
 		s.away = false
 		slog.Info("sessions are renewed again")
 		s.reclaim(false)
 	}
-	if err != nil {
-		return fmt.Errorf("renew %d of %d sessions: %w", missed, len(list), err)
-	}
-	return nil
+	return missed < len(list)
+}
+
+// renewable leaves out the sessions that are to go, or have gone since list was made: their release may have been sent.
+func (s *sessions) renewable(list []*session) []*session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.DeleteFunc(list, func(sess *session) bool { return sess.state != held || sess.verdict != nil })
+}
+
+// isGhost says whether a dispute has shown that the value names no living socket.
+func (s *sessions) isGhost(sess *session, value string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return sess.ghost == value
 }
 
 // dispute asks the pod that a session's key names whether it has that socket. If it has, or does not say, this one's is closed. If
@@ -229,7 +230,7 @@ func (s *sessions) dispute(sess *session, value string) {
 		ghost := !found && (err == nil || errors.Is(err, errDead))
 		if ghost {
 			sess.ghost = value
-			s.again = append(s.again, sess)
+			s.urgent = append(s.urgent, sess)
 		}
 		code := 4402
 		if time.Now().Before(s.loss) {
@@ -243,92 +244,4 @@ func (s *sessions) dispute(sess *session, value string) {
 		s.m.sessionLockRenewalFailure.with("lost").Inc()
 		sess.close(code, "session-lost")
 	})
-}
-
-// sessionReply is the answer to one of a batch.
-type sessionReply struct {
-	value string // of the key, "" where it is missing (extend) or now the caller's (put)
-	err   error
-}
-
-// extend lengthens the lives of keys by one TTL and returns their values. It is one plain command per key where a script that
-// compares first costs Redis three. The price: whoever has lost a session lengthens the life of another's key, once.
-func (s *sessions) extend(ctx context.Context, list []*session) []sessionReply {
-	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
-	defer cancel()
-	pipe := s.rdb.Pipeline()
-	cmds := make([]*redis.StringCmd, len(list))
-	for i, sess := range list {
-		cmds[i] = pipe.GetEx(ctx, sessionKey(sess.key), s.ttl())
-	}
-	_, _ = pipe.Exec(ctx) // each command has its own error
-	replies := make([]sessionReply, len(list))
-	for i, cmd := range cmds {
-		replies[i].value, replies[i].err = cmd.Result()
-		if errors.Is(replies[i].err, redis.Nil) {
-			replies[i].err = nil
-		}
-	}
-	return s.counted("session_renew", replies)
-}
-
-// sessionPut is a name to be put where the key has the value found.
-type sessionPut struct {
-	i               int // in the list that is renewed
-	key, own, found string
-}
-
-func (s *sessions) put(ctx context.Context, puts []sessionPut) []sessionReply {
-	return s.counted("session_renew", s.batch(ctx, putSession, len(puts), func(i int) (key string, args []any) {
-		return puts[i].key, []any{puts[i].own, puts[i].found, s.ttl().Milliseconds()}
-	}))
-}
-
-func (s *sessions) drop(ctx context.Context, drops []sessionDrop) []sessionReply {
-	return s.counted("session_release", s.batch(ctx, dropSession, len(drops), func(i int) (key string, args []any) {
-		return drops[i].key, []any{drops[i].socket}
-	}))
-}
-
-// batch sends script n times in one pipeline. A server that does not have the script (it restarted, or is another node of a cluster)
-// gets its source in a second one: inside a pipeline nobody else does that.
-func (s *sessions) batch(ctx context.Context, script *redis.Script, n int, at func(i int) (key string, args []any)) []sessionReply {
-	if n == 0 {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
-	defer cancel()
-	cmds := make([]*redis.Cmd, n)
-	pipe := s.rdb.Pipeline()
-	for i := range cmds {
-		key, args := at(i)
-		cmds[i] = script.EvalSha(ctx, pipe, []string{sessionKey(key)}, args...)
-	}
-	_, _ = pipe.Exec(ctx)
-	pipe = s.rdb.Pipeline()
-	for i := range cmds {
-		if redis.HasErrorPrefix(cmds[i].Err(), "NOSCRIPT") {
-			key, args := at(i)
-			cmds[i] = script.Eval(ctx, pipe, []string{sessionKey(key)}, args...)
-		}
-	}
-	if pipe.Len() > 0 {
-		_, _ = pipe.Exec(ctx)
-	}
-	replies := make([]sessionReply, n)
-	for i, cmd := range cmds {
-		replies[i].err = cmd.Err()
-		replies[i].value, _ = cmd.Val().(string)
-	}
-	return replies
-}
-
-// counted counts the errors of replies.
-func (s *sessions) counted(op string, replies []sessionReply) []sessionReply {
-	for _, r := range replies {
-		if r.err != nil {
-			s.m.redisErrorsTotal.with(op).Inc()
-		}
-	}
-	return replies
 }

@@ -49,18 +49,17 @@ type sessions struct {
 	lease *lease
 	peers *peers
 	seed  maphash.Seed
-	wake  chan struct{} // capacity 1; tells run of drops, again or sweep; never closed
+	wake  chan struct{} // capacity 1; tells run of drops and urgent; never closed
 
 	away     bool           // owned by run: its last batch got no answer
 	disputes sync.WaitGroup // owned by run
 
-	mu    sync.Mutex                        // guards all below, and the sessions' fields that say so
-	live  [sessionSlots]map[string]*session // by id, until they are released
-	drops []sessionDrop                     // releases to be sent, in order
-	again []*session                        // to be renewed at once
-	sweep bool                              // all are to be renewed at once
-	loss  time.Time                         // until then what Redis says may be from before it lost data
-	owing map[member]time.Time              // since when a pod owes its first answer
+	mu     sync.Mutex                        // guards all below, and the sessions' fields that say so
+	live   [sessionSlots]map[string]*session // by id, until they are released
+	drops  []sessionDrop                     // releases to be sent, in order
+	urgent []*session                        // to be renewed at once
+	loss   time.Time                         // until then what Redis says may be from before it lost data
+	owing  map[member]time.Time              // since when a pod owes an answer
 }
 
 // session is the exclusive right of one socket of this pod to be (company, agent, user), or an admin.
@@ -362,7 +361,7 @@ func (s *sessions) revoke(ctx context.Context, key string) (found bool, err erro
 	found, err = s.ask(h, q)
 	switch {
 	case errors.Is(err, errDead):
-		s.drop(ctx, []sessionDrop{{key: key, socket: h.socket}})
+		s.drop(ctx, sessionDrop{key: key, socket: h.socket})
 		return true, nil
 	case err != nil:
 		return true, fmt.Errorf("%w: pod %s, which has the session %s, does not answer: %w", errUnavailable, h.pod, key, err)
@@ -418,9 +417,14 @@ func (sess *session) close(code int, reason string) {
 
 // release queues the release of the key, behind any renewal under way. It does not block; the first call counts.
 func (sess *session) release() {
-	if sess.leave(released) {
-		sess.set.queueDrop(sess.key, sess.id)
+	s := sess.set
+	if !sess.leave(released) {
+		return
 	}
+	s.mu.Lock()
+	s.drops = append(s.drops, sessionDrop{sess.key, sess.id, time.Now().Add(s.ttl())})
+	s.mu.Unlock()
+	poke(s.wake)
 }
 
 // leave ends the session, unless it has ended.
