@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"slices"
 	"time"
 
@@ -37,7 +38,7 @@ type sessionDrop struct {
 // reclaim has all sessions renewed at once: Redis is back, or the pod has a new life. lost says that Redis may have lost data. It does
 // not block.
 func (s *sessions) reclaim(lost bool) {
-	all := s.all()
+	all := s.list(func(*session) bool { return true })
 	s.mu.Lock()
 	s.urgent = append(s.urgent, all...)
 	if lost {
@@ -73,7 +74,10 @@ func (s *sessions) run(ctx context.Context) {
 			}
 		}
 		if !time.Now().Before(next) {
-			s.renew(ctx, s.inSlot(slot))
+			s.mu.Lock()
+			due := slices.Collect(maps.Values(s.live[slot]))
+			s.mu.Unlock()
+			s.renew(ctx, due)
 			slot = (slot + 1) % sessionSlots
 			next = next.Add(s.cfg.Load().SessionRefreshInterval / sessionSlots)
 			if now := time.Now(); next.Before(now) { // no burst after run was held up

@@ -8,6 +8,7 @@ import (
 	"hash/maphash"
 	"log/slog"
 	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -69,12 +70,11 @@ type session struct {
 	userType string
 	set      *sessions
 
-	// owned by swap and await
-	old  string // the value that was swapped out
 	life string // of this pod when the swap was sent
 
 	// guarded by set.mu
 	state   sessionState
+	old     string          // the value that was swapped out; empty in the end
 	verdict *sessionVerdict // the first one; such a session is renewed no more
 	kill    func(code int, reason string)
 	changed chan struct{} // closed when the state changes; nil while nobody waits for that
@@ -85,10 +85,11 @@ type session struct {
 type sessionState uint8
 
 const (
-	pending  sessionState = iota // its swap, or the close of the socket before it, is under way
-	held                         // renewed
-	released                     // nothing more is written to its socket
-	unheard                      // released, and whether it had the session is not known
+	swapping sessionState = iota
+	waiting               // the close of the socket before it is under way
+	held                  // renewed
+	released              // nothing more is written to its socket
+	unheard               // released, and whether it had the session is not known
 )
 
 type sessionVerdict struct {
@@ -157,9 +158,13 @@ func (s *sessions) swap(key, userType string) (*session, error) {
 		sess.leave(unheard)
 		return nil, fmt.Errorf("open session %s: %w: %w", key, errUnavailable, err)
 	}
-	if sess.old = old; old != "" {
+	if old != "" {
 		s.m.sessionConflictsTotal.with(userType).Inc()
 	}
+	s.mu.Lock()
+	sess.old = old
+	sess.setLocked(waiting)
+	s.mu.Unlock()
 	return sess, nil
 }
 
@@ -173,9 +178,9 @@ func (sess *session) await() {
 	s := sess.set
 	if sess.old != "" {
 		s.closeBefore(sess)
-		sess.old = ""
 	}
 	s.mu.Lock()
+	sess.old = ""
 	replaced := sess.verdict != nil
 	if !replaced {
 		sess.setLocked(held)
@@ -309,21 +314,37 @@ func (s *sessions) closeHere(ctx context.Context, q *peerpb.CloseSessionRequest)
 	return state == released, err
 }
 
-// closeOthers closes the sockets of q's key but for q's own, and for the one that Redis names: that came later.
+// closeOthers closes the sockets of q's key but for three: q's own, the one that Redis names, and the one that waits for q's. It reads
+// the key when it is known of all swaps under way whether they were executed: so whom Redis does not name came before q's, or was
+// replaced since.
 func (s *sessions) closeOthers(ctx context.Context, q *peerpb.CloseSessionRequest) (found bool, err error) {
+	others := s.list(func(sess *session) bool { return sess.key == q.GetKey() && sess.id != q.GetSocket() })
+	if len(others) == 0 {
+		return false, nil
+	}
+	for _, sess := range others {
+		if _, err := sess.wait(ctx, waiting); err != nil {
+			return false, err
+		}
+	}
 	value, err := s.read(ctx, q.GetKey())
-	if err != nil {
+	if err != nil || value == "" {
 		return false, err
 	}
-	named := parseHolder(value).socket
-	for _, sess := range s.all() {
-		if sess.key == q.GetKey() && sess.id != q.GetSocket() && sess.id != named {
-			sess.close(int(q.GetCode()), q.GetReason())
-			if _, err := sess.wait(ctx, released); err != nil {
-				return true, err
-			}
-			found = true
+	others = slices.DeleteFunc(others, func(sess *session) bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return sess.id == parseHolder(value).socket || parseHolder(sess.old).socket == q.GetSocket()
+	})
+	for _, sess := range others {
+		sess.close(int(q.GetCode()), q.GetReason())
+	}
+	for _, sess := range others {
+		state, err := sess.wait(ctx, released)
+		if err != nil {
+			return found, err
 		}
+		found = found || state == released
 	}
 	return found, nil
 }
@@ -396,7 +417,7 @@ func (sess *session) bind(kill func(code int, reason string)) {
 	}
 }
 
-// close passes a verdict on the session; the first one counts. A session that is pending stays so until its await has ended, a held one
+// close passes a verdict on the session; the first one counts. A session that waits does so until await has ended, a held one lasts
 // until its socket has called release.
 func (sess *session) close(code int, reason string) {
 	sess.set.mu.Lock()
@@ -407,7 +428,7 @@ func (sess *session) close(code int, reason string) {
 	state, kill := sess.state, sess.kill
 	sess.set.mu.Unlock()
 	switch { // not under the lock: kill may call release
-	case !first || state == pending:
+	case !first || state < held:
 	case kill == nil:
 		sess.release()
 	default:
@@ -453,23 +474,15 @@ func (s *sessions) slotLocked(id string) map[string]*session {
 	return s.live[maphash.String(s.seed, id)%sessionSlots]
 }
 
-// all lists the held sessions, slot by slot.
-func (s *sessions) all() []*session {
-	var list []*session
-	for i := range sessionSlots {
-		list = append(list, s.inSlot(i)...)
-	}
-	return list
-}
-
-// inSlot lists the held sessions of one slot.
-func (s *sessions) inSlot(i int) []*session {
+// list lists the sessions for which want says so, slot by slot.
+func (s *sessions) list(want func(*session) bool) (list []*session) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	list := make([]*session, 0, len(s.live[i]))
-	for _, sess := range s.live[i] {
-		if sess.state == held {
-			list = append(list, sess)
+	for _, slot := range s.live {
+		for _, sess := range slot {
+			if want(sess) {
+				list = append(list, sess)
+			}
 		}
 	}
 	return list

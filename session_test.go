@@ -270,7 +270,7 @@ func TestSessionLastOfSeveralWins(t *testing.T) {
 				wg.Go(func() {
 					time.Sleep(soon(30))
 					sockets[i] = c.pods[i%3].open("c:a:u")
-					if state, err := first.wait(t.Context(), pending); state != released || err != nil {
+					if state, err := first.wait(t.Context(), swapping); state != released || err != nil {
 						t.Errorf("a newcomer is live before the first has gone: %d, %v", state, err)
 					}
 				})
@@ -465,7 +465,7 @@ func TestSessionUnavailable(t *testing.T) {
 		if _, err := c.pods[0].swap("c:a:u", "user"); !errors.Is(err, errUnavailable) {
 			t.Fatalf("without a lease: %v, want errUnavailable", err)
 		}
-		if n := len(c.pods[0].all()); n != 0 {
+		if n := len(c.pods[0].list(func(*session) bool { return true })); n != 0 {
 			t.Errorf("%d sessions left behind", n)
 		}
 	})
