@@ -176,14 +176,15 @@ func (s *sessions) ttl() time.Duration { return s.cfg.Load().SessionTTL }
 // read an HTTP status.
 func (sess *session) await() {
 	s := sess.set
-	if sess.old != "" {
-		s.closeBefore(sess)
-	}
+	sure := sess.old == "" || s.closeBefore(sess)
 	s.mu.Lock()
 	sess.old = ""
 	replaced := sess.verdict != nil
 	if !replaced {
 		sess.setLocked(held)
+		if !sure {
+			s.urgent = append(s.urgent, sess)
+		}
 	}
 	s.mu.Unlock()
 	if replaced {
@@ -192,6 +193,7 @@ func (sess *session) await() {
 		return
 	}
 	s.m.sessionLockSuccessTotal.with().Inc()
+	poke(s.wake)
 	// 1. The swap was sent with the old life. 2. The pod takes a new one, all held sessions are moved to it.
 	// 3. This one is held only now: it missed the move.
 	if s.lease.life() != sess.life {
@@ -199,8 +201,9 @@ func (sess *session) await() {
 	}
 }
 
-// closeBefore closes the socket whose value sess has swapped out.
-func (s *sessions) closeBefore(sess *session) {
+// closeBefore closes the socket whose value sess has swapped out. It says false where there was no such socket: then others were to be
+// closed, and the key may hide a later newcomer.
+func (s *sessions) closeBefore(sess *session) (sure bool) {
 	h := parseHolder(sess.old)
 	q := &peerpb.CloseSessionRequest{Key: sess.key, Socket: h.socket, Code: 4402, Reason: "session-replaced"}
 	var found bool
@@ -215,7 +218,9 @@ func (s *sessions) closeBefore(sess *session) {
 	case !found:
 		q.Socket, q.Others = sess.id, true
 		s.askEveryone(q)
+		return false
 	}
+	return true
 }
 
 // ask sends q to the pod of h, and says whether it has, or had, that socket. The error is errDead where that pod's life has ended.
@@ -436,16 +441,20 @@ func (sess *session) close(code int, reason string) {
 	}
 }
 
-// release queues the release of the key, behind any renewal under way. It does not block; the first call counts.
+// release queues the release of the key, behind any renewal under way, unless another socket has taken it. It does not block; the first
+// call counts.
 func (sess *session) release() {
 	s := sess.set
 	if !sess.leave(released) {
 		return
 	}
 	s.mu.Lock()
-	s.drops = append(s.drops, sessionDrop{sess.key, sess.id, time.Now().Add(s.ttl())})
-	s.mu.Unlock()
-	poke(s.wake)
+	defer s.mu.Unlock()
+	// A name that was put back meanwhile stays: whoever swaps it out asks for the one that has taken the session.
+	if sess.verdict == nil || sess.verdict.code == closeForbidden {
+		s.drops = append(s.drops, sessionDrop{sess.key, sess.id, time.Now().Add(s.ttl())})
+		poke(s.wake)
+	}
 }
 
 // leave ends the session, unless it has ended.

@@ -90,7 +90,7 @@ func checkDesign(out io.Writer, w world, states int, seed uint64, deadline time.
 			return r, r.violation()
 		}
 	}
-	all := sessionWorld{maxSockets, maxSessionPods, 4, ""}
+	all := sessionWorld{maxSockets, maxSessionPods, 2, ""}
 	sessions := walk(all.model(), seed, 100, time.Now().Add(time.Until(deadline)/12))
 	fmt.Fprintf(out, "walked, seed %d, %v: %d walks, %d steps\n", seed, all, sessions.walks, sessions.steps)
 	if sessions.promise != "" {

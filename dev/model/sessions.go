@@ -50,7 +50,7 @@ type sessionState struct {
 	dead    [maxSessionPods]bool
 	faults  uint8
 	faulty  bool // something happened that two live sockets are excused for, until they are renewed
-	lossy   bool // Redis has lost a swap, or somebody the answer to one
+	lossy   bool // a swap or its answer was lost
 }
 
 type sessionWorld struct {
@@ -90,8 +90,21 @@ func (w sessionWorld) model() model[sessionState] {
 	}, w.broken}
 }
 
-// end closes the socket, or its wait.
-func (s *sessionState) end(i uint8) { s.sockets[i].phase, s.sockets[i].releasing = over, true }
+// end closes the socket, or its wait, for another's sake: the key is that one's.
+func (s *sessionState) end(i uint8) { s.sockets[i].phase = over }
+
+// leave ends the socket for its own client's sake.
+func (s *sessionState) leave(i uint8) { s.sockets[i].phase, s.sockets[i].releasing = over, true }
+
+// excuse notes that a socket was closed that Redis does not name. Once something was lost, it may be the last one: its client comes back.
+func (s *sessionState) excuse(i uint8) {
+	if s.lossy && s.last == i {
+		s.last = 0
+	}
+}
+
+// lose notes that an answer was lost. One such loss is made good; a second one may meet the first.
+func (s *sessionState) lose() { s.lossy, s.faulty = true, s.faulty || s.lossy }
 
 // progress adds the steps that pods take by themselves until all is at rest.
 func (w sessionWorld) progress(x *steps[sessionState]) {
@@ -120,9 +133,12 @@ func (w sessionWorld) progress(x *steps[sessionState]) {
 		case confirming:
 			w.confirm(x, i)
 		case clear_:
-			if k.left || k.replaced && w.mutant != goesOnThoughGone {
-				x.step("socket %d was replaced or has left, and ends", i).end(i)
-			} else {
+			switch {
+			case k.replaced && w.mutant != goesOnThoughGone:
+				x.step("socket %d was replaced, and ends", i).end(i)
+			case k.left:
+				x.step("socket %d has no client any more, and ends", i).leave(i)
+			default:
 				x.step("socket %d is live", i).sockets[i].phase = alive
 			}
 		case alive:
@@ -170,8 +186,8 @@ func (w sessionWorld) ask(x *steps[sessionState], i uint8) {
 }
 
 // confirm asks the pods that have not been asked yet for other sockets. Each waits until it knows of every swap of its sockets whether it
-// was executed, and then reads the key: what Redis does not name came before, or was replaced since. Whom i itself is in the way of is
-// left out, since that one waits for i.
+// was executed, and then reads the key: whom Redis does not name came before, or was replaced since. If Redis names nobody, nobody is
+// closed. Whoever waits for i is left out.
 func (w sessionWorld) confirm(x *steps[sessionState], i uint8) {
 	s := &x.from
 	k := &s.sockets[i]
@@ -186,20 +202,27 @@ func (w sessionWorld) confirm(x *steps[sessionState], i uint8) {
 		}
 		t := x.step("pod %d closes what has not the session, for socket %d", p, i)
 		t.sockets[i].asked[p] = true
-		for j := uint8(1); j <= w.sockets && !s.dead[p]; j++ {
+		for j := uint8(1); j <= w.sockets && !s.dead[p] && s.key != 0; j++ {
 			o := &s.sockets[j]
 			switch {
 			case o.pod != p || j == i || j == s.key && w.mutant != closesTheLatest || o.phase == absent || o.phase == over:
 			case o.phase == alive:
 				t.end(j)
+				t.excuse(j)
 			case o.before != i && w.mutant != onlyTheLive:
 				t.sockets[j].replaced = true
 				t.sockets[i].waitsFor |= 1 << j
+				t.excuse(j)
 			}
 		}
 	}
 	for j := range s.sockets {
-		done = done && (k.waitsFor&(1<<j) == 0 || s.sockets[j].phase == over)
+		o := &s.sockets[j]
+		if k.waitsFor&(1<<j) != 0 && s.faulty && o.phase != over { // they may wait for each other
+			t := x.step("socket %d does not wait for socket %d any longer", i, j)
+			t.sockets[i].waitsFor &^= 1 << j
+		}
+		done = done && (k.waitsFor&(1<<j) == 0 || o.phase == over)
 	}
 	if done {
 		t := x.step("all pods have answered socket %d", i)
@@ -223,14 +246,17 @@ func (w sessionWorld) renew(x *steps[sessionState], i uint8) {
 	o := &s.sockets[s.key]
 	switch {
 	case s.key == i:
-	case s.key == 0:
+	case s.key == 0, w.mutant == putBack:
 		x.step("socket %d sets its name again", i).key = i
-	case w.mutant == putBack:
-		x.step("socket %d puts its name back", i).key = i
 	case w.mutant == notAsked || !s.dead[o.pod] && o.phase == alive:
-		x.step("socket %d finds another's name", i).end(i)
+		t := x.step("socket %d finds another's name", i)
+		t.end(i)
+		if o.phase == alive {
+			t.excuse(i)
+		}
 	case s.dead[o.pod] || o.phase == over:
-		x.step("socket %d finds the name of no socket", i).key = i
+		t := x.step("socket %d replaces the name of no socket", i)
+		t.key, t.faulty = i, true // another one may have swapped out this one's, and wait
 	} // else the other one waits, and the answer with it
 }
 
@@ -250,7 +276,7 @@ func (w sessionWorld) others(x *steps[sessionState]) {
 		if k.phase >= registered && k.phase <= alive && !k.left {
 			t := x.rare("the client of socket %d leaves", i)
 			if t.sockets[i].left = true; k.phase == alive || w.mutant == abandoned && k.phase > registered {
-				t.end(i)
+				t.leave(i)
 			}
 		}
 		if k.flying {
@@ -275,14 +301,15 @@ func (w sessionWorld) fail(x *steps[sessionState]) {
 		case registered:
 			t := fault("FAULT: the swap of socket %d is executed, its answer is lost", i)
 			t.sockets[i].phase, t.sockets[i].unheard, t.sockets[i].left = over, true, true
-			t.earlier, t.key, t.lossy = t.key, i, true
+			t.earlier, t.key = t.key, i
+			t.lose()
 			t = fault("FAULT: the swap of socket %d gets no answer, and may be executed late", i)
 			t.sockets[i].phase, t.sockets[i].unheard, t.sockets[i].left, t.sockets[i].flying = over, true, true, true
-			t.lossy = true
+			t.lose()
 		case swapped:
 			t := fault("FAULT: socket %d, which others know, loses the answer to its swap", i)
 			t.sockets[i].phase, t.sockets[i].unheard, t.sockets[i].left = over, true, true
-			t.lossy = true
+			t.lose()
 		case asking, awaiting, confirming:
 			t := fault("FAULT: a pod that socket %d asks is silent: it goes on", i)
 			t.sockets[i].phase, t.faulty = clear_, true
@@ -333,7 +360,7 @@ func (w sessionWorld) broken(s *sessionState) string {
 	switch last := &s.sockets[s.last]; {
 	case live > 1:
 		return "two sockets are live, and all renewals are done"
-	case s.last != 0 && !last.left && last.phase != alive && !(s.lossy && live == 1):
+	case s.last != 0 && !last.left && last.phase != alive:
 		return fmt.Sprintf("socket %d was the last to swap, and is not live", s.last)
 	}
 	return ""
