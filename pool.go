@@ -350,6 +350,10 @@ func (p *peers) closeSession(ctx context.Context, o owner, ask *peerpb.CloseSess
 		if status.Code(err) != codes.Unavailable && status.Code(err) != codes.Canceled {
 			break
 		}
+		select { // the link is about to end: it is not to be borrowed again
+		case <-l.ctx.Done():
+		case <-ctx.Done():
+		}
 	}
 	return answer, err
 }
