@@ -112,8 +112,6 @@ func newLease(cfg *settings, rdb redis.UniversalClient, m *Metrics) *lease {
 	return l
 }
 
-func (l *lease) podID() string { return l.pod }
-
 // life is this pod's present one, "" before the first.
 func (l *lease) life() string { return l.self.Load().life }
 
