@@ -2,10 +2,8 @@ package main
 
 import (
 	"bufio"
-	"context"
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,12 +13,12 @@ import (
 	"time"
 )
 
-// newAdmittingServer has a hub whose sockets are never served: acquire never gives a session away.
-func newAdmittingServer(acquire func(context.Context, string, string, time.Time) (*session, error), change func(*Config)) *server {
+// newAdmittingServer has a hub whose sockets are never served: swap never gives a session away.
+func newAdmittingServer(swap func(key, userType string) (*session, error), change func(*Config)) *server {
 	s := newTestServer(change)
 	s.hub = newHub(s.cfg, s.m, nil, nil, s.auth)
 	s.available = func() bool { return true }
-	s.acquire = acquire
+	s.swap = swap
 	return s
 }
 
@@ -36,7 +34,9 @@ func crowded(t *testing.T, s *server, d time.Duration) {
 	})
 }
 
-func conflict(context.Context, string, string, time.Time) (*session, error) { return nil, errConflict }
+func refused(string, string) (*session, error) { return nil, errUnavailable }
+
+const notAcquired = `{"code":"Unavailable","message":"session could not be acquired"}`
 
 // dialUpgrade sends an upgrade over a connection of its own and returns the answer, what follows it, and the end of both.
 func dialUpgrade(t *testing.T, addr net.Addr, target string, headers ...string) (*http.Response, *bufio.Reader) {
@@ -72,8 +72,8 @@ func readUpgrade(t *testing.T, conn net.Conn) (*http.Response, *bufio.Reader) {
 func TestAdmission(t *testing.T) {
 	const target = "/ws/acme/a-1?x-api-key=general-1&token=" + userVector
 	acquired := 0
-	failing := func(err error) func(context.Context, string, string, time.Time) (*session, error) {
-		return func(_ context.Context, key, userType string, _ time.Time) (*session, error) {
+	failing := func(err error) func(key, userType string) (*session, error) {
+		return func(key, userType string) (*session, error) {
 			acquired++
 			if key != "acme:a-1:u@x" || userType != "user" {
 				t.Errorf("asked for session %q of type %q", key, userType)
@@ -90,9 +90,7 @@ func TestAdmission(t *testing.T) {
 		close   int
 		asked   int // times that the session was asked for, over two attempts
 	}{
-		{"conflict", errConflict, nil, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`, 4402, 2},
-		{"redis silent", errUnavailable, nil, 503, `{"code":"Unavailable","message":"session could not be acquired"}`, 1013, 2},
-		{"other error", errors.New("boom"), nil, 503, `{"code":"Unavailable","message":"session could not be acquired"}`, 1013, 2},
+		{"redis silent", errUnavailable, nil, 503, notAcquired, 1013, 2},
 		{"redis away", nil, func(s *server) { s.available = func() bool { return false } }, 503, `{"code":"Unavailable","message":"redis is away"}`, 1013, 0},
 		{"nats away", nil, func(s *server) {
 			s.ready = func() (map[string]string, bool) { return map[string]string{"nats": "disconnected"}, false }
@@ -131,7 +129,7 @@ func TestAdmission(t *testing.T) {
 func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 	const limit = 200 * time.Millisecond
 	const target = "/ws/acme/a-1?x-api-key=general-1&token=" + userVector
-	s := newAdmittingServer(conflict, func(c *Config) {
+	s := newAdmittingServer(refused, func(c *Config) {
 		c.ServerReadTimeout, c.ServerWriteTimeout, c.ServerMaxConnections = limit, limit, 1
 	})
 	addr := startServer(t, s)
@@ -151,7 +149,7 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 	begin := time.Now()
 	crowded(t, s, 7*limit/2)
 	r, _ := dialUpgrade(t, addr, target)
-	wantAnswer(t, r, 409, `{"code":"SessionConflict","message":"session is fought over by other sockets"}`)
+	wantAnswer(t, r, 503, notAcquired)
 	if took := time.Since(begin); took < 3*limit {
 		t.Fatalf("it waited for %v, no longer than the time-outs", took)
 	}
@@ -175,14 +173,13 @@ func TestUpgradeOutwaitsTimeouts(t *testing.T) {
 func TestLookedAtAgain(t *testing.T) {
 	const wait = 3 * time.Second // for a turn
 	unavailable := func(why string) string { return `{"code":"Unavailable","message":"` + why + `"}` }
-	const conflict = `{"code":"SessionConflict","message":"session is fought over by other sockets"}`
 	for _, c := range []struct {
 		name    string
 		prepare func(s *server, gone func() bool) // gone: half of the wait is over
 		status  int
 		body    string
 	}{
-		{"nothing", nil, 409, conflict},
+		{"nothing", nil, 503, notAcquired},
 		{"the token expires", nil, 403, `{"code":"InvalidToken","message":"token has expired"}`},
 		{"NATS goes", func(s *server, gone func() bool) {
 			s.ready = func() (map[string]string, bool) {
@@ -196,9 +193,9 @@ func TestLookedAtAgain(t *testing.T) {
 			t.Parallel()
 			asked := make(chan string, 10)
 			begin, token := time.Now(), userVector
-			s := newAdmittingServer(func(_ context.Context, key, _ string, _ time.Time) (*session, error) {
+			s := newAdmittingServer(func(key, _ string) (*session, error) {
 				asked <- key
-				return nil, errConflict
+				return nil, errUnavailable
 			}, nil)
 			if c.name == "the token expires" {
 				var minted struct{ Token string }
@@ -214,7 +211,7 @@ func TestLookedAtAgain(t *testing.T) {
 			}
 			r, _ := dialUpgrade(t, startServer(t, s), "/ws/acme/a-1?x-api-key=general-1&token="+token)
 			wantAnswer(t, r, c.status, c.body)
-			if got, want := len(asked), map[bool]int{true: 1}[c.status == 409]; got != want {
+			if got, want := len(asked), map[bool]int{true: 1}[c.body == notAcquired]; got != want {
 				t.Errorf("the session was asked for %d times, want %d", got, want)
 			}
 		})
@@ -244,7 +241,7 @@ func wantClosed(t *testing.T, r *http.Response, br *bufio.Reader, code int) {
 }
 
 func TestErrorsClose(t *testing.T) {
-	s := newAdmittingServer(conflict, nil)
+	s := newAdmittingServer(refused, nil)
 	addr := startServer(t, s)
 	for _, c := range []struct {
 		target  string
@@ -278,7 +275,7 @@ func TestErrorsClose(t *testing.T) {
 
 func TestPanicGivesThePlaceBack(t *testing.T) {
 	captureLog(t)
-	s := newAdmittingServer(func(context.Context, string, string, time.Time) (*session, error) { panic("boom") }, func(c *Config) { c.ServerMaxConnections = 1 })
+	s := newAdmittingServer(func(string, string) (*session, error) { panic("boom") }, func(c *Config) { c.ServerMaxConnections = 1 })
 	addr := startServer(t, s)
 	for range 2 {
 		r, _ := dialUpgrade(t, addr, "/ws/acme/a-1?x-api-key=general-1&token="+userVector)

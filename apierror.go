@@ -42,10 +42,6 @@ func tokenExpired() *apiError {
 	return e
 }
 
-func sessionConflict() *apiError {
-	return &apiError{Code: "SessionConflict", Message: "session is fought over by other sockets", status: 409, close: 4402, reason: "session-conflict"}
-}
-
 // sessionReplaced is for who waits to be let in when a later newcomer to the same session does.
 func sessionReplaced() *apiError {
 	return &apiError{Code: "SessionConflict", Message: "a later socket waits for the session", status: 409, close: 4402, reason: "session-replaced", shown: true}

@@ -93,7 +93,7 @@ func (b *beat) once(ctx context.Context) error {
 	}
 	b.tellPool()
 	if r.overlooked || r.back {
-		b.sessions.reclaim()
+		b.sessions.reclaim(r.another)
 	}
 	switch {
 	case b.owed:

@@ -201,6 +201,11 @@ func TestOverlooked(t *testing.T) {
 		w.beats()
 		c := w.user("ann", "")
 		w.write(c, "ready")
+		sess, err := w.beat.sessions.swap("acme:ann:u", "user")
+		if err != nil {
+			t.Fatal(err)
+		}
+		sess.await()
 		before := w.lease.life()
 		time.Sleep(7 * time.Second)
 		w.polled(20)
@@ -221,7 +226,7 @@ func TestOverlooked(t *testing.T) {
 		if life := w.lease.life(); life == before || !claimed || !strings.HasPrefix(w.owners.claims[ann].name, "pod-1#"+life+"#") || !slices.Contains(w.v.members(ann.key()), w.owners.claims[ann].name) {
 			t.Errorf("life %s after %s, the claim is %s of %v", life, before, w.owners.claims[ann].name, w.v.members(ann.key()))
 		}
-		if !w.beat.sessions.sweep {
+		if len(w.beat.sessions.urgent) != 1 {
 			t.Error("its sessions are not confirmed")
 		}
 		w.beats()

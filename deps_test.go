@@ -16,12 +16,12 @@ import (
 // only these files to read. Tests may use what the file that they test may.
 var rooms = map[string][]string{
 	"github.com/nats-io/nats.go":         {"consumer.go", "durable.go", "replay.go", "router.go", "stream.go", "verdict.go"},
-	"github.com/redis/go-redis/v9":       {"auth.go", "lease.go", "lock.go", "main.go", "owner.go", "redis.go", "session.go"},
+	"github.com/redis/go-redis/v9":       {"auth.go", "lease.go", "main.go", "owner.go", "redis.go", "renewal.go", "session.go"},
 	"google.golang.org/grpc":             {"link.go", "peer.go", "pool.go", "trust.go"},
 	"golang.org/x/net/websocket":         {"inbound.go", "upgrade.go"},
 	"golang.org/x/net/idna":              {"origin.go"},
 	"github.com/VictoriaMetrics/metrics": {"hub.go", "metrics.go", "peer.go", "pool.go"},
-	"daisi-ws-service/proto":             {"link.go", "peer.go", "pool.go", "roster.go", "trust.go"},
+	"daisi-ws-service/proto":             {"link.go", "peer.go", "pool.go", "renewal.go", "roster.go", "session.go", "trust.go"},
 }
 
 // requirements are the modules that go.mod may require directly, each with what it is there for. A new one is a decision,

@@ -115,8 +115,6 @@ func newLease(cfg *settings, rdb redis.UniversalClient, m *Metrics) *lease {
 	return l
 }
 
-func (l *lease) podID() string { return l.pod }
-
 // life is this pod's present one, "" before the first.
 func (l *lease) life() string { return l.self.Load().life }
 
@@ -164,17 +162,19 @@ func (l *lease) overlooks(m member) bool {
 	return l.available() && (*l.known.Load())[m.pod].life != m.life
 }
 
-// holds says whether the lease of pod has this life. It asks Redis, since a take-over hangs on it.
-func (l *lease) holds(ctx context.Context, pod, life string) (bool, error) {
-	s, err := l.rdb.Get(ctx, podKey(pod)).Result()
-	if errors.Is(err, redis.Nil) {
-		return false, nil
+// locate says where the pod of m lives, under m's life or a later one. It asks Redis about lives that the last renewal has not seen.
+func (l *lease) locate(m member) (o owner, lives bool) {
+	if o, known := (*l.known.Load())[m.pod]; known && o.life == m.life {
+		return o, true
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), leaseTimeout)
+	defer cancel()
+	live, err := l.read(ctx, []string{m.pod})
 	if err != nil {
-		return false, fmt.Errorf("read lease of pod %s: %w", pod, err)
+		live = *l.known.Load()
 	}
-	o, ok := parseLease(pod, s)
-	return ok && o.life == life, nil
+	o, lives = live[m.pod]
+	return o, lives
 }
 
 // start takes the lease, waiting for Redis and for a predecessor's lease to run out, and saying so. It returns

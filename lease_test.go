@@ -163,21 +163,25 @@ func TestLivePods(t *testing.T) {
 				t.Errorf("overlooks %v: %v", m, got)
 			}
 		}
-		if holds, err := l.holds(t.Context(), "pod-3", "l3"); !holds || err != nil {
-			t.Errorf("pod-3's lease holds: %v, %v", holds, err)
+		wantAt := func(m member, life string) {
+			t.Helper()
+			if o, lives := l.locate(m); lives != (life != "") || o.life != life {
+				t.Errorf("%v is located as %v, lives: %v", m, o, lives)
+			}
 		}
-		if holds, err := l.holds(t.Context(), "pod-2", "l2"); holds || err != nil {
-			t.Errorf("a lease that is gone holds: %v, %v", holds, err)
-		}
+		wantAt(member{"pod-3", "l3"}, "l3")
+		wantAt(member{"pod-2", "l2"}, "")
+		v.addPod(member{"pod-2", "new"})
+		wantAt(member{"pod-2", "l2"}, "new")
 		v.change(func() { v.down = true })
 		l.renew(t.Context(), nil, nil)
 		want("pod-3#l3@pod-3:1")
 		if l.overlooks(member{"pod-2", "l2"}) {
 			t.Error("a pod without Redis says that it overlooks another")
 		}
-		if _, err := l.holds(t.Context(), "pod-3", "l3"); err == nil {
-			t.Error("no error without Redis")
-		}
+		wantAt(member{"pod-3", "l3"}, "l3")
+		wantAt(member{"pod-3", "before"}, "l3")
+		wantAt(member{"pod-2", "new"}, "")
 	})
 }
 

@@ -54,11 +54,13 @@ type link struct {
 	ctx    context.Context // of the stream; its cause says why it ended
 	cancel context.CancelCauseFunc
 	wake   chan struct{}   // room for 1: the queue is not empty; never closed
+	up     chan struct{}   // closed when conn is there
 	slab   []*peerpb.Event // owned by the writer, used again for every batch
 	probe  bool            // made by a half-open breaker: dials once only
 
 	// Guarded by peer.mu. Events have numbers from 1, given when they are taken into a batch.
-	conn       *grpc.ClientConn  // nil until the stream is open
+	conn       *grpc.ClientConn  // nil until the stream is open; constant from then on
+	calls      int               // closeSession's, under way
 	queue      []flight          // not yet in a batch
 	flights    map[uint64]flight // in a batch, not settled
 	number     uint64            // of the last event in a batch
@@ -134,6 +136,7 @@ func (l *link) established(conn *grpc.ClientConn) bool {
 	}
 	now := time.Now()
 	l.conn, l.progress, l.used, l.checked = conn, now, now, now
+	close(l.up)
 	q.ps.m.grpcPoolSize.with().Inc()
 	q.ps.m.grpcPoolConnectionsCreated.with().Inc()
 	slog.Info("connected to a peer", "peer", q.key.pod, "address", q.key.addr)
@@ -245,7 +248,7 @@ func (l *link) answered(a *peerpb.Answers, done []flight) []flight {
 }
 
 // endLocked takes l out of use and returns what was in flight, which the caller settles as failed when it has unlocked. The
-// first call counts. An end that costs events is one failure to the breaker, if the peer is to blame.
+// first call counts. An end that costs events or calls is one failure to the breaker, if the peer is to blame.
 func (l *link) endLocked(why ending, err error) []flight {
 	q := l.peer
 	if q.link != l {
@@ -265,7 +268,7 @@ func (l *link) endLocked(why ending, err error) []flight {
 	}
 	slog.Log(l.ctx, level, "connection to a peer ended", "peer", q.key.pod, "reason", string(why), "in_flight", len(lost), "err", err)
 	switch {
-	case len(lost) == 0:
+	case len(lost) == 0 && l.calls == 0:
 	case why == endUnopened || why == endBroken:
 		q.reportLocked(l.generation, false)
 	case why == endUnhealthy: // if the probe was among them, there must be another

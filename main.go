@@ -10,7 +10,8 @@
 //	buffer.go    the send ring; writer.go the shared writers; frame.go the outbound frame; deflate.go compressed once
 //	conn.go      one socket: its life; protocol.go json.v1; inbound.go messages of clients; replay.go the past of a socket
 //	hub.go       the sockets of this pod, by agent
-//	session.go   exclusive sessions in Redis; auth.go keys and tokens; ids.go what may be an id; server.go HTTP; origin.go whose pages may come
+//	session.go   exclusive sessions: a newcomer closes the socket before it; renewal.go their keys in Redis
+//	auth.go      keys and tokens; ids.go what may be an id; server.go HTTP; origin.go whose pages may come
 //	peer.go      the talk among pods; trust.go who is one; roster.go their sessions, for operators
 //	config.go    settings; commands.go the command line; metrics.go every metric
 package main
@@ -146,7 +147,8 @@ func newService(cfg *Config) (*service, error) {
 	s.owners = newOwners(s.cfg, s.rdb, s.m, s.lease)
 	s.share = newShare(s.cfg, s.m)
 	s.peers = newPeers(s.cfg, s.m, s.lease, s.share)
-	s.sessions = newSessions(s.cfg, s.rdb, s.m, s.lease)
+	s.sessions = newSessions(s.cfg, s.rdb, s.m, s.lease, s.peers)
+	s.peers.exclusive = s.sessions
 	if s.consumer, err = newConsumer(s.cfg, s.m, s.lease); err != nil {
 		return nil, err
 	}

@@ -60,6 +60,8 @@ type peers struct {
 	deliver func(d *delivery)
 	// sessions lists this pod's sockets for another pod. Set before serve.
 	sessions func(*peerpb.List) *peerpb.Sessions
+	// exclusive closes a socket of this pod for another pod. Set before serve.
+	exclusive *sessions
 
 	network  func(ctx context.Context, addr string) (net.Conn, error) // dials; tests put their own here
 	server   *grpc.Server
@@ -88,7 +90,6 @@ func newPeers(cfg *settings, m *Metrics, l *lease, s *share) *peers {
 	p.server = grpc.NewServer(
 		grpc.Creds(p.door),
 		grpc.MaxRecvMsgSize(natsMaxPayload+messageSlack),
-		grpc.MaxConcurrentStreams(32),
 		grpc.InitialWindowSize(streamWindow),
 		grpc.InitialConnWindowSize(streamWindow),
 		grpc.MaxHeaderListSize(16<<10),
@@ -144,6 +145,15 @@ func (p *peers) stop(ctx context.Context) error {
 func (p *peers) Identify(_ context.Context, who *peerpb.IdentifyRequest) (*peerpb.IdentifyResponse, error) {
 	overlooked := who.GetLife() != "" && p.lease.overlooks(member{who.GetPod(), who.GetLife()})
 	return &peerpb.IdentifyResponse{Pod: p.lease.pod, Life: p.lease.life(), Overlooked: overlooked}, nil
+}
+
+// CloseSession closes a socket of this pod whose session another pod has.
+func (p *peers) CloseSession(ctx context.Context, ask *peerpb.CloseSessionRequest) (*peerpb.CloseSessionResponse, error) {
+	found, err := p.exclusive.closeHere(ctx, ask)
+	if err != nil {
+		return nil, status.Error(codes.DeadlineExceeded, err.Error())
+	}
+	return &peerpb.CloseSessionResponse{Found: found}, nil
 }
 
 // intake is a stream that another pod opened to this one. Its reader (receive) and its handler (Deliver) share it; only the

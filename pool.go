@@ -12,8 +12,10 @@ import (
 
 	vm "github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 
 	peerpb "daisi-ws-service/proto"
 )
@@ -181,7 +183,7 @@ func (q *peer) reportLocked(generation uint64, ok bool) {
 // connectLocked makes a new link and starts it. The peer is not gone, so stop has yet to come here, and to wait after.
 func (q *peer) connectLocked() {
 	ctx, cancel := context.WithCancelCause(context.Background())
-	l := &link{peer: q, ctx: ctx, cancel: cancel, wake: make(chan struct{}, 1), flights: map[uint64]flight{},
+	l := &link{peer: q, ctx: ctx, cancel: cancel, wake: make(chan struct{}, 1), up: make(chan struct{}), flights: map[uint64]flight{},
 		probe: q.breaker.state == breakerHalfOpen}
 	q.link = l
 	q.ps.wg.Go(l.run)
@@ -319,4 +321,77 @@ func (p *peers) list(ctx context.Context, pod, addr string, ask *peerpb.List) (*
 		return nil, fmt.Errorf("list the sessions of pod %s at %s: %w", pod, addr, err)
 	}
 	return answer.GetSessions(), nil
+}
+
+var errUnreachable = errors.New("it can't be reached")
+
+// closeSession asks the pod at o to close a socket, over its link. A breaker that is open and a dial that fails are errUnreachable at
+// once; a link that breaks is made anew, once.
+func (p *peers) closeSession(ctx context.Context, o owner, ask *peerpb.CloseSessionRequest) (*peerpb.CloseSessionResponse, error) {
+	q := p.get(peerKey{o.pod, o.addr})
+	if q == nil {
+		return nil, errUnreachable
+	}
+	var answer *peerpb.CloseSessionResponse
+	err := errUnreachable
+	for range 2 {
+		l, generation := q.borrow(o.life)
+		if l == nil {
+			return nil, errUnreachable
+		}
+		select {
+		case <-l.up:
+			answer, err = peerpb.NewPeerClient(l.conn).CloseSession(ctx, ask)
+		case <-l.ctx.Done():
+			err = errUnreachable
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+		q.giveBack(l, generation, err == nil)
+		if status.Code(err) != codes.Unavailable && status.Code(err) != codes.Canceled {
+			break
+		}
+		select { // the link is about to end: it is not to be borrowed again
+		case <-l.ctx.Done():
+		case <-ctx.Done():
+		}
+	}
+	return answer, err
+}
+
+// borrow returns the link, made if need be, for one call; nil where the peer is gone or its breaker open. giveBack must follow.
+func (q *peer) borrow(life string) (l *link, generation uint64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.gone {
+		return nil, 0
+	}
+	q.lookAtLifeLocked(life)
+	before := q.breaker.state
+	generation, ok := q.breaker.allow()
+	q.noteLocked(before)
+	if !ok {
+		return nil, 0
+	}
+	if q.link == nil {
+		q.connectLocked()
+	}
+	l = q.link
+	l.calls++
+	l.generation, l.used = generation, time.Now()
+	return l, generation
+}
+
+// giveBack ends a call. One that was not answered says nothing of the peer: a link that broke has said it.
+func (q *peer) giveBack(l *link, generation uint64, answered bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	l.calls--
+	if answered {
+		q.reportLocked(generation, true)
+		return
+	}
+	before := q.breaker.state
+	q.breaker.withdraw(generation)
+	q.noteLocked(before)
 }

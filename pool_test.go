@@ -632,3 +632,56 @@ func TestSeriesOfAPodThatComesBack(t *testing.T) {
 		t.Errorf("%d events counted since the pod is back, want 1", n)
 	}
 }
+
+// TestCloseSession: a call goes over the link to the pod, which is made for it. A refused dial is an answer at once, and one failure for
+// all that wait for it; behind an open breaker nothing is tried. A link that breaks meanwhile is made again.
+func TestCloseSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newPeerPipes()
+		b := servePeers(t, "b", "b1", peerConfig(), n.listen("b:1"), n.on)
+		b.exclusive = newSessions(b.cfg, nil, b.m, b.lease, b)
+		a := newTestPeers("a", "a1", peerConfig())
+		n.on(a)
+		t.Cleanup(func() { a.stop(t.Context()) })
+		sess := &session{key: "c:a:u", id: "S", set: b.exclusive, state: held}
+		b.exclusive.slotLocked("S")["S"] = sess
+		ask := &peerpb.CloseSessionRequest{Key: "c:a:u", Socket: "S", Code: 4402, Reason: "session-replaced"}
+		call := func(socket string, want bool) {
+			t.Helper()
+			ask.Socket = socket
+			answer, err := a.closeSession(t.Context(), owner{member{"b", "b1"}, "b:1"}, ask)
+			if err != nil || answer.GetFound() != want {
+				t.Errorf("%s: %v, %v", socket, answer, err)
+			}
+		}
+		call("GONE", false)
+		sess.bind(func(int, string) { // it lasts for a while, and the link breaks meanwhile
+			time.AfterFunc(time.Second, n.cut)
+			time.AfterFunc(2*time.Second, sess.release)
+		})
+		begin := time.Now()
+		ask.Socket = "S"
+		if answer, err := a.closeSession(t.Context(), owner{member{"b", "b1"}, "b:1"}, ask); err != nil {
+			t.Errorf("%v, %v", answer, err)
+		}
+		if took := time.Since(begin); took < time.Second || n.dialled() != 2 {
+			t.Errorf("answered after %v and %d dials", took, n.dialled())
+		}
+		dials, begin := n.dialled(), time.Now()
+		for range 2 * peerConfig().PeerBreakerThreshold {
+			var wg sync.WaitGroup
+			for range 10 {
+				wg.Go(func() {
+					if _, err := a.closeSession(t.Context(), owner{member{"c", "c1"}, "c:1"}, ask); err == nil {
+						t.Error("answered by nobody")
+					}
+				})
+			}
+			wg.Wait()
+		}
+		// Each dial is tried twice.
+		if took, dialled := time.Since(begin), n.dialled()-dials; took > time.Second || dialled != 2*peerConfig().PeerBreakerThreshold {
+			t.Errorf("%d dials in %v before the breaker opened", dialled, took)
+		}
+	})
+}

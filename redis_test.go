@@ -132,7 +132,27 @@ func (v *redisServer) applyLocked(cmd redis.Cmder) {
 		} else {
 			cmd.SetErr(redis.Nil)
 		}
-	case "set":
+	case "getex": // … px ms or ex s
+		s, ok := v.values[args[1]]
+		if !ok {
+			cmd.SetErr(redis.Nil)
+			return
+		}
+		life := millis(args[3])
+		if args[2] == "ex" {
+			life *= 1000
+		}
+		v.ends[args[1]] = time.Now().Add(life)
+		cmd.(*redis.StringCmd).SetVal(s)
+	case "set": // … px ms get, … nx, or alone
+		if len(args) == 6 {
+			s, ok := v.values[args[1]]
+			v.values[args[1]], v.ends[args[1]] = args[2], time.Now().Add(millis(args[4]))
+			if cmd.(once).SetVal(s); !ok {
+				cmd.SetErr(redis.Nil)
+			}
+			return
+		}
 		if _, ok := v.values[args[1]]; !ok || args[len(args)-1] != "nx" {
 			v.values[args[1]] = args[2]
 		}
@@ -168,8 +188,10 @@ func (v *redisServer) applyLocked(cmd redis.Cmder) {
 }
 
 func (v *redisServer) scriptLocked(cmd *redis.Cmd, args []string) {
-	if args[0] == "eval" {
-		args[1] = redis.NewScript(args[1]).Hash()
+	switch script := args[1]; {
+	case script == putSession || script == dropSession:
+	case args[0] == "eval":
+		args[1] = redis.NewScript(script).Hash()
 	}
 	key, arg := args[3], args[4:]
 	cur, held := v.values[key]
@@ -199,10 +221,29 @@ func (v *redisServer) scriptLocked(cmd *redis.Cmd, args []string) {
 			break
 		}
 		v.deleteLocked(key)
+	case putSession:
+		v.log = append(v.log, "put "+key)
+		if cur != arg[0] && cur != arg[1] {
+			cmd.SetVal(cur)
+			return
+		}
+		v.values[key], v.ends[key] = arg[0], time.Now().Add(millis(arg[2]))
+		cmd.SetVal("")
+		return
+	case dropSession:
+		v.log = append(v.log, "drop "+key)
+		if strings.HasSuffix(cur, "#"+arg[0]) {
+			v.deleteLocked(key)
+		}
 	default:
 		v.t.Errorf("unexpected script %v", args)
 	}
 	cmd.SetVal(ok)
+}
+
+func millis(s string) time.Duration {
+	n, _ := strconv.Atoi(s)
+	return time.Duration(n) * time.Millisecond
 }
 
 func (v *redisServer) deleteLocked(key string) {
@@ -238,6 +279,13 @@ func (v *redisServer) members(key string) []string {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return slices.Sorted(maps.Keys(v.sets[key]))
+}
+
+// keys are those of all strings.
+func (v *redisServer) keys() []string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return slices.Sorted(maps.Keys(v.values))
 }
 
 // note is what stands in the hash.

@@ -25,7 +25,7 @@ import (
 
 const (
 	maxHeader      = 32 << 10        // a page's cookies come with every upgrade
-	acquireTimeout = 7 * time.Second // sessions.acquire gives up a fight after 5 s; the rest is for a slow Redis
+	acquireTimeout = 6 * time.Second // a Redis that is slow, a pod that is silent, and others that are
 	retryAfter     = "2"             // seconds, for Unavailable
 )
 
@@ -36,9 +36,9 @@ type server struct {
 	auth      *auth
 	hub       *hub
 	ready     func() (map[string]string, bool)
-	available func() bool                                                                       // that of the lease
-	acquire   func(ctx context.Context, key, userType string, came time.Time) (*session, error) // that of sessions
-	roster    *roster                                                                           // set before serve
+	available func() bool                                  // that of the lease
+	swap      func(key, userType string) (*session, error) // that of sessions
+	roster    *roster                                      // set before serve
 	http      *http.Server
 	tls       bool // decided at the start; the files may change
 
@@ -56,7 +56,7 @@ type server struct {
 func newServer(cfg *settings, m *Metrics, a *auth, s *sessions, l *lease, h *hub, ready func() (map[string]string, bool)) *server {
 	c := cfg.Load()
 	srv := &server{
-		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: l.available, acquire: s.acquire, tls: c.ServerTLSCertFile != "",
+		cfg: cfg, m: m, auth: a, hub: h, ready: ready, available: l.available, swap: s.swap, tls: c.ServerTLSCertFile != "",
 	}
 	srv.draining, srv.startDrain = context.WithCancel(context.Background())
 	srv.http = &http.Server{
@@ -366,7 +366,6 @@ func (s *server) socket(w http.ResponseWriter, r *http.Request, authenticate fun
 
 // admit gives an authenticated upgrade its place and its session, and both to the hub.
 func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func() (*claims, *apiError)) *apiError {
-	came := time.Now()
 	cl, apiErr := authenticate()
 	if apiErr != nil {
 		return apiErr
@@ -393,15 +392,22 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 		}
 	}()
 	apiErr = s.turn(r.Context(), cl)
-	// Both this and the wait for the session may take longer than an answer is usually given.
+	// Both this and the old socket's end may take longer than an answer is usually given.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(acquireTimeout + s.cfg.Load().ServerWriteTimeout))
 	if apiErr != nil {
 		return apiErr
 	}
 	turned = true
-	sess, apiErr := s.acquireFor(r, cl, came)
-	if apiErr != nil {
-		return apiErr
+	sess, err := s.swap(cl.sessionKey(), cl.userType())
+	if err != nil {
+		return unavailable("session could not be acquired")
+	}
+	if sess.contested() { // the old socket's end may take a second: others are set up meanwhile
+		s.hub.endTurn()
+		sess.await()
+		s.hub.turn(context.Background())
+	} else {
+		sess.await()
 	}
 	served = true // from here on serve answers for place, turn and session, whatever happens
 	s.hub.serve(w, r, cl, sess, requestID(w))
@@ -445,22 +451,6 @@ func (s *server) refusal() *apiError {
 		return unavailable("this pod cannot deliver events now")
 	}
 	return nil
-}
-
-// acquireFor waits for the bearer's session, unless the client goes away meanwhile.
-func (s *server) acquireFor(r *http.Request, cl *claims, came time.Time) (*session, *apiError) {
-	ctx, cancel := context.WithTimeout(r.Context(), acquireTimeout)
-	defer cancel()
-	sess, err := s.acquire(ctx, cl.sessionKey(), cl.userType(), came)
-	switch {
-	case err == nil:
-		return sess, nil
-	case errors.Is(err, errConflict):
-		return nil, sessionConflict()
-	case !errors.Is(err, errUnavailable) && r.Context().Err() == nil:
-		slog.Warn("session not acquired", "session", cl.sessionKey(), "err", err)
-	}
-	return nil, unavailable("session could not be acquired")
 }
 
 // httpLog takes net/http's own complaints. Handshakes that fail are a stranger's doing, and as many as strangers like.

@@ -289,7 +289,6 @@ func TestErrorTable(t *testing.T) {
 		{invalidAPIKey(), "InvalidAPIKey", 401, 4401},
 		{invalidToken("missing", ""), "InvalidToken", 403, 4403},
 		{tokenExpired(), "InvalidToken", 403, 4403},
-		{sessionConflict(), "SessionConflict", 409, 4402},
 		{originNotAllowed(), "OriginNotAllowed", 403, 0},
 		{rateLimitExceeded(), "RateLimitExceeded", 429, 4429},
 		{badRequest("", ""), "BadRequest", 400, 4400},

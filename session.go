@@ -2,513 +2,500 @@ package main
 
 import (
 	"context"
-	"encoding/json"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"hash/maphash"
 	"log/slog"
-	"net"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	peerpb "daisi-ws-service/proto"
 )
 
 var (
-	errConflict    = errors.New("session is fought over by others")
 	errUnavailable = errors.New("redis is away")
-
-	errReplaced = errors.New("session was taken by a later newcomer") // acquire's own
+	errDead        = errors.New("the pod that had the session is gone") // ask's own
 )
 
 const (
-	sessionFight      = 5 * time.Second // a newcomer gives up after it
-	sessionSilence    = time.Second     // a holder that was sent a kill and still has its lock then loses it by force
-	sessionFirstPause = 2 * time.Millisecond
-	// Most holders let go within 4 ms. Those of a dead pod never do: of 5,000 newcomers each asked twenty times before the
-	// second was over, which was a third of what their coming cost.
-	sessionLongestPause = 128 * time.Millisecond
-	// While more than sessionEager wait for the same pod, each of them asks after sessionCrowdFirst, when a pod that lives has
-	// let go, and then every sessionCrowdPause: the 1,500 that came to one pod within the first second asked 17,000 times,
-	// and the events of others waited for a processor.
-	sessionEager      = 64
-	sessionCrowdFirst = 8 * time.Millisecond
-	sessionCrowdPause = 250 * time.Millisecond
+	sessionTimeout = 2 * time.Second // of one command, or one pipeline, about sessions
+	sessionSilence = time.Second     // a pod may take so long to close a socket
+	sessionGlance  = 50 * time.Millisecond
 
-	// sessionSlots spreads renewals: the sessions of one slot are renewed together, and each slot once per
-	// REFRESH_INTERVAL. A session's slot follows from its random id, so the spread stays even however they come
-	// (10,000 at once after a restart of the pod next door) and whatever SIGHUP makes of the interval.
+	// sessionSlots spreads renewals: the sessions of one slot are renewed together, and each slot once per REFRESH_INTERVAL. A
+	// session's slot follows from its random id, so 10,000 that come at once are spread too.
 	sessionSlots = 64
-	sessionBatch = 128 // commands in one pipeline at most
-
-	killPrefix = "session_kill:"
 )
 
-// podLease is what sessions need to know of leases.
-type podLease interface {
-	podID() string
-	life() string
-	available() bool
-	holds(ctx context.Context, pod, life string) (bool, error)
-}
-
-// sessions are the exclusive sessions of this pod's sockets. Locks and kill channel live in Redis, so that two tabs
-// on one pod follow the same rule as on two. One goroutine, work, sends everything that concerns live sessions' locks.
+// sessions are the exclusive sessions of this pod's sockets. A session is a Redis key whose value names the socket that has it.
+//
+// A newcomer puts its own name in by SET … GET and has the socket closed that was named there, on whatever pod. So newcomers form a
+// chain in the order in which they reached Redis: each closes the one before it, and the last one lives. Three rules keep the chain
+// whole:
+//
+//  1. A newcomer is registered before its swap: whoever finds its name and asks for it is not told that there is no such socket.
+//  2. A swap that was sent runs to its end even if its client leaves: else nobody would close the socket before it.
+//  3. Whoever asks for a newcomer that still waits is answered when that one's wait has ended: only then is the socket before it closed.
 type sessions struct {
-	lockStore
-	lease   podLease
-	silence silence
-	seed    maphash.Seed
-	wake    chan struct{} // capacity 1; tells work of drops or sweep; never closed
+	cfg   *settings
+	rdb   redis.UniversalClient
+	m     *Metrics
+	lease *lease
+	peers *peers
+	seed  maphash.Seed
+	wake  chan struct{} // capacity 1; tells run of drops and urgent; never closed
 
-	away bool // owned by work: its last batch got no answer
+	away     bool           // owned by run: its last batch got no answer
+	disputes sync.WaitGroup // owned by run
 
-	mu    sync.Mutex
-	live  [sessionSlots]map[string]*session // by id: pending, held and killed ones, until they are released
-	drops []lockDrop                        // in order
-	sweep bool                              // all locks are to be renewed now
+	mu     sync.Mutex                        // guards all below, and the sessions' fields that say so
+	live   [sessionSlots]map[string]*session // by id, until they are released
+	drops  []sessionDrop                     // releases to be sent, in order
+	urgent []*session                        // to be renewed at once
+	loss   time.Time                         // until then what Redis says may be from before it lost data
+	owing  map[member]time.Time              // since when a pod owes an answer
 }
 
 // session is the exclusive right of one socket of this pod to be (company, agent, user), or an admin.
 type session struct {
-	key string // "<C>:<A>:<U>" or "admin:<ID>"
-	id  string // names the socket: newSocketID
-	set *sessions
+	key      string // "<C>:<A>:<U>" or "admin:<ID>"
+	id       string // random; names the socket
+	userType string
+	set      *sessions
 
-	turn int64 // owned by acquire until the session is held, constant from then on
+	life string // of this pod when the swap was sent
 
 	// guarded by set.mu
-	held     bool // the lock was taken: renew it
-	released bool
-	kill     func(code int, reason string) // nil before bind
-	verdict  *killVerdict                  // the first one; such a session is renewed no more
+	state   sessionState
+	old     string          // the value that was swapped out; empty in the end
+	verdict *sessionVerdict // the first one; such a session is renewed no more
+	kill    func(code int, reason string)
+	changed chan struct{} // closed when the state changes; nil while nobody waits for that
+	asking  bool          // another's value was found, and that one's pod is being asked
+	ghost   string        // a value found that names no living socket
 }
 
-type killVerdict struct {
+type sessionState uint8
+
+const (
+	swapping sessionState = iota
+	waiting               // the close of the socket before it is under way
+	held                  // renewed
+	released              // nothing more is written to its socket
+	unheard               // released, and whether it had the session is not known
+)
+
+type sessionVerdict struct {
 	code   int
 	reason string
 }
 
-// killMessage asks the pod of a socket to close it.
-type killMessage struct {
-	Pod    string `json:"pod,omitempty"` // as the lock names it; if it has no such socket, it releases the lock
-	Socket string `json:"socket"`
-	Code   int    `json:"code"`
-	Reason string `json:"reason"`
-}
-
-func newSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, lease podLease) *sessions {
-	s := &sessions{
-		lockStore: lockStore{rdb, cfg, m, make(chan struct{}, claimsAtOnce)},
-		lease:     lease,
-		silence:   silence{pods: map[string]podSilence{}, waiting: map[string]int{}},
-		seed:      maphash.MakeSeed(),
-		wake:      make(chan struct{}, 1),
-	}
+func newSessions(cfg *settings, rdb redis.UniversalClient, m *Metrics, l *lease, p *peers) *sessions {
+	s := &sessions{cfg: cfg, rdb: rdb, m: m, lease: l, peers: p, seed: maphash.MakeSeed(), wake: make(chan struct{}, 1), owing: map[member]time.Time{}}
 	for i := range s.live {
 		s.live[i] = map[string]*session{}
 	}
 	return s
 }
 
-// run serves the kill channel and renews the locks until ctx ends; it returns after the releases that were queued
-// by then have been sent (for 2 s at the most).
-func (s *sessions) run(ctx context.Context) {
-	var wg sync.WaitGroup
-	wg.Go(func() { s.listen(ctx) })
-	s.work(ctx)
-	wg.Wait()
+// holder is a session's value: which socket has it.
+type holder struct {
+	member
+	socket string
 }
 
-// acquire takes the lock of key, by kill and take-over where it is held (docs/protocol.md). It returns errConflict
-// when it is still fought over after 5 s, errUnavailable when Redis does not answer, ctx's error when the client is
-// gone. came is when the newcomer did. One that was itself replaced while it waited gets a session all the same: bind closes its socket with
-// 4402 at once, which tells a browser not to come again, as no HTTP status can.
-func (s *sessions) acquire(ctx context.Context, key, userType string, came time.Time) (*session, error) {
+func (h holder) String() string { return h.member.String() + "#" + h.socket }
+
+// parseHolder is String's inverse; pod ids and lives have no '#'. What it does not understand names no pod.
+func parseHolder(value string) (h holder) {
+	if parts := strings.Split(value, "#"); len(parts) == 3 {
+		h = holder{member{parts[0], parts[1]}, parts[2]}
+	}
+	return h
+}
+
+// holderOf is what names sess under this pod's present life.
+func (s *sessions) holderOf(sess *session) holder {
+	return holder{member{s.lease.pod, s.lease.life()}, sess.id}
+}
+
+func sessionKey(key string) string { return "session:" + key }
+
+// once is a command that go-redis does not send again. A SET … GET whose answer was lost would then be answered with its own value,
+// and nobody would know of the socket that it replaced.
+type once struct{ *redis.StringCmd }
+
+func (once) NoRetry() bool { return true }
+
+// swap takes the session of key. The socket that had it is still open until await, which must follow, has returned. Its error is
+// errUnavailable. A swap without an answer may yet be executed. Its value then stays: it names a socket that there is none of, and
+// whoever finds it asks all pods who had the session before.
+func (s *sessions) swap(key, userType string) (*session, error) {
 	s.m.sessionLockAttemptsTotal.with(userType, "new").Inc()
 	if !s.lease.available() {
 		s.m.sessionLockFailureTotal.with("unavailable").Inc()
 		return nil, fmt.Errorf("open session %s: %w", key, errUnavailable)
 	}
-	life := s.lease.life()
-	sess := s.register(key, came)
-	err := s.take(ctx, sess, userType)
-	if err == nil && !sess.hold() {
-		err = errReplaced
+	sess := &session{key: key, id: rand.Text(), userType: userType, set: s, life: s.lease.life()}
+	s.mu.Lock()
+	s.slotLocked(sess.id)[sess.id] = sess
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), sessionTimeout)
+	defer cancel()
+	cmd := once{redis.NewStringCmd(ctx, "set", sessionKey(key), s.holderOf(sess).String(), "px", s.ttl().Milliseconds(), "get")}
+	s.rdb.Process(ctx, cmd)
+	old, err := cmd.Result()
+	if err != nil && !errors.Is(err, redis.Nil) {
+		s.m.redisErrorsTotal.with("session_swap").Inc()
+		s.m.sessionLockFailureTotal.with("unavailable").Inc()
+		sess.leave(unheard)
+		return nil, fmt.Errorf("open session %s: %w: %w", key, errUnavailable, err)
 	}
-	if err != nil {
-		sess.abandon()
-		s.m.sessionLockFailureTotal.with(failureReason(err)).Inc()
-		if err == errReplaced {
-			sess.close(4402, "session-replaced")
-			return sess, nil
-		}
-		return nil, fmt.Errorf("open session %s: %w", key, err)
+	if old != "" {
+		s.m.sessionConflictsTotal.with(userType).Inc()
 	}
-	s.m.sessionLockSuccessTotal.with().Inc()
-	// 1. This claim was sent with the old life. 2. The pod takes a new one, all held locks are moved to it.
-	// 3. This one is held only now: it missed the move.
-	if s.lease.life() != life {
-		s.reclaim()
-	}
+	s.mu.Lock()
+	sess.old = old
+	sess.setLocked(waiting)
+	s.mu.Unlock()
 	return sess, nil
 }
 
-// failureReason is the label of the metric.
-func failureReason(err error) string {
-	switch {
-	case errors.Is(err, errConflict):
-		return "conflict"
-	case errors.Is(err, errReplaced):
-		return "replaced"
-	case errors.Is(err, errUnavailable):
-		return "unavailable"
-	default:
-		return "canceled"
+// ttl is the life of a key without renewal; read each time, since SIGHUP may change it.
+func (s *sessions) ttl() time.Duration { return s.cfg.Load().SessionTTL }
+
+// contested says whether another socket has, or had, the session: await may take a while then.
+func (sess *session) contested() bool { return sess.old != "" }
+
+// await returns when nothing more is written to the socket that had the session, or that socket's pod is dead, can't be reached or
+// has been silent for 1 s. A newcomer that was itself replaced meanwhile has its socket closed by bind, with 4402: a browser can't
+// read an HTTP status.
+func (sess *session) await() {
+	s := sess.set
+	sure := sess.old == "" || s.closeBefore(sess)
+	s.mu.Lock()
+	sess.old = ""
+	replaced := sess.verdict != nil
+	if !replaced {
+		sess.setLocked(held)
+		if !sure {
+			s.urgent = append(s.urgent, sess)
+		}
+	}
+	s.mu.Unlock()
+	if replaced {
+		s.m.sessionLockFailureTotal.with("replaced").Inc()
+		sess.release()
+		return
+	}
+	s.m.sessionLockSuccessTotal.with().Inc()
+	poke(s.wake)
+	// 1. The swap was sent with the old life. 2. The pod takes a new one, all held sessions are moved to it.
+	// 3. This one is held only now: it missed the move.
+	if s.lease.life() != sess.life {
+		s.reclaim(false)
 	}
 }
 
-// register makes the pending session known before its first command, so that a kill finds it from the moment on
-// that Redis names it.
-func (s *sessions) register(key string, came time.Time) *session {
-	sess := &session{key: key, id: newSocketID(came), set: s}
+// closeBefore closes the socket whose value sess has swapped out. It says false where there was no such socket: then others were to be
+// closed, and the key may hide a later newcomer.
+func (s *sessions) closeBefore(sess *session) (sure bool) {
+	h := parseHolder(sess.old)
+	q := &peerpb.CloseSessionRequest{Key: sess.key, Socket: h.socket, Code: 4402, Reason: "session-replaced"}
+	var found bool
+	var err error
+	if h.socket != sess.id {
+		found, err = s.ask(h, q)
+	}
+	switch {
+	case err != nil:
+		s.m.sessionLockAttemptsTotal.with(sess.userType, "takeover").Inc()
+		slog.Info("session taken over", "session", sess.key, "peer", h.pod, "err", err)
+	case !found:
+		q.Socket, q.Others = sess.id, true
+		s.askEveryone(q)
+		return false
+	}
+	return true
+}
+
+// ask sends q to the pod of h, and says whether it has, or had, that socket. The error is errDead where that pod's life has ended.
+func (s *sessions) ask(h holder, q *peerpb.CloseSessionRequest) (found bool, err error) {
+	o := *s.lease.self.Load()
+	if h.pod == s.lease.pod {
+		ctx, cancel := context.WithTimeout(context.Background(), sessionSilence)
+		defer cancel()
+		found, err = s.closeHere(ctx, q)
+	} else {
+		var lives bool
+		if o, lives = s.lease.locate(h.member); !lives {
+			return false, errDead
+		}
+		found, err = s.call(o, q)
+	}
+	if err == nil && !found && o.life != h.life {
+		return false, errDead
+	}
+	return found, err
+}
+
+// askEveryone sends q to all live pods, this one too, and says whether one of them had such a socket.
+func (s *sessions) askEveryone(q *peerpb.CloseSessionRequest) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), sessionSilence)
+	defer cancel()
+	if err := s.lease.refresh(ctx); err != nil {
+		slog.Debug("live pods not read anew", "err", err)
+	}
+	var wg sync.WaitGroup
+	var any atomic.Bool
+	note := func(found bool, err error) {
+		if found {
+			any.Store(true)
+		}
+		if err != nil {
+			slog.Warn("a pod does not say whether it has a socket of a session", "session", q.GetKey(), "err", err)
+		}
+	}
+	for _, o := range s.lease.peers() {
+		wg.Go(func() { note(s.call(o, q)) })
+	}
+	note(s.closeHere(ctx, q))
+	wg.Wait()
+	return any.Load()
+}
+
+// call sends q to another pod. Of a silent pod thousands wait for the same second, not each for its own: whoever comes while it owes an
+// answer waits until the first has waited for 1 s, and later ones for a moment only.
+func (s *sessions) call(o owner, q *peerpb.CloseSessionRequest) (found bool, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), max(sessionGlance, time.Until(s.patience(o.member))))
+	defer cancel()
+	answer, err := s.peers.closeSession(ctx, o, q)
+	if err == nil || ctx.Err() == nil { // a refusal is no silence
+		s.mu.Lock()
+		delete(s.owing, o.member)
+		s.mu.Unlock()
+	}
+	if err != nil {
+		return false, fmt.Errorf("ask pod %s at %s for the socket %s: %w", o.pod, o.addr, q.GetSocket(), err)
+	}
+	return answer.GetFound(), nil
+}
+
+// patience is until when an answer of m is waited for. A silence that is older than a lease is forgotten.
+func (s *sessions) patience(m member) time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.slotLocked(sess.id)[sess.id] = sess
-	return sess
-}
-
-// slot is where the session of that id lives. The caller holds mu.
-func (s *sessions) slotLocked(id string) map[string]*session {
-	return s.live[maphash.String(s.seed, id)%sessionSlots]
-}
-
-// take gets the lock for sess, whatever that needs, or says why not.
-func (s *sessions) take(ctx context.Context, sess *session, userType string) error {
-	var (
-		start = time.Now()
-		rival lockClaim     // the holder that was sent a kill last
-		sent  time.Time     // the kill; zero where Redis did not take it
-		due   time.Time     // when it has been silent for too long
-		oust  string        // the holder to dispossess with the next claim
-		next  time.Duration // pause before the lock is asked for again
-	)
-	for {
-		asked := time.Now()
-		value, err := s.claim(ctx, sess, oust)
-		if err != nil {
-			return err
-		}
-		holder, heir := parseLock(value)
-		if s.letGo(rival, holder, oust) {
-			s.silence.answered(rival)
-		}
-		switch {
-		case value == "":
-			return nil
-		case sess.replacedBy(holder, heir):
-			return errReplaced
-		case time.Since(start) >= sessionFight:
-			return errConflict
-		case holder.text != rival.text:
-			if rival.text == "" {
-				s.m.sessionConflictsTotal.with(userType).Inc()
-			}
-			rival, sent, oust, next = holder, time.Now(), "", sessionFirstPause
-			if !s.sendKill(ctx, sess.key, killMessage{holder.pod, holder.socket, 4402, "session-replaced"}) {
-				sent = time.Time{}
-			}
-			due = time.Now().Add(sessionSilence)
-			if s.silence.proven(holder) || s.orphaned(ctx, holder) {
-				oust = rival.text
-			}
-		case !time.Now().Before(due):
-			oust = rival.text
-			if !asked.Before(due) { // else Redis may have stood still, and the release with it
-				s.suspect(rival, sent)
-			}
-		}
-		if oust != "" {
-			slog.Info("session taken over", "session", sess.key, "peer", holder.pod)
-			s.m.sessionLockAttemptsTotal.with(userType, "takeover").Inc()
-			continue
-		}
-		if s.silence.enter(rival) > sessionEager {
-			if next <= sessionCrowdFirst {
-				next = sessionCrowdFirst
-			} else {
-				next = sessionCrowdPause
-			}
-		}
-		waited := pause(ctx, min(next, time.Until(due), time.Until(start.Add(sessionFight))))
-		s.silence.leave(rival)
-		if !waited {
-			return ctx.Err()
-		}
-		next = min(2*next, sessionLongestPause)
+	now, longest := time.Now(), sessionSilence+s.cfg.Load().PodLease
+	maps.DeleteFunc(s.owing, func(_ member, since time.Time) bool { return now.Sub(since) > longest })
+	if _, ok := s.owing[m]; !ok {
+		s.owing[m] = now
 	}
+	return s.owing[m].Add(sessionSilence)
 }
 
-// claim sends sess's claim and notes the turn that it got on its arrival. "" means that the lock is its own now.
-func (s *sessions) claim(ctx context.Context, sess *session, oust string) (value string, err error) {
-	turn, value, err := s.lockStore.claim(ctx, sess.key, s.claimOf(sess), oust)
-	switch {
-	case err == nil:
-		sess.turn = turn
-		return value, nil
-	case ctx.Err() != nil:
-		return "", ctx.Err()
-	default:
-		return "", fmt.Errorf("%w: %w", errUnavailable, err)
+// closeHere closes the socket that q names, or only looks for it where q has no code. It returns when nothing more is written to
+// that socket; of a newcomer that waits, when its wait has ended. found says that the socket was here and that its swap, and so all
+// before it, came to an end.
+func (s *sessions) closeHere(ctx context.Context, q *peerpb.CloseSessionRequest) (found bool, err error) {
+	if q.GetOthers() {
+		return s.closeOthers(ctx, q)
 	}
-}
-
-// claimOf is what sess claims under this pod's life of now.
-func (s *sessions) claimOf(sess *session) lockClaim {
-	return lockClaim{pod: s.lease.podID(), life: s.lease.life(), socket: sess.id, turn: sess.turn}
-}
-
-// sendKill asks whatever pod has the socket to close it, and says whether Redis took the message. A lost one is no loss:
-// silence is dealt with by the sender.
-func (s *sessions) sendKill(ctx context.Context, key string, msg killMessage) bool {
-	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
-	defer cancel()
-	text, err := json.Marshal(msg)
-	if err == nil {
-		err = s.rdb.Publish(ctx, killPrefix+key, text).Err()
+	s.mu.Lock()
+	sess := s.slotLocked(q.GetSocket())[q.GetSocket()]
+	s.mu.Unlock()
+	if sess == nil || sess.key != q.GetKey() {
+		return false, nil
 	}
-	if err != nil {
-		s.m.redisErrorsTotal.with("session_kill").Inc()
+	if q.GetCode() == 0 {
+		state, err := sess.wait(ctx, held)
+		return state == held, err
 	}
-	return err == nil
+	sess.close(int(q.GetCode()), q.GetReason())
+	state, err := sess.wait(ctx, released)
+	return state == released, err
 }
 
-// later says whether a newcomer to key's session who came after that moment has it, or is about to, wherever he is. Only where the
-// clocks of two pods differ by more than they should is that not so, or is missed; none is believed that is ahead of this one.
-func (s *sessions) later(ctx context.Context, key string, came time.Time) (bool, error) {
-	holder, heir, err := s.read(ctx, key)
-	if err != nil {
+// closeOthers closes the sockets of q's key but for three: q's own, the one that Redis names, and the one that waits for q's. It reads
+// the key when it is known of all swaps under way whether they were executed: so whom Redis does not name came before q's, or was
+// replaced since.
+func (s *sessions) closeOthers(ctx context.Context, q *peerpb.CloseSessionRequest) (found bool, err error) {
+	others := s.list(func(sess *session) bool { return sess.key == q.GetKey() && sess.id != q.GetSocket() })
+	if len(others) == 0 {
+		return false, nil
+	}
+	for _, sess := range others {
+		if _, err := sess.wait(ctx, waiting); err != nil {
+			return false, err
+		}
+	}
+	value, err := s.read(ctx, q.GetKey())
+	if err != nil || value == "" {
 		return false, err
 	}
-	now := time.Now()
-	for _, c := range []lockClaim{holder, heir} {
-		if at := c.came(); at.After(came) && !at.After(now) {
-			return true, nil
-		}
+	others = slices.DeleteFunc(others, func(sess *session) bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return sess.id == parseHolder(value).socket || parseHolder(sess.old).socket == q.GetSocket()
+	})
+	for _, sess := range others {
+		sess.close(int(q.GetCode()), q.GetReason())
 	}
-	return false, nil
-}
-
-// revoke has the live session of key closed with 4403, wherever it lives, and returns when its lock is free or another's.
-// found is false where there is no such session; the error is errUnavailable where Redis or the holder stays silent.
-func (s *sessions) revoke(ctx context.Context, key string) (found bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, sessionFight)
-	defer cancel()
-	var first lockClaim
-	var sent time.Time // the kill; again after a while, since its pod may have heard nothing at that moment
-	for next := sessionFirstPause; ; next = min(2*next, sessionLongestPause) {
-		holder, _, err := s.read(ctx, key)
+	for _, sess := range others {
+		state, err := sess.wait(ctx, released)
 		if err != nil {
 			return found, err
 		}
-		switch {
-		case holder.text == "":
-			return found, nil
-		case !found:
-			found, first = true, holder
-		case holder.socket != first.socket:
-			return true, nil
+		found = found || state == released
+	}
+	return found, nil
+}
+
+// wait returns the session's state once that is at least want.
+func (sess *session) wait(ctx context.Context, want sessionState) (sessionState, error) {
+	for {
+		sess.set.mu.Lock()
+		state := sess.state
+		if sess.changed == nil && state < want {
+			sess.changed = make(chan struct{})
 		}
-		if time.Since(sent) >= sessionSilence {
-			sent = time.Now()
-			s.sendKill(ctx, key, killMessage{holder.pod, holder.socket, 4403, "revoked"})
+		changed := sess.changed
+		sess.set.mu.Unlock()
+		if state >= want {
+			return state, nil
 		}
-		if s.orphaned(ctx, holder) {
-			s.drop(ctx, []lockDrop{{key: key, socket: holder.socket}})
-		}
-		if !pause(ctx, next) {
-			return true, fmt.Errorf("%w: pod %s, which has the session %s, does not answer", errUnavailable, first.pod, key)
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return state, ctx.Err()
 		}
 	}
 }
 
-// replacedBy says whether a later newcomer than s holds the lock or waits for it, or s was killed while it waited.
-func (s *session) replacedBy(claims ...lockClaim) bool {
-	for _, c := range claims {
-		if c.socket != s.id && c.turn >= s.turn {
-			return true
-		}
+// revoke has the live session of key closed with 4403, wherever it lives. found is false where there is no such session; the error is
+// errUnavailable where Redis or the holder stays silent.
+func (s *sessions) revoke(ctx context.Context, key string) (found bool, err error) {
+	value, err := s.read(ctx, key)
+	if err != nil || value == "" {
+		return false, err
 	}
-	s.set.mu.Lock()
-	defer s.set.mu.Unlock()
-	return s.verdict != nil
+	h := parseHolder(value)
+	q := &peerpb.CloseSessionRequest{Key: key, Socket: h.socket, Code: 4403, Reason: "revoked"}
+	found, err = s.ask(h, q)
+	switch {
+	case errors.Is(err, errDead):
+		s.drop(ctx, sessionDrop{key: key, socket: h.socket})
+		return true, nil
+	case err != nil:
+		return true, fmt.Errorf("%w: pod %s, which has the session %s, does not answer: %w", errUnavailable, h.pod, key, err)
+	case !found:
+		q.Others = true
+		found = s.askEveryone(q)
+	}
+	return found, nil
 }
 
-// hold makes a pending session a held one, which is renewed. It says false when s was killed before.
-func (s *session) hold() bool {
-	s.set.mu.Lock()
-	defer s.set.mu.Unlock()
-	s.held = s.verdict == nil
-	return s.held
+// read returns a session's value, "" where there is none. Its errors are errUnavailable.
+func (s *sessions) read(ctx context.Context, key string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
+	defer cancel()
+	value, err := s.rdb.Get(ctx, sessionKey(key)).Result()
+	if err != nil && !errors.Is(err, redis.Nil) {
+		s.m.redisErrorsTotal.with("session_read").Inc()
+		return "", fmt.Errorf("read session %s: %w: %w", key, errUnavailable, err)
+	}
+	return value, nil
 }
 
-// bind tells whom to close when the session is lost or killed; if that happened before, kill is called at once.
-// Call it before anything is written to the socket: a session that is killed before bind is released at once.
-// kill must not block, and is called once at the most.
-func (s *session) bind(kill func(code int, reason string)) {
-	s.set.mu.Lock()
-	s.kill = kill
-	verdict := s.verdict
-	s.set.mu.Unlock()
+// bind tells whom to close when the session is lost; if that happened before, kill is called at once. Call it before anything is
+// written to the socket: a session that is lost before bind is released at once. kill must not block, and is called once at the most.
+func (sess *session) bind(kill func(code int, reason string)) {
+	sess.set.mu.Lock()
+	sess.kill = kill
+	verdict := sess.verdict
+	sess.set.mu.Unlock()
 	if verdict != nil {
 		kill(verdict.code, verdict.reason)
 	}
 }
 
-// close passes a verdict on the session; the first one counts. The lock stays until release, since the socket may
-// have something to write until then; where there is no socket yet, it is released here.
-func (s *session) close(code int, reason string) {
-	s.set.mu.Lock()
-	if s.verdict != nil {
-		s.set.mu.Unlock()
+// close passes a verdict on the session; the first one counts. A session that waits does so until await has ended, a held one lasts
+// until its socket has called release.
+func (sess *session) close(code int, reason string) {
+	sess.set.mu.Lock()
+	first := sess.verdict == nil && sess.state <= held
+	if first {
+		sess.verdict = &sessionVerdict{code, reason}
+	}
+	state, kill := sess.state, sess.kill
+	sess.set.mu.Unlock()
+	switch { // not under the lock: kill may call release
+	case !first || state < held:
+	case kill == nil:
+		sess.release()
+	default:
+		kill(code, reason)
+	}
+}
+
+// release queues the release of the key, behind any renewal under way, unless another socket has taken it. It does not block; the first
+// call counts.
+func (sess *session) release() {
+	s := sess.set
+	if !sess.leave(released) {
 		return
 	}
-	s.verdict = &killVerdict{code, reason}
-	kill := s.kill
-	s.set.mu.Unlock()
-	if kill == nil {
-		s.release()
-		return
-	}
-	kill(code, reason) // not under the lock: it may call release
-}
-
-// release queues the release of the lock, behind any renewal under way. It does not block; the first call counts.
-func (s *session) release() {
-	s.set.mu.Lock()
-	released := s.released
-	s.set.mu.Unlock()
-	if !released {
-		s.abandon()
-	}
-}
-
-// abandon queues a release even if there was one: after a claim whose outcome is not known, or that was sent while
-// a kill released the session.
-func (s *session) abandon() {
-	s.set.mu.Lock()
-	s.released = true
-	delete(s.set.slotLocked(s.id), s.id)
-	s.set.mu.Unlock()
-	s.set.queueDrop(s.key, s.id)
-}
-
-// all lists the held sessions, slot by slot.
-func (s *sessions) all() []*session {
-	var list []*session
-	for i := range sessionSlots {
-		list = append(list, s.inSlot(i)...)
-	}
-	return list
-}
-
-// inSlot lists the held sessions of one slot. A pending one is not: its turn is not known yet.
-func (s *sessions) inSlot(i int) []*session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	list := make([]*session, 0, len(s.live[i]))
-	for _, sess := range s.live[i] {
-		if sess.held {
-			list = append(list, sess)
+	// A name that was put back meanwhile stays: whoever swaps it out asks for the one that has taken the session.
+	if sess.verdict == nil || sess.verdict.code == closeForbidden {
+		s.drops = append(s.drops, sessionDrop{sess.key, sess.id, time.Now().Add(s.ttl())})
+		poke(s.wake)
+	}
+}
+
+// leave ends the session, unless it has ended.
+func (sess *session) leave(end sessionState) bool {
+	s := sess.set
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if sess.state >= released {
+		return false
+	}
+	delete(s.slotLocked(sess.id), sess.id)
+	sess.setLocked(end)
+	return true
+}
+
+func (sess *session) setLocked(state sessionState) {
+	sess.state = state
+	if sess.changed != nil {
+		close(sess.changed)
+		sess.changed = nil
+	}
+}
+
+// slotLocked is where the session of that id lives.
+func (s *sessions) slotLocked(id string) map[string]*session {
+	return s.live[maphash.String(s.seed, id)%sessionSlots]
+}
+
+// list lists the sessions for which want says so, slot by slot.
+func (s *sessions) list(want func(*session) bool) (list []*session) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, slot := range s.live {
+		for _, sess := range slot {
+			if want(sess) {
+				list = append(list, sess)
+			}
 		}
 	}
 	return list
-}
-
-// listen keeps the subscription to the kill channel until ctx ends. While it is broken, kills for this pod's sockets
-// go unheard, and the newcomers take over by force after 1 s.
-func (s *sessions) listen(ctx context.Context) {
-	broken := false
-	for ctx.Err() == nil {
-		err := s.hearKills(ctx, func() {
-			if broken {
-				slog.Info("session kill channel is heard again")
-			}
-			broken = false
-		})
-		if ctx.Err() != nil {
-			return
-		}
-		s.m.redisErrorsTotal.with("session_subscribe").Inc()
-		if !broken {
-			slog.Warn("session kill channel is broken", "err", err)
-		}
-		broken = true
-		select {
-		case <-time.After(250 * time.Millisecond):
-		case <-ctx.Done():
-		}
-	}
-}
-
-// hearKills subscribes and serves kills until the subscription breaks; subscribed is called when it stands.
-//
-// One pattern for all sessions: every pod hears every kill, but a kill is rare (a few hundred a second if all clients
-// reconnect at once) and one that is for another pod costs a JSON message. A channel per session would cost a round trip
-// before each lock, and 15,000 subscriptions to make again whenever the connection breaks. In a cluster, classic
-// PUBLISH reaches the subscribers of every node.
-//
-// Receive by hand: the library's channel goes on silently over a broken connection, so kills sent meanwhile would
-// be lost without anyone knowing.
-func (s *sessions) hearKills(ctx context.Context, subscribed func()) error {
-	ps := s.rdb.PSubscribe(ctx, killPrefix+"*")
-	defer ps.Close()
-	defer context.AfterFunc(ctx, func() { ps.Close() })()
-	stands, asked := false, false
-	for {
-		msg, err := ps.ReceiveTimeout(ctx, time.Second)
-		var timeout net.Error
-		switch {
-		case err == nil:
-			asked = false
-		case errors.As(err, &timeout) && timeout.Timeout() && stands && !asked:
-			asked = true
-			if err := ps.Ping(ctx); err != nil {
-				return fmt.Errorf("ping: %w", err)
-			}
-			continue
-		default:
-			return fmt.Errorf("receive: %w", err)
-		}
-		switch msg := msg.(type) {
-		case *redis.Message:
-			s.heard(strings.TrimPrefix(msg.Channel, killPrefix), msg.Payload)
-		case *redis.Subscription:
-			if stands {
-				return errors.New("the library has reconnected by itself")
-			}
-			stands = true
-			subscribed()
-		}
-	}
-}
-
-// heard closes the socket that a kill is meant for. Where the lock names this pod and there is no such socket, the
-// lock is a remnant (of a claim that arrived after its release, or of this pod's last life): it is released.
-func (s *sessions) heard(key, text string) {
-	var msg killMessage
-	if err := json.Unmarshal([]byte(text), &msg); err != nil || msg.Socket == "" || msg.Code == 0 {
-		slog.Debug("session kill is not understood", "session", key, "err", err)
-		return
-	}
-	s.mu.Lock()
-	sess := s.slotLocked(msg.Socket)[msg.Socket]
-	s.mu.Unlock()
-	switch {
-	case sess != nil && sess.key == key:
-		sess.close(msg.Code, msg.Reason)
-	case sess == nil && msg.Pod == s.lease.podID():
-		s.queueDrop(key, msg.Socket)
-	}
 }

@@ -5,364 +5,753 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/redis/go-redis/v9"
 )
+
+// cluster is several pods' sessions, leases and peers, with a Redis and a network in memory, in a bubble.
+type cluster struct {
+	t    *testing.T
+	v    *redisServer
+	n    *peerPipes
+	pods []*sessionPod
+}
+
+type sessionPod struct {
+	*sessions
+	c    *cluster
+	kill func() // ends it as kill -9 does: its lease stays until it runs out
+}
+
+// clusters runs f in a bubble, with as many pods: a, b, c.
+func clusters(t *testing.T, pods int, f func(t *testing.T, c *cluster)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		c := &cluster{t: t, v: newRedisServer(t), n: newPeerPipes()}
+		for i := range pods {
+			c.n.listen(string(rune('a'+i)) + ":1")
+		}
+		for i := range pods {
+			c.pods = append(c.pods, c.pod(string(rune('a'+i))))
+		}
+		for _, p := range c.pods {
+			p.renewLease()
+		}
+		f(t, c)
+	})
+}
+
+func (c *cluster) pod(id string) *sessionPod {
+	c.t.Helper()
+	peering := peerConfig()
+	peering.SessionTTL, peering.SessionRefreshInterval = 30*time.Second, 10*time.Second
+	cfg := &settings{}
+	cfg.Store(peering)
+	m, rdb := newMetrics(), c.v.client(c.t)
+	l := newLease(cfg, rdb, m)
+	l.pod = id
+	if err := l.tryStart(c.t.Context(), func(context.Context) (string, error) { return id + ":1", nil }, nil); err != nil {
+		c.t.Fatal(err)
+	}
+	peers := newPeers(cfg, m, l, newShare(cfg, m))
+	c.n.on(peers)
+	p := &sessionPod{sessions: newSessions(cfg, rdb, m, l, peers), c: c}
+	peers.exclusive = p.sessions
+	listener := c.n.hosts[id+":1"]
+	ctx, cancel := context.WithCancel(c.t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { peers.serve(listener) })
+	wg.Go(func() { p.run(ctx) })
+	wg.Go(func() {
+		for pause(ctx, 2*time.Second) {
+			p.renewLease()
+		}
+	})
+	p.kill = sync.OnceFunc(func() {
+		c.n.mu.Lock()
+		delete(c.n.hosts, id+":1")
+		c.n.mu.Unlock()
+		cancel()
+		done, cancel := context.WithCancel(context.Background())
+		cancel()
+		peers.stop(done)
+		wg.Wait()
+	})
+	c.t.Cleanup(p.kill)
+	return p
+}
+
+// renewLease is what beat does about sessions.
+func (p *sessionPod) renewLease() {
+	if r, err := p.lease.renew(p.c.t.Context(), nil, p.peers); err == nil && (r.overlooked || r.back) {
+		p.reclaim(r.another)
+	}
+}
+
+// acquire is what the server does for an upgrade.
+func (p *sessionPod) acquire(key string) (*session, error) {
+	sess, err := p.swap(key, "user")
+	if err == nil {
+		sess.await()
+	}
+	return sess, err
+}
+
+// testSocket is what conn is to a session: it releases as soon as it is told to close, if it does at all.
+type testSocket struct {
+	*session
+	mu     sync.Mutex
+	closed string
+}
+
+func (k *testSocket) state() string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.closed
+}
+
+func bindTo(sess *session, releases bool) *testSocket {
+	k := &testSocket{session: sess}
+	sess.bind(func(code int, reason string) {
+		k.mu.Lock()
+		k.closed = fmt.Sprint(code, " ", reason)
+		k.mu.Unlock()
+		if releases {
+			sess.release()
+		}
+	})
+	return k
+}
+
+func (p *sessionPod) open(key string) *testSocket {
+	p.c.t.Helper()
+	sess, err := p.acquire(key)
+	if err != nil {
+		p.c.t.Fatalf("acquire %s: %v", key, err)
+	}
+	return bindTo(sess, true)
+}
+
+func wantState(t *testing.T, k *testSocket, want string) {
+	t.Helper()
+	if got := k.state(); got != want {
+		t.Fatalf("socket %s is closed with %q, want %q", k.id, got, want)
+	}
+}
+
+// value is what Redis has for a session.
+func (c *cluster) value(key string) (value string) {
+	c.v.change(func() { value = c.v.values[sessionKey(key)] })
+	return value
+}
+
+func (c *cluster) set(key, value string) {
+	c.v.change(func() { c.v.values[sessionKey(key)] = value })
+}
+
+func (c *cluster) wantHolder(key, socket string) {
+	c.t.Helper()
+	synctest.Wait()
+	if value := c.value(key); parseHolder(value).socket != socket {
+		c.t.Fatalf("session %s is %q, want it held by %q", key, value, socket)
+	}
+}
+
+func wantTook(t *testing.T, start time.Time, least, most time.Duration) {
+	t.Helper()
+	if d := time.Since(start); d < least || d > most {
+		t.Fatalf("took %v, want %v to %v", d, least, most)
+	}
+}
+
+const (
+	oneRound = 10*time.Second + 10*time.Millisecond // each session was renewed once
+	atOnce   = 20 * time.Millisecond                // a call with a dial
+)
+
+func TestParseHolder(t *testing.T) {
+	h := holder{member{"a", "e1"}, "S"}
+	for value, want := range map[string]holder{h.String(): h, "": {}, "by hand": {}, "a#e1#S#7": {}, "a#e1": {}} {
+		if got := parseHolder(value); got != want {
+			t.Errorf("%q: %+v, want %+v", value, got, want)
+		}
+	}
+}
 
 func TestSessionNewcomerReplaces(t *testing.T) {
 	for _, pods := range []int{1, 2} {
 		t.Run(fmt.Sprint(pods, " pods"), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				v := newLockServer(t)
-				a := v.pod(t, "a")
-				b := a
-				if pods == 2 {
-					b = v.pod(t, "b")
-				}
-				first := a.open(t, "c:a:u")
-				v.wantHolder(t, "c:a:u", first.id)
+			clusters(t, pods, func(t *testing.T, c *cluster) {
+				a, b := c.pods[0], c.pods[pods-1]
+				first := a.open("c:a:u")
+				c.wantHolder("c:a:u", first.id)
 				start := time.Now()
-				second := b.open(t, "c:a:u")
-				wantTook(t, start, 0, 10*time.Millisecond)
+				second := b.open("c:a:u")
+				wantTook(t, start, 0, atOnce)
 				wantState(t, first, "4402 session-replaced")
-				v.wantHolder(t, "c:a:u", second.id)
+				c.wantHolder("c:a:u", second.id)
 				second.release()
 				second.release()
-				synctest.Wait()
-				v.wantHolder(t, "c:a:u", "")
+				c.wantHolder("c:a:u", "")
 			})
 		})
 	}
 }
 
 func TestSessionReadyFollowsRelease(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a, b := v.pod(t, "a"), v.pod(t, "b")
-		sess, _ := a.acquire(t.Context(), "c:a:u", "user", time.Now())
+	for _, pods := range []int{1, 2} {
+		clusters(t, pods, func(t *testing.T, c *cluster) {
+			sess, _ := c.pods[0].acquire("c:a:u")
+			first := bindTo(sess, false)
+			start := time.Now()
+			time.AfterFunc(300*time.Millisecond, first.release)
+			second := c.pods[pods-1].open("c:a:u")
+			wantTook(t, start, 300*time.Millisecond, 300*time.Millisecond+atOnce)
+			wantState(t, first, "4402 session-replaced")
+			c.wantHolder("c:a:u", second.id)
+		})
+	}
+}
+
+// TestSessionChain: newcomers wait for each other. The one in the middle is told 4402, and the last one goes on only when the first
+// socket is closed, although the client of the one in the middle has left.
+func TestSessionChain(t *testing.T) {
+	clusters(t, 3, func(t *testing.T, c *cluster) {
+		sess, _ := c.pods[0].acquire("c:a:u")
 		first := bindTo(sess, false)
-		start := time.Now()
+		middle, err := c.pods[1].swap("c:a:u", "user")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var last *testSocket
+		start, ready := time.Now(), make(chan struct{})
+		go func() {
+			last = c.pods[2].open("c:a:u")
+			close(ready)
+		}()
+		time.Sleep(100 * time.Millisecond)
 		time.AfterFunc(300*time.Millisecond, first.release)
-		second := b.open(t, "c:a:u")
-		wantTook(t, start, 300*time.Millisecond, 300*time.Millisecond+sessionLongestPause)
+		middle.await()
+		wantTook(t, start, 400*time.Millisecond, 400*time.Millisecond+atOnce)
+		<-ready
+		wantTook(t, start, 400*time.Millisecond, 400*time.Millisecond+atOnce)
 		wantState(t, first, "4402 session-replaced")
-		v.wantHolder(t, "c:a:u", second.id)
+		wantState(t, bindTo(middle, true), "4402 session-replaced")
+		time.Sleep(oneRound)
+		wantState(t, last, "")
+		c.wantHolder("c:a:u", last.id)
 	})
 }
 
-func TestSessionSilentHolderIsOusted(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a, b := v.pod(t, "a"), v.pod(t, "b")
-		a.deaf = true
-		first := a.open(t, "c:a:u")
+// TestSessionLastOfSeveralWins: of several newcomers on several pods the last that reached Redis lives, the others are told 4402, and
+// nobody is live while another is.
+func TestSessionLastOfSeveralWins(t *testing.T) {
+	for seed := range uint64(30) {
+		clusters(t, 3, func(t *testing.T, c *cluster) {
+			random := rand.New(rand.NewPCG(seed, 0))
+			var mu sync.Mutex
+			soon := func(most int) time.Duration {
+				mu.Lock()
+				defer mu.Unlock()
+				return time.Duration(random.IntN(most)) * time.Millisecond
+			}
+			old, _ := c.pods[0].acquire("c:a:u")
+			first := bindTo(old, false)
+			time.AfterFunc(soon(100), first.release)
+			c.v.executed("")
+			c.v.change(func() { c.v.before = func([]string) { time.Sleep(soon(5)) } })
+			sockets := make([]*testSocket, 10)
+			var wg sync.WaitGroup
+			for i := range sockets {
+				wg.Go(func() {
+					time.Sleep(soon(30))
+					sockets[i] = c.pods[i%3].open("c:a:u")
+					if state, err := first.wait(t.Context(), swapping); state != released || err != nil {
+						t.Errorf("a newcomer is live before the first has gone: %d, %v", state, err)
+					}
+				})
+			}
+			wg.Wait()
+			time.Sleep(time.Second)
+			swaps := c.v.executed("set session:")
+			last := parseHolder(strings.Fields(swaps[len(swaps)-1])[2]).socket
+			for _, k := range sockets {
+				if k.id == last {
+					wantState(t, k, "")
+				} else {
+					wantState(t, k, "4402 session-replaced")
+				}
+			}
+			c.wantHolder("c:a:u", last)
+		})
+	}
+}
+
+func TestSessionReplacedBeforeBind(t *testing.T) {
+	clusters(t, 1, func(t *testing.T, c *cluster) {
+		sess, err := c.pods[0].acquire("admin:root")
+		if err != nil {
+			t.Fatal(err)
+		}
+		second := c.pods[0].open("admin:root") // need not wait for the handshake of the first
+		wantState(t, bindTo(sess, true), "4402 session-replaced")
+		c.wantHolder("admin:root", second.id)
+	})
+}
+
+// TestSessionOfASilentPod: the newcomer goes on after 1 s, and the loser learns at its next renewal.
+func TestSessionOfASilentPod(t *testing.T) {
+	clusters(t, 2, func(t *testing.T, c *cluster) {
+		first := c.pods[0].open("c:a:u")
+		c.pods[1].open("c:a:other")
+		c.n.mute.Store(true)
 		start := time.Now()
-		second := b.open(t, "c:a:u")
-		wantTook(t, start, time.Second, 1100*time.Millisecond)
+		second := c.pods[1].open("c:a:u")
+		wantTook(t, start, sessionSilence, sessionSilence+atOnce)
 		wantState(t, first, "")
-		time.Sleep(oneRound)
+		time.Sleep(oneRound + 2*time.Second)
 		wantState(t, first, "4402 session-lost")
 		wantState(t, second, "")
-		v.wantHolder(t, "c:a:u", second.id)
+		c.wantHolder("c:a:u", second.id)
 	})
 }
 
-func TestSessionOfDeadPodIsTakenAtOnce(t *testing.T) {
-	for name, lease := range map[string]string{"no lease": "", "restarted": "e2"} {
+// TestSessionsOfASilentPod: thousands wait for the same second, who comes later does not wait, and an answer ends that.
+func TestSessionsOfASilentPod(t *testing.T) {
+	clusters(t, 2, func(t *testing.T, c *cluster) {
+		const crowd = 500
+		for i := range crowd + 20 {
+			c.pods[0].open(fmt.Sprint("c:a:", i))
+		}
+		c.n.mute.Store(true)
+		start := time.Now()
+		var wg sync.WaitGroup
+		for i := range crowd {
+			wg.Go(func() {
+				time.Sleep(time.Duration(i) * 2 * time.Millisecond)
+				c.pods[1].open(fmt.Sprint("c:a:", i))
+			})
+		}
+		wg.Wait()
+		wantTook(t, start, sessionSilence, sessionSilence+sessionGlance+atOnce)
+		start = time.Now()
+		c.pods[1].open(fmt.Sprint("c:a:", crowd))
+		wantTook(t, start, sessionGlance, sessionGlance+atOnce)
+		c.n.mute.Store(false)
+		c.n.cut()
+		c.pods[1].open(fmt.Sprint("c:a:", crowd+1))
+		if n := len(c.pods[1].owing); n != 0 {
+			t.Errorf("%d pods owe an answer", n)
+		}
+	})
+}
+
+func TestSessionOfADeadPodIsTakenAtOnce(t *testing.T) {
+	for name, prepare := range map[string]func(c *cluster){
+		"its lease has ended":  func(c *cluster) { c.pods[0].kill(); time.Sleep(7 * time.Second) },
+		"it refuses the dial":  func(c *cluster) { c.pods[0].kill() },
+		"it has another life":  func(c *cluster) { c.set("c:a:u", "a#before#GONE") },
+		"this pod had it":      func(c *cluster) { c.set("c:a:u", "b#before#GONE") },
+		"it has no such name":  func(c *cluster) { c.set("c:a:u", "by hand") },
+		"it has let it go":     func(c *cluster) { c.set("c:a:u", "a#"+c.pods[0].lease.life()+"#GONE") },
+		"it has, and all have": func(c *cluster) { c.pods[2].kill(); c.set("c:a:u", "a#"+c.pods[0].lease.life()+"#GONE") },
+	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				v := newLockServer(t)
-				b := v.pod(t, "b")
-				v.setLease("a", lease)
-				v.set("c:a:u", "a#e1#GONE#7")
+			clusters(t, 3, func(t *testing.T, c *cluster) {
+				c.pods[0].open("c:a:u")
+				prepare(c)
 				start := time.Now()
-				second := b.open(t, "c:a:u")
-				wantTook(t, start, 0, 0)
-				v.wantHolder(t, "c:a:u", second.id)
+				second := c.pods[1].open("c:a:u")
+				wantTook(t, start, 0, 2*atOnce)
+				c.wantHolder("c:a:u", second.id)
 			})
 		})
 	}
 }
 
-// A pod that the lock names but that has no such socket releases it: nobody waits for the silence.
-func TestSessionRemnantIsReleased(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		v.pod(t, "a")
-		b := v.pod(t, "b")
-		v.set("c:a:u", "a#e1#GONE#7")
-		start := time.Now()
-		second := b.open(t, "c:a:u")
-		wantTook(t, start, 0, 10*time.Millisecond)
-		v.wantHolder(t, "c:a:u", second.id)
-	})
+// TestSwapIsSentOnce: go-redis would hide that an answer was lost.
+func TestSwapIsSentOnce(t *testing.T) {
+	if !(once{}).NoRetry() {
+		t.Error("a swap may be sent twice")
+	}
 }
 
-func TestSessionFoughtOverForTooLong(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		b := v.pod(t, "b")
-		for i := range 20 {
-			time.AfterFunc(time.Duration(i)*300*time.Millisecond, func() { v.set("c:a:u", fmt.Sprint("stranger-", i)) })
-		}
-		synctest.Wait()
-		start := time.Now()
-		_, err := b.acquire(t.Context(), "c:a:u", "user", time.Now())
-		if !errors.Is(err, errConflict) {
-			t.Fatalf("got %v, want errConflict", err)
-		}
-		wantTook(t, start, 5*time.Second, 5100*time.Millisecond)
-		synctest.Wait()
-		if value := v.get("c:a:u"); strings.Contains(value, "#") {
-			t.Fatalf("lock is %q, want no trace of the newcomer", value)
-		}
-	})
-}
-
-// Of several newcomers on several pods the last to arrive wins, however they poll; the others are told 4402.
-func TestSessionLastOfSeveralNewcomersWins(t *testing.T) {
-	for seed := range uint64(50) {
-		synctest.Test(t, func(t *testing.T) {
-			random := rand.New(rand.NewPCG(seed, 0))
-			v := newLockServer(t)
-			v.delay = func() time.Duration {
-				v.mu.Lock()
-				defer v.mu.Unlock()
-				return time.Duration(random.IntN(3000)) * time.Microsecond
-			}
-			pods := []*testPod{v.pod(t, "a"), v.pod(t, "b"), v.pod(t, "c")}
-			old, _ := pods[0].acquire(t.Context(), "c:a:u", "user", time.Now())
-			first := bindTo(old, false)
-			time.AfterFunc(time.Duration(random.IntN(100))*time.Millisecond, first.release)
-			sockets := make([]*testSocket, 4)
-			var wg sync.WaitGroup
-			for i := range sockets {
-				wg.Go(func() { sockets[i] = pods[i%3].open(t, "c:a:u") })
-				time.Sleep(10 * time.Millisecond) // longer than the delays of one claim: this is their order
-			}
-			wg.Wait()
-			time.Sleep(time.Second)
-			for _, k := range sockets[:3] {
-				wantState(t, k, "4402 session-replaced")
-			}
-			wantState(t, sockets[3], "")
-			v.wantHolder(t, "c:a:u", sockets[3].id)
+// TestSwapUnanswered: the answer to a swap is lost. The socket before it lives on, and has its name put back; or the next newcomer closes
+// it, which finds the name of a socket that does not exist.
+func TestSwapUnanswered(t *testing.T) {
+	for name, next := range map[string]bool{"a newcomer": true, "nobody": false} {
+		t.Run(name, func(t *testing.T) {
+			clusters(t, 3, func(t *testing.T, c *cluster) {
+				first := c.pods[0].open("c:a:u")
+				c.v.change(func() { c.v.lose = 1 })
+				if _, err := c.pods[1].swap("c:a:u", "user"); !errors.Is(err, errUnavailable) {
+					t.Fatalf("got %v, want errUnavailable", err)
+				}
+				if c.value("c:a:u") == holderText(first) {
+					t.Fatal("the swap was not executed: the test misses its case")
+				}
+				if next {
+					second := c.pods[2].open("c:a:u")
+					wantState(t, first, "4402 session-replaced")
+					c.wantHolder("c:a:u", second.id)
+					return
+				}
+				time.Sleep(oneRound)
+				wantState(t, first, "")
+				c.wantHolder("c:a:u", first.id)
+			})
 		})
 	}
 }
 
-func TestSessionKilledBeforeBind(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		sess, err := a.acquire(t.Context(), "admin:root", "admin", time.Now())
+// TestSwapUnansweredAndReplaced: the answer to a swap is lost, and a newcomer has asked for its socket before that is known.
+func TestSwapUnansweredAndReplaced(t *testing.T) {
+	clusters(t, 3, func(t *testing.T, c *cluster) {
+		first := c.pods[0].open("c:a:u")
+		silent := &session{key: "c:a:u", id: "UNHEARD", userType: "user", set: c.pods[1].sessions} // swap, as far as it has come
+		c.pods[1].mu.Lock()
+		c.pods[1].slotLocked(silent.id)[silent.id] = silent
+		c.pods[1].mu.Unlock()
+		c.set("c:a:u", c.pods[1].holderOf(silent).String())
+		time.AfterFunc(300*time.Millisecond, func() { silent.leave(unheard) })
+		second := c.pods[2].open("c:a:u")
+		wantState(t, first, "4402 session-replaced")
+		c.wantHolder("c:a:u", second.id)
+	})
+}
+
+func holderText(k *testSocket) string { return k.set.holderOf(k.session).String() }
+
+// TestGhostBehindANewcomer: while a newcomer waits, its name is swapped out by a ghost, and the socket before it puts its own back. That
+// name stays when it is closed, so that the next newcomer asks for the one that has the session.
+func TestGhostBehindANewcomer(t *testing.T) {
+	clusters(t, 3, func(t *testing.T, c *cluster) {
+		first := c.pods[0].open("c:a:u")
+		middle, err := c.pods[1].swap("c:a:u", "user")
 		if err != nil {
 			t.Fatal(err)
 		}
-		second := a.open(t, "admin:root") // need not wait for the handshake of the first
-		v.wantHolder(t, "admin:root", second.id)
-		wantState(t, bindTo(sess, true), "4402 session-replaced")
-		synctest.Wait()
-		v.wantHolder(t, "admin:root", second.id)
+		c.set("c:a:u", "c#"+c.pods[2].lease.life()+"#GHOST")
+		c.pods[0].reclaim(false)
+		time.Sleep(100 * time.Millisecond)
+		c.wantHolder("c:a:u", first.id)
+		middle.await()
+		second := bindTo(middle, true)
+		wantState(t, first, "4402 session-replaced")
+		c.wantHolder("c:a:u", first.id)
+		third := c.pods[2].open("c:a:u")
+		wantState(t, second, "4402 session-replaced")
+		c.wantHolder("c:a:u", third.id)
 	})
 }
 
-func TestSessionNewcomerGoesAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a, b := v.pod(t, "a"), v.pod(t, "b")
-		sess, _ := a.acquire(t.Context(), "c:a:u", "user", time.Now())
-		bindTo(sess, false)
-		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-		defer cancel()
-		if _, err := b.acquire(ctx, "c:a:u", "user", time.Now()); !errors.Is(err, context.DeadlineExceeded) {
-			t.Fatalf("got %v, want the error of the context", err)
+// TestLaterOneHidden: a newcomer that has asked everyone finds out at once that a later one lives.
+func TestLaterOneHidden(t *testing.T) {
+	clusters(t, 2, func(t *testing.T, c *cluster) {
+		sess, err := c.pods[0].swap("c:a:u", "user")
+		if err != nil {
+			t.Fatal(err)
 		}
-		synctest.Wait()
-		v.wantHolder(t, "c:a:u", sess.id)
-		if n := len(b.slotLocked(sess.id)); n != 0 {
-			t.Fatalf("%d sessions left behind", n)
-		}
-	})
-}
-
-func TestSessionLostToAnother(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		first := a.open(t, "c:a:u")
-		v.set("c:a:u", "b#e1#OTHER#9")
-		time.Sleep(oneRound)
+		c.v.expire("session:c:a:u")
+		second := c.pods[1].open("c:a:u")
+		c.pods[0].mu.Lock()
+		sess.old = "b#" + c.pods[1].lease.life() + "#GHOST"
+		c.pods[0].mu.Unlock()
+		sess.await()
+		first := bindTo(sess, true)
+		time.Sleep(100 * time.Millisecond)
 		wantState(t, first, "4402 session-lost")
-		v.wantHolder(t, "c:a:u", "OTHER")
+		wantState(t, second, "")
 	})
 }
 
-func TestSessionMissingLockIsSetAgain(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		first := a.open(t, "c:a:u")
-		v.restart()
-		time.Sleep(oneRound)
-		wantState(t, first, "")
-		v.wantHolder(t, "c:a:u", first.id)
-	})
-}
-
-func TestSessionRedisAwayAndBack(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		var sockets []*testSocket
-		for i := range 1000 {
-			sockets = append(sockets, a.open(t, fmt.Sprint("c:a:", i)))
+// TestOwnValueSwapped: a swap that was sent twice after all finds its own value, and asks all pods for the socket before it.
+func TestOwnValueSwapped(t *testing.T) {
+	clusters(t, 3, func(t *testing.T, c *cluster) {
+		first := c.pods[0].open("c:a:u")
+		sess, err := c.pods[1].swap("c:a:u", "user")
+		if err != nil {
+			t.Fatal(err)
 		}
-		v.setDown(true)
-		if _, err := a.acquire(t.Context(), "c:a:new", "user", time.Now()); !errors.Is(err, errUnavailable) {
+		sess.old = c.value("c:a:u")
+		sess.await()
+		wantState(t, first, "4402 session-replaced")
+		wantState(t, bindTo(sess, true), "")
+	})
+}
+
+// TestCloseOthersLeavesTheLatest: who asks everyone late closes nobody that came after it.
+func TestCloseOthersLeavesTheLatest(t *testing.T) {
+	clusters(t, 2, func(t *testing.T, c *cluster) {
+		sess, _ := c.pods[0].swap("c:a:u", "user")
+		sess.await()
+		bindTo(sess, true)
+		second := c.pods[1].open("c:a:u")
+		sess.old = c.value("c:a:u")
+		c.pods[0].closeBefore(&session{key: "c:a:u", id: "LATE", old: "a#" + c.pods[0].lease.life() + "#LATE", set: c.pods[0].sessions})
+		wantState(t, second, "")
+		c.wantHolder("c:a:u", second.id)
+	})
+}
+
+func TestSessionUnavailable(t *testing.T) {
+	clusters(t, 1, func(t *testing.T, c *cluster) {
+		c.v.change(func() { c.v.down = true })
+		if _, err := c.pods[0].swap("c:a:u", "user"); !errors.Is(err, errUnavailable) {
 			t.Fatalf("got %v, want errUnavailable", err)
 		}
-		sockets[0].release()
-		time.Sleep(20 * time.Second)
-		v.restart()
-		v.set("c:a:0", "a#e1#"+sockets[0].id+"#1")
-		start := time.Now()
-		a.reclaim()
-		synctest.Wait()
-		wantTook(t, start, 0, 0)
-		v.wantHolder(t, "c:a:0", "")
-		for _, k := range sockets[1:] {
-			wantState(t, k, "")
-			v.wantHolder(t, k.key, k.id)
+		time.Sleep(10 * time.Second)
+		if _, err := c.pods[0].swap("c:a:u", "user"); !errors.Is(err, errUnavailable) {
+			t.Fatalf("without a lease: %v, want errUnavailable", err)
+		}
+		if n := len(c.pods[0].list(func(*session) bool { return true })); n != 0 {
+			t.Errorf("%d sessions left behind", n)
 		}
 	})
 }
 
-// Without a reclaim, too, all locks come back with the first slot that gets an answer.
-func TestSessionReclaimsByItself(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		for i := range 1000 {
-			a.open(t, fmt.Sprint("c:a:", i))
+// TestSessionRevoked: whoever has the session, and wherever it was asked for.
+func TestSessionRevoked(t *testing.T) {
+	clusters(t, 3, func(t *testing.T, c *cluster) {
+		revoke := func(p *sessionPod, key string, want bool) {
+			t.Helper()
+			if found, err := p.revoke(t.Context(), key); found != want || err != nil {
+				t.Errorf("%s: found %t, %v", key, found, err)
+			}
 		}
-		v.setDown(true)
-		time.Sleep(3 * time.Second)
-		v.restart()
+		for _, p := range c.pods[:2] {
+			first := c.pods[0].open("c:a:u")
+			revoke(p, "c:a:u", true)
+			wantState(t, first, "4403 revoked")
+			c.wantHolder("c:a:u", "")
+			revoke(p, "c:a:u", false)
+		}
+		first := c.pods[0].open("c:a:u")
+		c.set("c:a:u", "a#"+c.pods[0].lease.life()+"#GONE")
+		revoke(c.pods[1], "c:a:u", true) // behind a ghost
+		wantState(t, first, "4403 revoked")
+		c.set("c:a:u", "a#"+c.pods[0].lease.life()+"#GONE")
+		revoke(c.pods[1], "c:a:u", false)
+		c.set("c:a:v", "nopod#e1#GONE")
+		revoke(c.pods[1], "c:a:v", true)
+		c.wantHolder("c:a:v", "")
+		c.pods[2].open("c:a:w")
+		c.n.mute.Store(true)
+		if found, err := c.pods[1].revoke(t.Context(), "c:a:w"); !found || !errors.Is(err, errUnavailable) {
+			t.Errorf("of a silent pod: %t, %v", found, err)
+		}
+		c.v.change(func() { c.v.down = true })
+		if _, err := c.pods[1].revoke(t.Context(), "c:a:w"); !errors.Is(err, errUnavailable) {
+			t.Errorf("without Redis: %v", err)
+		}
+	})
+}
+
+// TestRenewalFindsAnother: a renewal that finds another's name asks that one's pod. The name of a socket that exists closes this one's;
+// any other is replaced by its own.
+func TestRenewalFindsAnother(t *testing.T) {
+	life := func(c *cluster, i int) string { return c.pods[i].lease.life() }
+	for name, tc := range map[string]struct {
+		value func(c *cluster) string
+		want  string
+	}{
+		"a living socket of another user":  {func(c *cluster) string { return holderText(c.pods[1].open("c:a:v")) }, ""},
+		"no such socket":                   {func(c *cluster) string { return "b#" + life(c, 1) + "#GONE" }, ""},
+		"no such socket here":              {func(c *cluster) string { return "a#" + life(c, 0) + "#GONE" }, ""},
+		"a dead pod":                       {func(c *cluster) string { return "z#e1#GONE" }, ""},
+		"a former life":                    {func(c *cluster) string { return "b#before#GONE" }, ""},
+		"not of this service":              {func(c *cluster) string { return "by hand" }, ""},
+		"nothing":                          {func(c *cluster) string { c.v.expire("session:c:a:u"); return "" }, ""},
+		"a pod that refuses and is leased": {func(c *cluster) string { c.pods[1].kill(); return "b#" + life(c, 1) + "#GONE" }, "4402 session-lost"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			clusters(t, 2, func(t *testing.T, c *cluster) {
+				first := c.pods[0].open("c:a:u")
+				c.set("c:a:u", tc.value(c))
+				if strings.HasPrefix(name, "a pod") {
+					c.pods[0].reclaim(false)
+				}
+				time.Sleep(oneRound)
+				wantState(t, first, tc.want)
+				if tc.want == "" {
+					c.wantHolder("c:a:u", first.id)
+				}
+			})
+		})
+	}
+}
+
+// TestTwoAfterLoss: Redis has lost a swap, so two sockets of one session live. One is closed, so that its client may come back: it may be
+// the newer one.
+func TestTwoAfterLoss(t *testing.T) {
+	for code, lost := range map[string]bool{"1013 session-lost": true, "4402 session-lost": false} {
+		clusters(t, 2, func(t *testing.T, c *cluster) {
+			first := c.pods[0].open("c:a:u")
+			c.v.expire("session:c:a:u")
+			second := c.pods[1].open("c:a:u")
+			if lost {
+				c.v.change(func() { c.v.runID = "run-2" })
+				c.pods[0].renewLease()
+			}
+			time.Sleep(oneRound)
+			wantState(t, first, code)
+			wantState(t, second, "")
+			c.wantHolder("c:a:u", second.id)
+		})
+	}
+}
+
+func TestSessionsRedisAwayAndBack(t *testing.T) {
+	clusters(t, 1, func(t *testing.T, c *cluster) {
+		a := c.pods[0]
+		var sockets []*testSocket
+		for i := range 300 {
+			sockets = append(sockets, a.open(fmt.Sprint("c:a:", i)))
+		}
+		c.v.change(func() { c.v.down = true })
+		sockets[0].release()
+		time.Sleep(20 * time.Second)
+		c.v.restart()
+		c.v.change(func() { c.v.down = false })
+		c.set("c:a:0", holderText(sockets[0]))
+		time.Sleep(2*time.Second + 10*time.Millisecond)
+		c.wantHolder("c:a:0", "")
+		for _, k := range sockets[1:] {
+			wantState(t, k, "")
+			c.wantHolder(k.key, k.id)
+		}
+	})
+}
+
+// Without a reclaim, too, all sessions come back with the first slot that gets an answer.
+func TestSessionsReclaimThemselves(t *testing.T) {
+	clusters(t, 1, func(t *testing.T, c *cluster) {
+		for i := range 1000 {
+			c.pods[0].open(fmt.Sprint("c:a:", i))
+		}
+		time.Sleep(2100 * time.Millisecond) // between two renewals of the lease
+		c.v.change(func() { c.v.down = true })
+		time.Sleep(time.Second)
+		c.v.restart()
+		c.v.change(func() { c.v.down = false })
 		time.Sleep(oneRound / sessionSlots)
 		synctest.Wait()
-		if n := len(v.locks); n != 1000 {
-			t.Fatalf("%d locks, want 1000", n)
+		n := 0
+		c.v.change(func() { n = len(c.v.values) })
+		if n < 1000 {
+			t.Fatalf("%d sessions, want 1000", n)
 		}
 	})
 }
 
 func TestSessionReleaseIsForgottenAfterTTL(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		first := a.open(t, "c:a:u")
-		v.setDown(true)
+	clusters(t, 1, func(t *testing.T, c *cluster) {
+		first := c.pods[0].open("c:a:u")
+		c.v.change(func() { c.v.down = true })
 		first.release()
 		time.Sleep(31 * time.Second)
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		if len(a.drops) != 0 {
-			t.Fatalf("%d releases remembered, want none: the lock has expired", len(a.drops))
+		c.pods[0].mu.Lock()
+		defer c.pods[0].mu.Unlock()
+		if n := len(c.pods[0].drops); n != 0 {
+			t.Fatalf("%d releases remembered, want none: the key has expired", n)
 		}
 	})
 }
 
+// TestSessionMovesToNewLife: also one whose swap was under way while the pod took the new life.
 func TestSessionMovesToNewLife(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		first, lost := a.open(t, "c:a:u"), a.open(t, "c:a:v")
-		v.set("c:a:v", "b#e1#OTHER#9")
-		v.setLease("a", "e2")
-		a.reclaim()
-		synctest.Wait()
-		wantState(t, first, "")
-		wantState(t, lost, "4402 session-lost")
-		if got, want := v.get("c:a:u"), "a#e2#"+first.id+"#1"; got != want {
-			t.Fatalf("lock is %q, want %q", got, want)
+	clusters(t, 1, func(t *testing.T, c *cluster) {
+		a := c.pods[0]
+		first := a.open("c:a:u")
+		late, err := a.swap("c:a:v", "user")
+		if err != nil {
+			t.Fatal(err)
 		}
-		v.wantHolder(t, "c:a:v", "OTHER")
+		before := a.lease.life()
+		c.v.expire(podKey("a"))
+		a.renewLease()
+		if a.lease.life() == before {
+			t.Fatal("no new life: the test misses its case")
+		}
+		synctest.Wait()
+		if got, want := c.value("c:a:u"), holderText(first); got != want {
+			t.Fatalf("session is %q, want %q", got, want)
+		}
+		late.await()
+		synctest.Wait()
+		if got, want := c.value("c:a:v"), a.holderOf(late).String(); got != want {
+			t.Fatalf("session is %q, want %q", got, want)
+		}
 	})
 }
 
 // Renewals of sockets that came all at once are spread over the interval, one command each.
 func TestSessionRenewalsAreSpread(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		for i := range 3200 {
-			a.open(t, fmt.Sprint("c:a:", i))
+	clusters(t, 1, func(t *testing.T, c *cluster) {
+		const n = 1600
+		for i := range n {
+			c.pods[0].open(fmt.Sprint("c:a:", i))
 		}
-		a.reclaim()
+		c.pods[0].reclaim(false)
 		synctest.Wait()
-		v.mu.Lock()
-		v.sent = nil
-		v.mu.Unlock()
-		most, last := 0, 0
+		c.v.executed("")
+		most, all, renewed := 0, 0, map[string]bool{}
 		for range sessionSlots + 1 {
 			time.Sleep(10 * time.Second / sessionSlots)
-			v.mu.Lock()
-			most, last = max(most, len(v.sent)-last), len(v.sent)
-			v.mu.Unlock()
+			cmds := c.v.executed("getex")
+			most, all = max(most, len(cmds)), all+len(cmds)
+			for _, cmd := range cmds {
+				renewed[cmd] = true
+			}
 		}
-		v.mu.Lock()
-		defer v.mu.Unlock()
-		renewed := map[string]bool{}
-		for _, sent := range v.sent {
-			renewed[sent] = true
-		}
-		if len(renewed) != 3200 || last > 3300 || most > 150 {
-			t.Fatalf("%d commands renewed %d sessions, at most %d at once; want 3200 (and one slot), 3200, 150", last, len(renewed), most)
+		if len(renewed) != n || all > n+60 || most > 75 {
+			t.Fatalf("%d commands renewed %d sessions, at most %d at once; want %d (and one slot), %d, 75", all, len(renewed), most, n, n)
 		}
 	})
 }
 
-// After the release of a session was sent, nothing about its lock is: whatever renewals, sweeps and confirms run.
+// After the release of a session was sent, nothing about its key is: whatever renewals and sweeps run.
 func TestSessionRenewalNeverFollowsRelease(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	clusters(t, 1, func(t *testing.T, c *cluster) {
 		random := rand.New(rand.NewPCG(1, 2))
-		v := newLockServer(t)
-		v.delay = func() time.Duration {
-			v.mu.Lock()
-			defer v.mu.Unlock()
-			return time.Duration(random.IntN(5)) * time.Millisecond
-		}
-		a := v.pod(t, "a")
+		var mu sync.Mutex
 		var sockets []*testSocket
-		for i := range 500 {
-			sockets = append(sockets, a.open(t, fmt.Sprint("c:a:", i)))
+		for i := range 300 {
+			sockets = append(sockets, c.pods[0].open(fmt.Sprint("c:a:", i)))
 		}
+		c.v.executed("")
+		c.v.change(func() {
+			c.v.before = func([]string) {
+				mu.Lock()
+				d := time.Duration(random.IntN(5)) * time.Millisecond / 8
+				mu.Unlock()
+				time.Sleep(d)
+			}
+		})
 		for i, k := range sockets {
 			time.AfterFunc(time.Duration(i)*7*time.Millisecond, k.release)
 			if i%20 == 0 {
-				time.AfterFunc(time.Duration(i)*7*time.Millisecond, a.reclaim)
+				time.AfterFunc(time.Duration(i)*7*time.Millisecond, func() { c.pods[0].reclaim(false) })
 			}
 		}
 		time.Sleep(20 * time.Second)
-		v.mu.Lock()
-		defer v.mu.Unlock()
 		dropped := map[string]bool{}
-		for _, sent := range v.sent {
-			op, key, _ := strings.Cut(sent, " ")
-			if op != "drop" && dropped[key] {
-				t.Fatalf("%s of %s was sent after its release", op, key)
+		for _, cmd := range c.v.executed("") {
+			words := strings.Fields(cmd)
+			if !strings.HasPrefix(words[1], "session:") {
+				continue
 			}
-			dropped[key] = dropped[key] || op == "drop"
+			if words[0] != "drop" && dropped[words[1]] {
+				t.Fatalf("%q was sent after the release", cmd)
+			}
+			dropped[words[1]] = dropped[words[1]] || words[0] == "drop"
 		}
-		if len(dropped) != len(sockets) || len(v.locks) != 0 {
-			t.Fatalf("%d of %d released, %d locks left", len(dropped), len(sockets), len(v.locks))
+		if len(dropped) != len(sockets) {
+			t.Fatalf("%d of %d released", len(dropped), len(sockets))
 		}
 	})
 }
@@ -370,147 +759,21 @@ func TestSessionRenewalNeverFollowsRelease(t *testing.T) {
 // The releases that a drain has queued are sent before run ends.
 func TestSessionReleasesBeforeTheEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		rdb := redis.NewClient(&redis.Options{Addr: "127.0.0.1:1", MaxRetries: -1})
-		defer rdb.Close()
-		rdb.AddHook(v)
-		cfg := &settings{}
-		cfg.Store(&Config{SessionTTL: 30 * time.Second, SessionRefreshInterval: 10 * time.Second})
-		v.setLease("a", "e1")
-		s := newSessions(cfg, rdb, newMetrics(), heldLease{v, "a"})
-		for i := range 500 {
-			sess, err := s.acquire(t.Context(), fmt.Sprint("c:a:", i), "user", time.Now())
+		w := newWorld(t, nil)
+		s := w.beat.sessions
+		for i := range 300 {
+			sess, err := s.swap(fmt.Sprint("c:a:", i), "user")
 			if err != nil {
 				t.Fatal(err)
 			}
+			sess.await()
 			sess.release()
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		s.work(ctx)
-		if len(v.locks) != 0 {
-			t.Fatalf("%d locks left", len(v.locks))
-		}
-	})
-}
-
-func TestSessionIgnoresForeignKills(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		first := a.open(t, "c:a:u")
-		for _, text := range []string{
-			``, `{}`, `null`, `[1]`, `{"socket":"` + first.id + `"}`,
-			`{"socket":"OTHER","code":4403,"reason":"revoked"}`, `{"pod":"a","socket":"OTHER","code":4403}`,
-		} {
-			a.heard("c:a:u", text)
-		}
-		a.heard("c:a:other", `{"socket":"`+first.id+`","code":4403,"reason":"revoked"}`)
-		synctest.Wait()
-		wantState(t, first, "")
-		v.wantHolder(t, "c:a:u", first.id)
-		a.heard("c:a:u", `{"socket":"`+first.id+`","code":4403,"reason":"revoked"}`)
-		synctest.Wait()
-		wantState(t, first, "4403 revoked")
-		v.wantHolder(t, "c:a:u", "")
-	})
-}
-
-// TestLaterNewcomer: who waited is told of those who came after him, whether they have the session or wait for it, and of nobody
-// whose clock is wrong.
-func TestLaterNewcomer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		came := time.Now()
-		time.Sleep(10 * time.Second)
-		claim := func(after time.Duration) string {
-			return lockClaim{pod: "b", life: "e1", socket: newSocketID(came.Add(after)), turn: 7}.String()
-		}
-		const unnamed = "b#e1#ZZZZZZZZZZZZZZZZZZZZZZZZZZ#7" // of a pod that does not tell
-		for _, c := range []struct {
-			lock string
-			want bool
-		}{
-			{"", false}, {claim(-time.Hour), false}, {claim(0), false}, {claim(time.Second), true}, {claim(10 * time.Second), true},
-			{claim(10*time.Second + time.Millisecond), false}, {unnamed, false}, {"by hand", false},
-			{claim(-time.Hour) + " " + claim(time.Second), true}, {unnamed + " " + claim(time.Second), true},
-			{claim(-time.Hour) + " " + claim(-time.Second), false}, {claim(time.Second) + " " + unnamed, true},
-		} {
-			if v.set("c:a:u", c.lock); c.lock == "" {
-				v.restart()
-			}
-			if got, err := a.later(t.Context(), "c:a:u", came); got != c.want || err != nil {
-				t.Errorf("%q: %t, %v", c.lock, got, err)
-			}
-		}
-		sess := a.open(t, "c:a:mine")
-		if got, err := a.later(t.Context(), "c:a:mine", came); !got || err != nil {
-			t.Errorf("a real lock of %s: %t, %v", sess.id, got, err)
-		}
-		v.setDown(true)
-		if _, err := a.later(t.Context(), "c:a:u", came); !errors.Is(err, errUnavailable) {
-			t.Errorf("Redis is away: %v", err)
-		}
-		for range claimsAtOnce { // which Redis leaves without an answer
-			a.turns <- struct{}{}
-		}
-		if found, err := a.revoke(t.Context(), "c:a:u"); found || !errors.Is(err, errUnavailable) {
-			t.Errorf("a session is revoked while Redis is silent: %t, %v", found, err)
-		}
-	})
-}
-
-func TestSessionUnavailableLease(t *testing.T) {
-	cfg := authSettings(nil)
-	s := newSessions(cfg, nil, newMetrics(), newLease(cfg, nil, newMetrics())) // it was never taken
-	if _, err := s.acquire(t.Context(), "c:a:u", "user", time.Now()); !errors.Is(err, errUnavailable) {
-		t.Fatalf("got %v, want errUnavailable", err)
-	}
-}
-
-// A claim that was under way while the pod took a new life, and so missed the move, is moved as soon as it is held.
-func TestSessionAcquiredOverNewLife(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		a := v.pod(t, "a")
-		v.delay = func() time.Duration { return 10 * time.Millisecond }
-		time.AfterFunc(15*time.Millisecond, func() { // EVALSHA is answered, EVAL under way
-			v.setLease("a", "e2")
-			a.reclaim()
-		})
-		first := a.open(t, "c:a:u")
-		if got, want := v.get("c:a:u"), "a#e1#"+first.id+"#1"; got != want {
-			t.Fatalf("lock is %q, want %q: the test misses its case", got, want)
-		}
-		time.Sleep(40 * time.Millisecond)
-		if got, want := v.get("c:a:u"), "a#e2#"+first.id+"#1"; got != want {
-			t.Fatalf("lock is %q, want %q", got, want)
-		}
-	})
-}
-
-// Of many that connect at once only some claim at a time: the pod's other commands are never far behind in the pool.
-func TestClaimsTakeTurns(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := newLockServer(t)
-		var delay atomic.Int64
-		v.delay = func() time.Duration { return time.Duration(delay.Load()) }
-		p := v.pod(t, "pod-1")
-		p.open(t, "acme:desk1:first") // and loads the script
-		delay.Store(int64(100 * time.Millisecond))
-		began := time.Now()
-		var wg sync.WaitGroup
-		for i := range 10 * claimsAtOnce {
-			wg.Go(func() {
-				if _, err := p.acquire(t.Context(), fmt.Sprint("acme:desk1:", i), "user", time.Now()); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		wg.Wait()
-		if took := time.Since(began); took != time.Second {
-			t.Errorf("10 rounds of 100 ms took %v", took)
+		s.run(ctx)
+		if slices.ContainsFunc(w.v.keys(), func(k string) bool { return strings.HasPrefix(k, "session:") }) {
+			t.Fatalf("sessions left: %v", w.v.keys())
 		}
 	})
 }

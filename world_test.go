@@ -57,7 +57,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 	w.router = newRouter(w.cfg, w.m, w.lease, w.consumer, w.owners, w.hub, w.peers, w.share)
 	w.consumer.to = w.router
 	w.beat = &beat{cfg: w.cfg, m: w.m, lease: w.lease, owners: w.owners, hub: w.hub, peers: w.peers, consumer: w.consumer,
-		sessions: newSessions(w.cfg, w.lease.rdb, w.m, w.lease)}
+		sessions: newSessions(w.cfg, w.lease.rdb, w.m, w.lease, w.peers)}
 	w.renew()
 	return w
 }

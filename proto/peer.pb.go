@@ -254,6 +254,126 @@ func (x *IdentifyResponse) GetOverlooked() bool {
 	return false
 }
 
+type CloseSessionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"` // "<company>:<agent>:<user>" or "admin:<id>"
+	Socket        string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"`
+	Others        bool                   `protobuf:"varint,3,opt,name=others,proto3" json:"others,omitempty"` // not that socket, but all others of the key; the one that Redis names is left
+	Code          uint32                 `protobuf:"varint,4,opt,name=code,proto3" json:"code,omitempty"`     // of the close; 0: only asks
+	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloseSessionRequest) Reset() {
+	*x = CloseSessionRequest{}
+	mi := &file_peer_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloseSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloseSessionRequest) ProtoMessage() {}
+
+func (x *CloseSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloseSessionRequest.ProtoReflect.Descriptor instead.
+func (*CloseSessionRequest) Descriptor() ([]byte, []int) {
+	return file_peer_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *CloseSessionRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *CloseSessionRequest) GetSocket() string {
+	if x != nil {
+		return x.Socket
+	}
+	return ""
+}
+
+func (x *CloseSessionRequest) GetOthers() bool {
+	if x != nil {
+		return x.Others
+	}
+	return false
+}
+
+func (x *CloseSessionRequest) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *CloseSessionRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type CloseSessionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Found         bool                   `protobuf:"varint,1,opt,name=found,proto3" json:"found,omitempty"` // there is, or was, such a socket, and those before it are closed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloseSessionResponse) Reset() {
+	*x = CloseSessionResponse{}
+	mi := &file_peer_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloseSessionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloseSessionResponse) ProtoMessage() {}
+
+func (x *CloseSessionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloseSessionResponse.ProtoReflect.Descriptor instead.
+func (*CloseSessionResponse) Descriptor() ([]byte, []int) {
+	return file_peer_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CloseSessionResponse) GetFound() bool {
+	if x != nil {
+		return x.Found
+	}
+	return false
+}
+
 type Request struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Body:
@@ -268,7 +388,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_peer_proto_msgTypes[2]
+	mi := &file_peer_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -280,7 +400,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[2]
+	mi := &file_peer_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -293,7 +413,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{2}
+	return file_peer_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Request) GetBody() isRequest_Body {
@@ -366,7 +486,7 @@ type Response struct {
 
 func (x *Response) Reset() {
 	*x = Response{}
-	mi := &file_peer_proto_msgTypes[3]
+	mi := &file_peer_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -378,7 +498,7 @@ func (x *Response) String() string {
 func (*Response) ProtoMessage() {}
 
 func (x *Response) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[3]
+	mi := &file_peer_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -391,7 +511,7 @@ func (x *Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Response.ProtoReflect.Descriptor instead.
 func (*Response) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{3}
+	return file_peer_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Response) GetBody() isResponse_Body {
@@ -462,7 +582,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_peer_proto_msgTypes[4]
+	mi := &file_peer_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -474,7 +594,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[4]
+	mi := &file_peer_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -487,7 +607,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{4}
+	return file_peer_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Hello) GetPod() string {
@@ -523,7 +643,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_peer_proto_msgTypes[5]
+	mi := &file_peer_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -535,7 +655,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[5]
+	mi := &file_peer_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -548,7 +668,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{5}
+	return file_peer_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Batch) GetLife() string {
@@ -578,7 +698,7 @@ type List struct {
 
 func (x *List) Reset() {
 	*x = List{}
-	mi := &file_peer_proto_msgTypes[6]
+	mi := &file_peer_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -590,7 +710,7 @@ func (x *List) String() string {
 func (*List) ProtoMessage() {}
 
 func (x *List) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[6]
+	mi := &file_peer_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -603,7 +723,7 @@ func (x *List) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use List.ProtoReflect.Descriptor instead.
 func (*List) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{6}
+	return file_peer_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *List) GetCompany() string {
@@ -643,7 +763,7 @@ type Sessions struct {
 
 func (x *Sessions) Reset() {
 	*x = Sessions{}
-	mi := &file_peer_proto_msgTypes[7]
+	mi := &file_peer_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -655,7 +775,7 @@ func (x *Sessions) String() string {
 func (*Sessions) ProtoMessage() {}
 
 func (x *Sessions) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[7]
+	mi := &file_peer_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -668,7 +788,7 @@ func (x *Sessions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sessions.ProtoReflect.Descriptor instead.
 func (*Sessions) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{7}
+	return file_peer_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Sessions) GetSessions() []*Session {
@@ -693,7 +813,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_peer_proto_msgTypes[8]
+	mi := &file_peer_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -705,7 +825,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[8]
+	mi := &file_peer_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -718,7 +838,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{8}
+	return file_peer_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Session) GetKey() string {
@@ -780,7 +900,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_peer_proto_msgTypes[9]
+	mi := &file_peer_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +912,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[9]
+	mi := &file_peer_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +925,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{9}
+	return file_peer_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -883,7 +1003,7 @@ type Answers struct {
 
 func (x *Answers) Reset() {
 	*x = Answers{}
-	mi := &file_peer_proto_msgTypes[10]
+	mi := &file_peer_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -895,7 +1015,7 @@ func (x *Answers) String() string {
 func (*Answers) ProtoMessage() {}
 
 func (x *Answers) ProtoReflect() protoreflect.Message {
-	mi := &file_peer_proto_msgTypes[10]
+	mi := &file_peer_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -908,7 +1028,7 @@ func (x *Answers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answers.ProtoReflect.Descriptor instead.
 func (*Answers) Descriptor() ([]byte, []int) {
-	return file_peer_proto_rawDescGZIP(), []int{10}
+	return file_peer_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Answers) GetReceived() uint64 {
@@ -946,7 +1066,15 @@ const file_peer_proto_rawDesc = "" +
 	"\x04life\x18\x02 \x01(\tR\x04life\x12\x1e\n" +
 	"\n" +
 	"overlooked\x18\x03 \x01(\bR\n" +
-	"overlooked\"\xa1\x01\n" +
+	"overlooked\"\x83\x01\n" +
+	"\x13CloseSessionRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x16\n" +
+	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x16\n" +
+	"\x06others\x18\x03 \x01(\bR\x06others\x12\x12\n" +
+	"\x04code\x18\x04 \x01(\rR\x04code\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\",\n" +
+	"\x14CloseSessionResponse\x12\x14\n" +
+	"\x05found\x18\x01 \x01(\bR\x05found\"\xa1\x01\n" +
 	"\aRequest\x12/\n" +
 	"\x05hello\x18\x01 \x01(\v2\x17.daisi.ws.peer.v1.HelloH\x00R\x05hello\x12/\n" +
 	"\x05batch\x18\x03 \x01(\v2\x17.daisi.ws.peer.v1.BatchH\x00R\x05batch\x12,\n" +
@@ -1008,10 +1136,11 @@ const file_peer_proto_rawDesc = "" +
 	"\x0fOUTCOME_DROPPED\x10\x04\x12\x10\n" +
 	"\fOUTCOME_GONE\x10\x06\x12\x12\n" +
 	"\x0eOUTCOME_FAILED\x10\a\x12\x16\n" +
-	"\x12OUTCOME_UNSELECTED\x10\b\"\x04\b\x05\x10\x052\x9f\x01\n" +
+	"\x12OUTCOME_UNSELECTED\x10\b\"\x04\b\x05\x10\x052\xfe\x01\n" +
 	"\x04Peer\x12Q\n" +
 	"\bIdentify\x12!.daisi.ws.peer.v1.IdentifyRequest\x1a\".daisi.ws.peer.v1.IdentifyResponse\x12D\n" +
-	"\aDeliver\x12\x19.daisi.ws.peer.v1.Request\x1a\x1a.daisi.ws.peer.v1.Response(\x010\x01B\x1fZ\x1ddaisi-ws-service/proto;peerpbb\x06proto3"
+	"\aDeliver\x12\x19.daisi.ws.peer.v1.Request\x1a\x1a.daisi.ws.peer.v1.Response(\x010\x01\x12]\n" +
+	"\fCloseSession\x12%.daisi.ws.peer.v1.CloseSessionRequest\x1a&.daisi.ws.peer.v1.CloseSessionResponseB\x1fZ\x1ddaisi-ws-service/proto;peerpbb\x06proto3"
 
 var (
 	file_peer_proto_rawDescOnce sync.Once
@@ -1026,39 +1155,43 @@ func file_peer_proto_rawDescGZIP() []byte {
 }
 
 var file_peer_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_peer_proto_goTypes = []any{
-	(Kind)(0),                // 0: daisi.ws.peer.v1.Kind
-	(Outcome)(0),             // 1: daisi.ws.peer.v1.Outcome
-	(*IdentifyRequest)(nil),  // 2: daisi.ws.peer.v1.IdentifyRequest
-	(*IdentifyResponse)(nil), // 3: daisi.ws.peer.v1.IdentifyResponse
-	(*Request)(nil),          // 4: daisi.ws.peer.v1.Request
-	(*Response)(nil),         // 5: daisi.ws.peer.v1.Response
-	(*Hello)(nil),            // 6: daisi.ws.peer.v1.Hello
-	(*Batch)(nil),            // 7: daisi.ws.peer.v1.Batch
-	(*List)(nil),             // 8: daisi.ws.peer.v1.List
-	(*Sessions)(nil),         // 9: daisi.ws.peer.v1.Sessions
-	(*Session)(nil),          // 10: daisi.ws.peer.v1.Session
-	(*Event)(nil),            // 11: daisi.ws.peer.v1.Event
-	(*Answers)(nil),          // 12: daisi.ws.peer.v1.Answers
+	(Kind)(0),                    // 0: daisi.ws.peer.v1.Kind
+	(Outcome)(0),                 // 1: daisi.ws.peer.v1.Outcome
+	(*IdentifyRequest)(nil),      // 2: daisi.ws.peer.v1.IdentifyRequest
+	(*IdentifyResponse)(nil),     // 3: daisi.ws.peer.v1.IdentifyResponse
+	(*CloseSessionRequest)(nil),  // 4: daisi.ws.peer.v1.CloseSessionRequest
+	(*CloseSessionResponse)(nil), // 5: daisi.ws.peer.v1.CloseSessionResponse
+	(*Request)(nil),              // 6: daisi.ws.peer.v1.Request
+	(*Response)(nil),             // 7: daisi.ws.peer.v1.Response
+	(*Hello)(nil),                // 8: daisi.ws.peer.v1.Hello
+	(*Batch)(nil),                // 9: daisi.ws.peer.v1.Batch
+	(*List)(nil),                 // 10: daisi.ws.peer.v1.List
+	(*Sessions)(nil),             // 11: daisi.ws.peer.v1.Sessions
+	(*Session)(nil),              // 12: daisi.ws.peer.v1.Session
+	(*Event)(nil),                // 13: daisi.ws.peer.v1.Event
+	(*Answers)(nil),              // 14: daisi.ws.peer.v1.Answers
 }
 var file_peer_proto_depIdxs = []int32{
-	6,  // 0: daisi.ws.peer.v1.Request.hello:type_name -> daisi.ws.peer.v1.Hello
-	7,  // 1: daisi.ws.peer.v1.Request.batch:type_name -> daisi.ws.peer.v1.Batch
-	8,  // 2: daisi.ws.peer.v1.Request.list:type_name -> daisi.ws.peer.v1.List
-	6,  // 3: daisi.ws.peer.v1.Response.hello:type_name -> daisi.ws.peer.v1.Hello
-	12, // 4: daisi.ws.peer.v1.Response.answers:type_name -> daisi.ws.peer.v1.Answers
-	9,  // 5: daisi.ws.peer.v1.Response.sessions:type_name -> daisi.ws.peer.v1.Sessions
-	11, // 6: daisi.ws.peer.v1.Batch.events:type_name -> daisi.ws.peer.v1.Event
-	10, // 7: daisi.ws.peer.v1.Sessions.sessions:type_name -> daisi.ws.peer.v1.Session
+	8,  // 0: daisi.ws.peer.v1.Request.hello:type_name -> daisi.ws.peer.v1.Hello
+	9,  // 1: daisi.ws.peer.v1.Request.batch:type_name -> daisi.ws.peer.v1.Batch
+	10, // 2: daisi.ws.peer.v1.Request.list:type_name -> daisi.ws.peer.v1.List
+	8,  // 3: daisi.ws.peer.v1.Response.hello:type_name -> daisi.ws.peer.v1.Hello
+	14, // 4: daisi.ws.peer.v1.Response.answers:type_name -> daisi.ws.peer.v1.Answers
+	11, // 5: daisi.ws.peer.v1.Response.sessions:type_name -> daisi.ws.peer.v1.Sessions
+	13, // 6: daisi.ws.peer.v1.Batch.events:type_name -> daisi.ws.peer.v1.Event
+	12, // 7: daisi.ws.peer.v1.Sessions.sessions:type_name -> daisi.ws.peer.v1.Session
 	0,  // 8: daisi.ws.peer.v1.Event.kind:type_name -> daisi.ws.peer.v1.Kind
 	1,  // 9: daisi.ws.peer.v1.Answers.outcomes:type_name -> daisi.ws.peer.v1.Outcome
 	2,  // 10: daisi.ws.peer.v1.Peer.Identify:input_type -> daisi.ws.peer.v1.IdentifyRequest
-	4,  // 11: daisi.ws.peer.v1.Peer.Deliver:input_type -> daisi.ws.peer.v1.Request
-	3,  // 12: daisi.ws.peer.v1.Peer.Identify:output_type -> daisi.ws.peer.v1.IdentifyResponse
-	5,  // 13: daisi.ws.peer.v1.Peer.Deliver:output_type -> daisi.ws.peer.v1.Response
-	12, // [12:14] is the sub-list for method output_type
-	10, // [10:12] is the sub-list for method input_type
+	6,  // 11: daisi.ws.peer.v1.Peer.Deliver:input_type -> daisi.ws.peer.v1.Request
+	4,  // 12: daisi.ws.peer.v1.Peer.CloseSession:input_type -> daisi.ws.peer.v1.CloseSessionRequest
+	3,  // 13: daisi.ws.peer.v1.Peer.Identify:output_type -> daisi.ws.peer.v1.IdentifyResponse
+	7,  // 14: daisi.ws.peer.v1.Peer.Deliver:output_type -> daisi.ws.peer.v1.Response
+	5,  // 15: daisi.ws.peer.v1.Peer.CloseSession:output_type -> daisi.ws.peer.v1.CloseSessionResponse
+	13, // [13:16] is the sub-list for method output_type
+	10, // [10:13] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name
@@ -1069,12 +1202,12 @@ func file_peer_proto_init() {
 	if File_peer_proto != nil {
 		return
 	}
-	file_peer_proto_msgTypes[2].OneofWrappers = []any{
+	file_peer_proto_msgTypes[4].OneofWrappers = []any{
 		(*Request_Hello)(nil),
 		(*Request_Batch)(nil),
 		(*Request_List)(nil),
 	}
-	file_peer_proto_msgTypes[3].OneofWrappers = []any{
+	file_peer_proto_msgTypes[5].OneofWrappers = []any{
 		(*Response_Hello)(nil),
 		(*Response_Answers)(nil),
 		(*Response_Sessions)(nil),
@@ -1085,7 +1218,7 @@ func file_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_peer_proto_rawDesc), len(file_peer_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   11,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

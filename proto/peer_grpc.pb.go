@@ -20,8 +20,9 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Peer_Identify_FullMethodName = "/daisi.ws.peer.v1.Peer/Identify"
-	Peer_Deliver_FullMethodName  = "/daisi.ws.peer.v1.Peer/Deliver"
+	Peer_Identify_FullMethodName     = "/daisi.ws.peer.v1.Peer/Identify"
+	Peer_Deliver_FullMethodName      = "/daisi.ws.peer.v1.Peer/Deliver"
+	Peer_CloseSession_FullMethodName = "/daisi.ws.peer.v1.Peer/CloseSession"
 )
 
 // PeerClient is the client API for Peer service.
@@ -32,6 +33,9 @@ type PeerClient interface {
 	Identify(ctx context.Context, in *IdentifyRequest, opts ...grpc.CallOption) (*IdentifyResponse, error)
 	// Deliver carries events to a pod that has sockets for them, and the answers back. Each side's first message is a hello.
 	Deliver(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Request, Response], error)
+	// CloseSession closes a socket whose session has been taken over, or only asks for it. It answers when nothing more is written to
+	// that socket; of a newcomer that still waits for the socket before it, when that wait has ended.
+	CloseSession(ctx context.Context, in *CloseSessionRequest, opts ...grpc.CallOption) (*CloseSessionResponse, error)
 }
 
 type peerClient struct {
@@ -65,6 +69,16 @@ func (c *peerClient) Deliver(ctx context.Context, opts ...grpc.CallOption) (grpc
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Peer_DeliverClient = grpc.BidiStreamingClient[Request, Response]
 
+func (c *peerClient) CloseSession(ctx context.Context, in *CloseSessionRequest, opts ...grpc.CallOption) (*CloseSessionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CloseSessionResponse)
+	err := c.cc.Invoke(ctx, Peer_CloseSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PeerServer is the server API for Peer service.
 // All implementations must embed UnimplementedPeerServer
 // for forward compatibility.
@@ -73,6 +87,9 @@ type PeerServer interface {
 	Identify(context.Context, *IdentifyRequest) (*IdentifyResponse, error)
 	// Deliver carries events to a pod that has sockets for them, and the answers back. Each side's first message is a hello.
 	Deliver(grpc.BidiStreamingServer[Request, Response]) error
+	// CloseSession closes a socket whose session has been taken over, or only asks for it. It answers when nothing more is written to
+	// that socket; of a newcomer that still waits for the socket before it, when that wait has ended.
+	CloseSession(context.Context, *CloseSessionRequest) (*CloseSessionResponse, error)
 	mustEmbedUnimplementedPeerServer()
 }
 
@@ -88,6 +105,9 @@ func (UnimplementedPeerServer) Identify(context.Context, *IdentifyRequest) (*Ide
 }
 func (UnimplementedPeerServer) Deliver(grpc.BidiStreamingServer[Request, Response]) error {
 	return status.Error(codes.Unimplemented, "method Deliver not implemented")
+}
+func (UnimplementedPeerServer) CloseSession(context.Context, *CloseSessionRequest) (*CloseSessionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CloseSession not implemented")
 }
 func (UnimplementedPeerServer) mustEmbedUnimplementedPeerServer() {}
 func (UnimplementedPeerServer) testEmbeddedByValue()              {}
@@ -135,6 +155,24 @@ func _Peer_Deliver_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Peer_DeliverServer = grpc.BidiStreamingServer[Request, Response]
 
+func _Peer_CloseSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CloseSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).CloseSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_CloseSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).CloseSession(ctx, req.(*CloseSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Peer_ServiceDesc is the grpc.ServiceDesc for Peer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -145,6 +183,10 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Identify",
 			Handler:    _Peer_Identify_Handler,
+		},
+		{
+			MethodName: "CloseSession",
+			Handler:    _Peer_CloseSession_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

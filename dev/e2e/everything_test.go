@@ -53,8 +53,8 @@ func wantEverything(w *harness.World, a, b *harness.Pod, agents ...string) {
 		p.WantLedgers()
 		forced += strings.Count(p.Log.Text(), "session taken over")
 	}
-	if forced > 1 { // once in a while a busy machine leaves a kill unheard for 1 s
-		w.T.Errorf("%d sessions were taken over by force: the kill channel did not work", forced)
+	if forced > 1 { // once in a while a busy machine answers nothing for 1 s
+		w.T.Errorf("%d sessions were taken over from sockets that were not closed before", forced)
 	}
 }
 

@@ -117,7 +117,7 @@ func TestPodCutOff(t *testing.T) {
 		takes time.Duration // a newcomer elsewhere at the most, to take a session of the pod's
 		end   string        // of the socket that loses it; those of a pod without Redis may be sent away instead, once a peer can be asked
 	}{
-		{"from its peers", peers, (*cutOff).withoutPeers, 900 * time.Millisecond, "session-replaced"},
+		{"from its peers", peers, (*cutOff).withoutPeers, 1500 * time.Millisecond, "session-lost"},
 		{"from Redis", func(x *cutOff) []string { return []string{x.Redis} }, (*cutOff).withoutRedisAlone, 1500 * time.Millisecond, "session-lost"},
 		{"from Redis and its peers", func(x *cutOff) []string { return append(peers(x), x.Redis) }, (*cutOff).withoutRedis, 1500 * time.Millisecond, "session-lost"},
 		{"from NATS", func(x *cutOff) []string { return []string{x.NATS} }, (*cutOff).withoutNATS, 900 * time.Millisecond, "session-replaced"},

@@ -223,7 +223,7 @@ func TestReferenceClientCloseCodes(t *testing.T) {
 		{1009, "", true}, {1011, "ping-timeout", true}, {1013, "unavailable", true}, {4408, "slow-client", true},
 		{4429, "rate-limit-exceeded", true}, {4403, "token-expired", true},
 		{1000, "", false}, {4400, "bad-request", false}, {4401, "invalid-api-key", false}, {4402, "session-replaced", false},
-		{4402, "session-lost", false}, {4402, "session-conflict", false}, {4403, "invalid-token", false}, {4403, "revoked", false},
+		{4402, "session-lost", false}, {1013, "session-lost", true}, {4403, "invalid-token", false}, {4403, "revoked", false},
 	} {
 		c := s.next("100 S")
 		c.ready(100, "S", false)

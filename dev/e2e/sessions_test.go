@@ -267,7 +267,8 @@ func TestLockDeletedByHand(t *testing.T) {
 	}
 }
 
-// TestLockOverwrittenByHand: whoever holds another's lock closes its socket at the next renewal, and leaves that lock alone.
+// TestLockOverwrittenByHand: a lock that names a socket that does not exist gets its own name back at the next renewal, and its socket
+// stays. A newcomer takes such a lock over, and closes the socket that had it before.
 func TestLockOverwrittenByHand(t *testing.T) {
 	t.Parallel()
 	for name, tc := range sessionCases() {
@@ -277,26 +278,34 @@ func TestLockOverwrittenByHand(t *testing.T) {
 				w := harness.New(t, harness.Settings("SESSION_TTL=3s", "SESSION_REFRESH_INTERVAL=200ms"))
 				pod := w.Start()
 				rdb := w.RedisClient()
-				for i, value := range []string{"pod-9#e9#SOCKET9#7", "not of this service"} {
-					c := pod.Connect(as(tc.dial))
-					c.WantEvent(tc.publish(w))
+				c := pod.Connect(as(tc.dial))
+				own, err := rdb.Get(t.Context(), lockOf(tc.dial)).Result()
+				if err != nil {
+					t.Fatal(err)
+				}
+				overwrite := func(value string) {
 					if err := rdb.Set(t.Context(), lockOf(tc.dial), value, time.Hour).Err(); err != nil {
 						t.Fatal(err)
 					}
-					c.WantClose(4402, "session-lost")
-					pod.WaitMetric(func(v float64) bool { return v == 0 }, "dws_active_connections")
-					if got, err := rdb.Get(t.Context(), lockOf(tc.dial)).Result(); err != nil || got != value {
-						t.Errorf("the other's lock %q is now %q, %v", value, got, err)
-					}
-					if n := pod.Metric("dws_session_lock_renewal_failure_total", `reason="lost"`); n != float64(i+1) {
-						t.Errorf("%v renewals failed as lost, want %d", n, i+1)
-					}
 				}
-				// A newcomer takes over from a pod that does not exist.
-				c := pod.Connect(as(tc.dial))
-				wantLock(t, rdb, c)
-				c.WantEvent(tc.publish(w))
-				wantAtRest(pod, map[string]float64{"delivered": 3})
+				for _, value := range []string{"pod-9#e9#SOCKET9", pod.ID + "#e9#SOCKET9", strings.Replace(own, c.Ready.SessionID, "SOCKET9", 1), "not of this service"} {
+					overwrite(value)
+					harness.Eventually(t, harness.Patience, "the lock to be its own again", func() bool {
+						got, err := rdb.Get(t.Context(), lockOf(tc.dial)).Result()
+						return err == nil && got == own
+					})
+					wantLock(t, rdb, c)
+					c.WantEvent(tc.publish(w))
+				}
+				if n := pod.Metric("dws_session_lock_renewal_failure_total", `reason="lost"`); n != 0 {
+					t.Errorf("%v renewals failed as lost, want none", n)
+				}
+				overwrite(strings.Replace(own, c.Ready.SessionID, "SOCKET9", 1))
+				second := pod.Connect(as(tc.dial))
+				c.WantClose(4402, "session-replaced")
+				wantLock(t, rdb, second)
+				second.WantEvent(tc.publish(w))
+				wantAtRest(pod, map[string]float64{"delivered": 5})
 			})
 		})
 	}

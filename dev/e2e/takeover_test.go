@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -32,14 +31,13 @@ func waitNoKey(w *harness.World, rdb *redis.Client, key string) {
 	})
 }
 
-// wantHolder compares the socket named in the session's lock with c's.
+// wantHolder compares the socket named in the session's key with c's.
 func wantHolder(rdb *redis.Client, session string, c *harness.Client) {
 	t := c.Pod.W.T
 	t.Helper()
 	value, err := rdb.Get(t.Context(), "session:"+session).Result()
-	holder, _, _ := strings.Cut(value, " ")
-	if err != nil || !strings.HasPrefix(holder, c.Pod.ID+"#") || !strings.Contains(holder, "#"+c.Ready.SessionID+"#") {
-		t.Errorf("the lock of %s says %q (%v), want the socket %s of %s", session, value, err, c.Ready.SessionID, c.Pod.ID)
+	if err != nil || !strings.HasPrefix(value, c.Pod.ID+"#") || !strings.HasSuffix(value, "#"+c.Ready.SessionID) {
+		t.Errorf("session %s is %q (%v), want the socket %s of %s", session, value, err, c.Ready.SessionID, c.Pod.ID)
 	}
 }
 
@@ -101,7 +99,7 @@ func TestThreePodsFight(t *testing.T) {
 	rdb := w.RedisClient()
 	var stays *harness.Client
 	for i := range rounds {
-		fighters := make([]*harness.Client, 3*len(pods))
+		fighters := make([]*harness.Client, 10)
 		var wg sync.WaitGroup
 		for n := range fighters {
 			wg.Go(func() {
@@ -154,8 +152,8 @@ func TestThreePodsFight(t *testing.T) {
 	}
 }
 
-// TestTakeOverFromAKilledPod: the session of a pod that was killed is free at once when its lease has ended, and after a
-// silence of 1 s while the lease still runs; with the default lease and with a short one.
+// TestTakeOverFromAKilledPod: the session of a pod that was killed is free at once, since nobody answers at its address, or its lease
+// has ended; with the default lease and with a short one.
 func TestTakeOverFromAKilledPod(t *testing.T) {
 	t.Parallel()
 	harness.NeedRealRedis(t)
@@ -163,11 +161,10 @@ func TestTakeOverFromAKilledPod(t *testing.T) {
 		name     string
 		settings []string
 		expired  bool
-		min, max time.Duration
 	}{
-		{"before the lease has ended", nil, false, 900 * time.Millisecond, 3 * time.Second},
-		{"after the lease has ended", nil, true, 0, 1500 * time.Millisecond},
-		{"after a short lease has ended", []string{"POD_LEASE=1s"}, true, 0, 1500 * time.Millisecond},
+		{"before the lease has ended", nil, false},
+		{"after the lease has ended", nil, true},
+		{"after a short lease has ended", []string{"POD_LEASE=1s"}, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -183,8 +180,8 @@ func TestTakeOverFromAKilledPod(t *testing.T) {
 			began := time.Now()
 			c := pods[1].Connect(harness.User("acme", "desk1", "ann"))
 			took := time.Since(began)
-			if took < tc.min || took > tc.max {
-				t.Errorf("ready after %v, want between %v and %v", took, tc.min, tc.max)
+			if took > 900*time.Millisecond {
+				t.Errorf("ready after %v, want no wait for an answer", took)
 			}
 			t.Logf("ready after %v", took)
 			wantHolder(rdb, "acme:desk1:ann", c)
@@ -193,9 +190,9 @@ func TestTakeOverFromAKilledPod(t *testing.T) {
 	}
 }
 
-// TestManyFromASilentPod: the sessions of a pod that was killed, or suspended, and has its lease still. One newcomer waits for it
-// for 1 s; those who come later to the same pod do not. A pod that goes on closes the sockets that were taken over: within
-// an interval if its lease holds, at once if that has ended.
+// TestManyFromASilentPod: the sessions of a pod that was killed, or suspended, and has its lease still. Of a suspended one the first
+// newcomer waits for 1 s; those who come later to the same pod do not. A pod that goes on closes the sockets that were taken over:
+// within an interval if its lease holds, at once if that has ended.
 func TestManyFromASilentPod(t *testing.T) {
 	t.Parallel()
 	harness.NeedRealRedis(t)
@@ -236,7 +233,7 @@ func TestManyFromASilentPod(t *testing.T) {
 				ready = append(ready, time.Now())
 			}
 			first, others := ready[0].Sub(began), ready[later].Sub(ready[0])
-			if first < 900*time.Millisecond || first > 4*time.Second || others > later*time.Second/4 {
+			if tc.suspends && first < 900*time.Millisecond || first > 4*time.Second || others > later*time.Second/4 {
 				t.Errorf("the first is ready after %v, the other %d after %v more", first, later, others)
 			}
 			t.Logf("the first is ready after %v, the other %d after %v more", first, later, others)
@@ -283,24 +280,20 @@ func TestManyFromASilentPod(t *testing.T) {
 	}
 }
 
-// TestDeafPod: a pod that does not hear the kill, since its subscription is broken at that moment, loses the session by force
-// after 1 s, and closes the socket when it next renews the lock.
+// TestDeafPod: the calls of other pods do not reach the one that has the session. The newcomer goes on after 1 s, and the socket
+// before it is closed at its next renewal.
 func TestDeafPod(t *testing.T) {
 	t.Parallel()
 	harness.NeedRealRedis(t)
 	const interval = time.Second
 	w := harness.New(t, harness.Settings("SESSION_REFRESH_INTERVAL="+interval.String(), "SESSION_TTL=4s"))
-	pods := startPods(w, 2)
+	deaf, proxy := behindProxy(w)
+	well := w.Start()
 	rdb := w.RedisClient()
-	old := pods[0].Connect(harness.User("acme", "desk1", "ann"))
-	d := harness.User("acme", "desk1", "ann")
-	d.Token = harness.UserToken(t, "acme", "desk1", "ann", time.Hour)
-	// It subscribes again, but not within the milliseconds until the kill is sent.
-	if n, err := rdb.Do(t.Context(), "CLIENT", "KILL", "TYPE", "pubsub").Int(); err != nil || n != 2 {
-		t.Fatalf("%d subscriptions broken (%v), want those of both pods", n, err)
-	}
+	old := deaf.Connect(harness.User("acme", "desk1", "ann"))
+	proxy.BlackHole()
 	began := time.Now()
-	c := pods[1].Connect(d)
+	c := well.Connect(harness.User("acme", "desk1", "ann"))
 	if took := time.Since(began); took < 900*time.Millisecond || took > 4*time.Second {
 		t.Errorf("ready after %v, want a silence of 1 s before", took)
 	}
@@ -309,31 +302,41 @@ func TestDeafPod(t *testing.T) {
 	if took := time.Since(began); took > 4*time.Second+interval {
 		t.Errorf("the socket that lost its session was closed %v after the newcomer came", took)
 	}
+	proxy.Restore()
 	w.Settled()
 	c.WaitEvent(w.Chat("acme", "desk1"))
 	wantHolder(rdb, "acme:desk1:ann", c)
-	for _, p := range pods {
+	for _, p := range []*harness.Pod{deaf, well} {
 		p.WantLedgers()
 	}
 }
 
-// TestRevokeOnADeafPod: a session is revoked while its pod's subscription is broken for a moment. The kill is sent again.
+// TestRevokeOnADeafPod: a session can't be revoked while its pod does not answer, and can when it does.
 func TestRevokeOnADeafPod(t *testing.T) {
 	t.Parallel()
 	harness.NeedRealRedis(t)
 	w := harness.New(t)
-	pods := startPods(w, 2)
-	ann := pods[0].Connect(harness.User("acme", "desk1", "ann"))
-	if n, err := w.RedisClient().Do(t.Context(), "CLIENT", "KILL", "TYPE", "pubsub").Int(); err != nil || n != 2 {
-		t.Fatalf("%d subscriptions broken (%v), want those of both pods", n, err)
+	deaf, proxy := behindProxy(w)
+	well := w.Start()
+	ann := deaf.Connect(harness.User("acme", "desk1", "ann"))
+	revoke := func() int {
+		return well.Do("DELETE", "/admin/sessions/acme/desk1/ann", adminHeader, nil).StatusCode
 	}
-	if a := pods[1].Do("DELETE", "/admin/sessions/acme/desk1/ann", http.Header{"X-Api-Key": {harness.AdminAPIKey}}, nil); a.StatusCode != 200 {
-		t.Errorf("%s %s", a.Status, a.Body)
+	proxy.BlackHole()
+	if status := revoke(); status != 503 {
+		t.Errorf("revoked on a deaf pod: %d, want 503", status)
+	}
+	proxy.Restore()
+	if status := revoke(); status != 200 {
+		t.Errorf("revoked: %d, want 200", status)
 	}
 	ann.WantClose(4403, "revoked")
+	if status := revoke(); status != 404 {
+		t.Errorf("revoked again: %d, want 404", status)
+	}
 }
 
-// TestSuspendedPod: a pod is suspended under load for longer than its lease and the life of its session locks. A newcomer takes
+// TestSuspendedPod: a pod is suspended under load for longer than its lease and the life of its sessions. A newcomer takes
 // its session over elsewhere after 1 s. Awake again, the pod takes a new life: it claims its routes again, closes the socket
 // that was taken over, and tells the one that nobody took over of a gap, whose resume brings what went past it.
 func TestSuspendedPod(t *testing.T) {
@@ -342,9 +345,9 @@ func TestSuspendedPod(t *testing.T) {
 	for _, tc := range []struct {
 		name    string
 		latency time.Duration // of Redis: when it is far away, a read is always under way
-		late    bool          // what Redis has sent, kills too, arrives after the pod is awake
+		late    bool          // what Redis has sent arrives after the pod is awake
 	}{
-		{"Redis near", 0, false}, {"Redis far and kills late", 25 * time.Millisecond, true},
+		{"Redis near", 0, false}, {"Redis far and late", 25 * time.Millisecond, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			const interval = time.Second

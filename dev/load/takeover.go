@@ -11,9 +11,9 @@ import (
 	"daisi-ws-service/dev/rig"
 )
 
-// takeOver measures from the dial of a newcomer to its ready, while the session is on the other pod: which lives; which was
-// killed a moment ago and has its lease still, so the newcomers, who come all at once, wait a second for it; which those who
-// come later, one by one, need not; and whose lease has ended.
+// takeOver measures from the dial of a newcomer to its ready, while the session is on the other pod: which lives; which was killed a
+// moment ago and has its lease still, for newcomers who come all at once and for those who come later, one by one; and whose lease has
+// ended. Nothing answers at the address of the killed pod, so nobody waits for it.
 func takeOver(ctx context.Context, b *bench, p plan) error {
 	const killed = 50 // newcomers after the kill, three times
 	var err error
