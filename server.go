@@ -25,7 +25,7 @@ import (
 
 const (
 	maxHeader      = 32 << 10        // a page's cookies come with every upgrade
-	acquireTimeout = 6 * time.Second // a Redis that is slow, a pod that is silent, and others that are
+	acquireTimeout = 6 * time.Second // of a swap and its await, with a slow Redis and silent pods
 	retryAfter     = "2"             // seconds, for Unavailable
 )
 

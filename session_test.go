@@ -487,14 +487,13 @@ func TestOwnValueSwapped(t *testing.T) {
 // TestCloseOthersLeavesTheLatest: who asks everyone late closes nobody that came after it.
 func TestCloseOthersLeavesTheLatest(t *testing.T) {
 	clusters(t, 2, func(t *testing.T, c *cluster) {
-		sess, _ := c.pods[0].swap("c:a:u", "user")
-		sess.await()
-		bindTo(sess, true)
-		second := c.pods[1].open("c:a:u")
-		sess.old = c.value("c:a:u")
-		c.pods[0].closeBefore(&session{key: "c:a:u", id: "LATE", old: "a#" + c.pods[0].lease.life() + "#LATE", set: c.pods[0].sessions})
-		wantState(t, second, "")
-		c.wantHolder("c:a:u", second.id)
+		a := c.pods[0]
+		last := c.pods[1].open("c:a:u")
+		if sure := a.closeBefore(&session{key: "c:a:u", id: "LATE", old: "a#" + a.lease.life() + "#GHOST", set: a.sessions}); sure {
+			t.Error("there was a socket of that name")
+		}
+		wantState(t, last, "")
+		c.wantHolder("c:a:u", last.id)
 	})
 }
 
