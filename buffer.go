@@ -498,13 +498,6 @@ func (r *ring) roomLocked() bool {
 	return r.n-r.events < maxReplies && len(r.ctrl) < maxPongs
 }
 
-func (r *ring) wakeReaderLocked() {
-	if r.room != nil && (r.phase >= closing || r.roomLocked()) {
-		close(r.room)
-		r.room = nil
-	}
-}
-
 // open allows bytes to be written: the handshake is done.
 func (r *ring) open() (kick bool) {
 	r.mu.Lock()
@@ -561,8 +554,7 @@ func (r *ring) close(last []byte, now time.Time, out []settlement) (_ []settleme
 	} else {
 		r.ctrl = nil
 	}
-	r.wakeReaderLocked()
-	r.endLocked()
+	r.noticeLocked()
 	return out, r.kickLocked()
 }
 
@@ -589,14 +581,22 @@ func (r *ring) giveUpLocked(out []settlement) []settlement {
 	return out
 }
 
-// endLocked forgets a batch of which nothing is left, and finds out whether all was written that a closed ring still writes.
-func (r *ring) endLocked() {
+// noticeLocked is called when something was written, given up or closed, or the turn was given back. It forgets a batch of which nothing
+// is left, notices that all was written which a closed ring still writes, and wakes waitRoom and waitDone.
+func (r *ring) noticeLocked() {
 	if r.out != nil && len(r.out.items) == 0 {
 		r.out = nil
 	}
 	if r.phase == closing && r.out == nil && r.n == 0 && len(r.ctrl) == 0 {
 		r.phase = closed
-		r.doneLocked()
+	}
+	if r.room != nil && (r.phase >= closing || r.roomLocked()) {
+		close(r.room)
+		r.room = nil
+	}
+	if r.done != nil && r.phase == closed && r.state == idle {
+		close(r.done)
+		r.done = nil
 	}
 }
 
@@ -625,13 +625,13 @@ func (r *ring) take(b *batch, room int, now time.Time) (raw *frame) {
 		return nil
 	}
 	fresh := r.out == nil
-	if fresh && r.ready {
-		r.offerLocked(now)
-		if raw := r.rawLocked(room); raw != nil {
-			return raw
-		}
-	}
 	if fresh {
+		if r.ready {
+			r.offerLocked(now)
+			if raw := r.rawLocked(room); raw != nil {
+				return raw
+			}
+		}
 		*b = batch{items: b.items[:0], progress: now}
 		r.out = b
 	}
@@ -689,8 +689,7 @@ func (r *ring) wrote(n int, now time.Time, out []settlement, sent func(*frame, *
 	if r.phase == closing {
 		out = r.giveUpLocked(out)
 	}
-	r.wakeReaderLocked()
-	r.endLocked()
+	r.noticeLocked()
 	return out, r.phase == closed
 }
 
@@ -712,16 +711,14 @@ func (r *ring) writtenLocked(it *item, out []settlement, sent func(*frame, *deli
 	return r.settleLocked(it.d, written, out)
 }
 
-// fail ends a closed ring whose connection can't be written to any more: what its writer had is gone. Whoever has the
-// turn calls it.
+// fail ends a closed ring, which holds no events, because its connection can't be written to any more: what its writer had is gone. Whoever
+// has the turn calls it.
 func (r *ring) fail(out []settlement) []settlement {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	out = r.giveUpLocked(out)
-	r.out, r.ctrl = nil, nil
-	r.siftLocked(func(*item) bool { return true }, gone, nil) // no event is among them
-	r.wakeReaderLocked()
-	r.endLocked()
+	r.out, r.ctrl, r.items, r.head, r.n = nil, nil, nil, 0, 0
+	r.noticeLocked()
 	return out
 }
 
@@ -733,16 +730,8 @@ func (r *ring) rest() bool {
 		return false
 	}
 	r.state = idle
-	r.doneLocked()
+	r.noticeLocked()
 	return true
-}
-
-// doneLocked wakes waitDone once nothing is left to write and no writer has the turn.
-func (r *ring) doneLocked() {
-	if r.done != nil && r.phase == closed && r.state == idle {
-		close(r.done)
-		r.done = nil
-	}
 }
 
 // waitDone waits until no writer touches the socket any more, or until timeout; then it returns false.
