@@ -388,6 +388,9 @@ func (m *ringModel) write() {
 			m.own = m.r.goAlone()
 			clear(m.shared.items[:cap(m.shared.items)]) // as other sockets use it
 		}
+		if m.own == nil && m.r.out != nil {
+			m.t.Fatal("the shared writer has gone on to other sockets, and its batch is not its own")
+		}
 		m.check()
 	}
 	if m.turn = !m.r.rest(); !m.turn {

@@ -47,9 +47,8 @@ func (b *batch) join(buf []byte) []byte {
 
 // scratch is what one write needs besides the socket.
 type scratch struct {
-	buf   []byte
-	ends  []settlement
-	batch batch // of those who hold a scratch until it is written
+	buf  []byte
+	ends []settlement
 }
 
 func newScratch() *scratch { return &scratch{buf: make([]byte, 0, scratchBytes)} }
@@ -65,9 +64,10 @@ type writer struct {
 	wake chan struct{} // of capacity 1; never closed
 
 	// Owned by run: the write under way. try is made once, since a closure per write would be garbage per write.
-	c   *conn
-	res result
-	try func(fd uintptr) bool
+	c     *conn
+	batch batch
+	res   result
+	try   func(fd uintptr) bool
 
 	mu    sync.Mutex // guards dirty
 	dirty []*conn
@@ -76,7 +76,7 @@ type writer struct {
 func newWriter(h *hub) *writer {
 	w := &writer{h: h, s: newScratch(), wake: make(chan struct{}, 1)}
 	w.try = func(fd uintptr) bool {
-		w.res = w.c.attempt(fd, &w.s.batch, w.s)
+		w.res = w.c.attempt(fd, &w.batch, w.s)
 		return true
 	}
 	return w
@@ -218,7 +218,7 @@ func (c *conn) flow(b *batch) {
 		if c.raw != nil {
 			err = c.flowRaw(b)
 		} else {
-			err = c.flowBlocking()
+			err = c.flowBlocking(b)
 		}
 		if err != nil {
 			c.lost()
@@ -258,11 +258,11 @@ func (c *conn) flowRaw(b *batch) error {
 }
 
 // flowBlocking is for TLS: each write is a record, so what waits is joined up to a record's size.
-func (c *conn) flowBlocking() error {
+func (c *conn) flowBlocking(b *batch) error {
 	s := scratches.Get().(*scratch)
 	defer scratches.Put(s)
 	for {
-		p := c.take(&s.batch, s.buf[:0:16<<10])
+		p := c.take(b, s.buf[:0:16<<10])
 		if len(p) == 0 {
 			return nil
 		}
