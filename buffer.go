@@ -621,10 +621,14 @@ func (r *ring) kickLocked() bool {
 func (r *ring) take(b *batch, room int, now time.Time) (raw *frame) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	fresh := r.out == nil
+	if fresh {
+		clear(b.items) // what the failed connection of another socket has left
+		*b = batch{items: b.items[:0], progress: now}
+	}
 	if !r.somethingLocked() {
 		return nil
 	}
-	fresh := r.out == nil
 	if fresh {
 		if r.ready {
 			r.offerLocked(now)
@@ -632,7 +636,6 @@ func (r *ring) take(b *batch, room int, now time.Time) (raw *frame) {
 				return raw
 			}
 		}
-		*b = batch{items: b.items[:0], progress: now}
 		r.out = b
 	}
 	b.writing = true

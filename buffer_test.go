@@ -293,6 +293,19 @@ func TestBatch(t *testing.T) {
 		if !r.rest() || r.phase != closed {
 			t.Error("not at its end")
 		}
+		// A shared writer's batch, and after it a socket whose only event was taken back before the writer came to it.
+		var w batch
+		r, _ = newTestRing(2, false)
+		r.take(&w, 1024, now)
+		r.wrote(1, now, nil, nil)
+		r.close(nil, now, nil)
+		r.fail(nil)
+		r, _ = newTestRing(2, false)
+		writeAll(r)
+		r.take(&w, 1024, now)
+		if b := w.join(make([]byte, 0, 1024)); len(b) > 0 {
+			t.Errorf("%q of another socket is written", b)
+		}
 	})
 }
 
