@@ -537,7 +537,7 @@ func (r *ring) selection() string {
 }
 
 // close ends the ring: its events are gone, but for those of a write that is under way, which its writer settles. Replies and then the
-// close frame, nil for none, are still written. Only the first call does anything.
+// close frame are still written; without one, nothing that waits. Only the first call does anything.
 func (r *ring) close(last []byte, now time.Time, out []settlement) (_ []settlement, kick bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
