@@ -161,7 +161,7 @@ func TestNotesBeforePosition(t *testing.T) {
 			w.beats()
 			for _, c := range conns {
 				c.ring.wantPosition()
-				c.kick(c.ring.control(opPing, nil, time.Now()))
+				c.kick(c.ring.control(opPing, nil))
 				w.write(c, append([]string{"ping"}, want[c]...)...)
 			}
 		}

@@ -15,7 +15,7 @@ import (
 func newTestRing(size int, block bool) (*ring, *sendPolicy) {
 	p := &sendPolicy{size: size, block: block, blockTimeout: time.Second, gaps: func(string) {}}
 	r := &ring{policy: p}
-	r.open(time.Now())
+	r.open()
 	r.goLive()
 	r.greet(newReply("ready", nil), "s", nil, time.Now())
 	return r, p
@@ -31,6 +31,25 @@ func settleAll(ends []settlement) {
 // issue makes seq the newest position.
 func (p *sendPolicy) issue(seq uint64, stream string) {
 	p.latest.Store(&position{place{seq, stream}, newPosition(seq)})
+}
+
+// takeFrom is a writer's take: of the batch that is out, if there is one.
+func takeFrom(r *ring, buf []byte) ([]byte, *frame) {
+	r.mu.Lock()
+	b := r.out
+	r.mu.Unlock()
+	if b == nil {
+		b = new(batch)
+	}
+	raw := r.take(b, cap(buf), time.Now())
+	return b.join(buf), raw
+}
+
+// refuse is a write of which the kernel takes nothing.
+func refuse(r *ring) {
+	takeFrom(r, make([]byte, 0, 10))
+	r.wrote(0, time.Now(), nil, nil)
+	r.goAlone()
 }
 
 // TestRingConcurrently is for the race detector: everything at once, and each delivery still ends once.
@@ -58,7 +77,7 @@ func TestRingConcurrently(t *testing.T) {
 						return
 					}
 					for {
-						if b, _ := r.take(buf, time.Now()); len(b) > 0 {
+						if b, _ := takeFrom(r, buf); len(b) > 0 {
 							ends, _ := r.wrote(rand.IntN(len(b)+1), time.Now(), nil, func(*frame, *delivery) {})
 							settleAll(ends)
 						}
@@ -101,7 +120,7 @@ func TestRingConcurrently(t *testing.T) {
 					kick(r.gap("owner", time.Now()))
 					p.issue(seq, "s")
 					r.wantPosition()
-					kick(r.control(opPing, nil, time.Now()))
+					kick(r.control(opPing, nil))
 					time.Sleep(500 * time.Microsecond)
 				}
 			})
@@ -147,7 +166,7 @@ func writeAll(r *ring) string { return writeBy(r, settleAll) }
 func writeBy(r *ring, settle func([]settlement)) string {
 	var out bytes.Buffer
 	for {
-		b, _ := r.take(make([]byte, 0, 1024), time.Now())
+		b, _ := takeFrom(r, make([]byte, 0, 1024))
 		out.Write(b)
 		if len(b) == 0 {
 			r.rest()
@@ -197,19 +216,112 @@ func TestRedeliveries(t *testing.T) {
 	wantEnd(t, &l, pushTo(r, &l, kindChat, "", 5, 4)) // long forgotten: it is written again
 }
 
+// What a writer has taken is its own: nothing is dropped, unselected or taken back of it, redeliveries join it, control frames still go
+// before what was not begun, and closing the ring settles it.
+func TestBatch(t *testing.T) {
+	now := time.Now()
+	begin := func(t *testing.T, l *ledger) (r *ring, all []*delivery, out []byte) {
+		r, _ = newTestRing(2, false)
+		writeAll(r)
+		r.chat = "a"
+		all = []*delivery{pushTo(r, l, kindMessage, "a", 1, 1), pushTo(r, l, kindMessage, "a", 2, 1)}
+		b, _ := takeFrom(r, make([]byte, 0, 1024))
+		out = append(out, b[:9]...)
+		if ends, _ := r.wrote(9, now, nil, nil); len(ends) != 0 {
+			t.Fatal("a frame of nine bytes")
+		}
+		r.goAlone()
+		return r, all, out
+	}
+	want := func(t *testing.T, out []byte, types ...string) {
+		t.Helper()
+		var got []string
+		for _, msg := range (&ringModel{t: t, r: new(ring), out: out}).frames() {
+			got = append(got, msg.Type)
+		}
+		if !slices.Equal(got, types) {
+			t.Fatalf("wrote %q, want %q", got, types)
+		}
+	}
+	t.Run("written", func(t *testing.T) {
+		var l ledger
+		r, all, out := begin(t, &l)
+		again := pushTo(r, &l, kindMessage, "a", 2, 2)
+		waits := pushAll(r, &l, 3, 4, 5)
+		wantEnd(t, &l, waits[0], dropped)
+		ends, _ := r.selected("", newReply("chat_selected", nil), now, nil)
+		settleAll(ends)
+		r.control(opPing, nil)
+		if _, events := r.look(); events != 4 {
+			t.Errorf("%d events are not written yet, want 4", events)
+		}
+		want(t, append(out, writeAll(r)...), "event", "ping", "event", "gap", "event", "event", "chat_selected")
+		for _, d := range append(all, again, waits[1], waits[2]) {
+			wantEnd(t, &l, d, written)
+		}
+	})
+	t.Run("closed between two writes", func(t *testing.T) {
+		var l ledger
+		r, all, out := begin(t, &l)
+		ends, _ := r.close(closeFrame(1000, ""), now, nil)
+		settleAll(ends)
+		wantEnd(t, &l, all[0], gone)
+		wantEnd(t, &l, all[1], gone)
+		want(t, append(out, writeAll(r)...), "event", "close")
+	})
+	t.Run("closed during a write", func(t *testing.T) {
+		var l ledger
+		r, all, out := begin(t, &l)
+		b, _ := takeFrom(r, make([]byte, 0, 1024))
+		ends, _ := r.close(closeFrame(1000, ""), now, nil)
+		settleAll(ends)
+		wantEnd(t, &l, all[0])
+		out = append(out, b[:len(b)-1]...)
+		ends, _ = r.wrote(len(b)-1, now, nil, func(*frame, *delivery) {})
+		settleAll(ends)
+		wantEnd(t, &l, all[0], written)
+		wantEnd(t, &l, all[1], gone)
+		want(t, append(out, writeAll(r)...), "event", "event", "close")
+	})
+	t.Run("lost", func(t *testing.T) {
+		var l ledger
+		r, all, _ := begin(t, &l)
+		ends, _ := r.close(nil, now, nil)
+		settleAll(append(ends, r.fail(nil)...))
+		wantEnd(t, &l, all[0], gone)
+		wantEnd(t, &l, all[1], gone)
+		if !r.rest() || r.phase != closed {
+			t.Error("not at its end")
+		}
+		// A shared writer's batch, and after it a socket whose only event was taken back before the writer came to it.
+		var w batch
+		r, _ = newTestRing(2, false)
+		r.take(&w, 1024, now)
+		r.wrote(1, now, nil, nil)
+		r.close(nil, now, nil)
+		r.fail(nil)
+		r, _ = newTestRing(2, false)
+		writeAll(r)
+		r.take(&w, 1024, now)
+		if b := w.join(make([]byte, 0, 1024)); len(b) > 0 {
+			t.Errorf("%q of another socket is written", b)
+		}
+	})
+}
+
 // What becomes of an event, by the phase in which it comes.
 func TestPhases(t *testing.T) {
 	now, p := time.Now(), &sendPolicy{size: 8, gaps: func(string) {}}
 	var l ledger
 	r := &ring{policy: p, place: place{7, "s"}} // of a client that comes back
-	r.open(now)
+	r.open()
 	wantEnd(t, &l, pushTo(r, &l, kindChat, "", 1, 1), replayed)
 	wantEnd(t, &l, pushTo(r, &l, kindMessage, "other", 2, 1), unselected)
 	if from, stream := r.beginReplay(); from != 7 || stream != "s" {
 		t.Fatalf("its replay begins behind %d of %q", from, stream)
 	}
 	r = &ring{policy: p, chat: "mine"}
-	r.open(now)
+	r.open()
 	r.goLive()
 	waits := pushTo(r, &l, kindChat, "", 3, 1)
 	wantEnd(t, &l, waits)
@@ -269,12 +381,12 @@ func TestPositions(t *testing.T) {
 		r.reply(newReply("pong", nil), time.Now())
 		wantWritten(t, r, "pong") // it is quiet
 		r.wantPosition()
-		r.control(opPing, nil, time.Now())
+		r.control(opPing, nil)
 		wantWritten(t, r, "ping", "position 7")
 		r.wantPosition()
-		r.control(opPing, nil, time.Now())
+		r.control(opPing, nil)
 		wantWritten(t, r, "ping", "position 7") // it has that one, but the heartbeat is to be seen
-		r.control(opPing, nil, time.Now())
+		r.control(opPing, nil)
 		wantWritten(t, r, "ping")
 		p.issue(8, "s")
 		r.wantPosition()
@@ -291,10 +403,10 @@ func TestPositions(t *testing.T) {
 		if from, _ := r.beginReplay(); from != 7 {
 			t.Fatalf("a replay begins behind %d, want the last position that was written", from)
 		}
-		r.control(opPing, nil, time.Now())
+		r.control(opPing, nil)
 		wantWritten(t, r, "ping") // no position while the replay runs
 		r.goLive()
-		r.control(opPing, nil, time.Now())
+		r.control(opPing, nil)
 		wantWritten(t, r, "ping") // nor before its answer
 		resume(10)
 		p.issue(11, "s")
@@ -443,13 +555,12 @@ func TestStuckEvents(t *testing.T) {
 		writeAll(r)
 		wantStuck := func(n int) {
 			t.Helper()
-			r.noteStuck(time.Now())
-			if got := r.stuckEvents(); got != n {
+			if got := r.stuckEvents(time.Now()); got != n {
 				t.Fatalf("%d events are stuck, want %d", got, n)
 			}
 		}
 		pushAll(r, &l, 1, 2)
-		r.goAlone()
+		refuse(r)
 		wantStuck(0)
 		time.Sleep(slowPause)
 		wantStuck(2)
@@ -457,7 +568,7 @@ func TestStuckEvents(t *testing.T) {
 		wantStuck(3)
 		trickle := func() {
 			t.Helper()
-			r.take(make([]byte, 0, 10), time.Now())
+			takeFrom(r, make([]byte, 0, 10))
 			if ends, _ := r.wrote(1, time.Now(), nil, nil); len(ends) != 0 {
 				t.Fatal("a frame of one byte")
 			}
@@ -472,7 +583,7 @@ func TestStuckEvents(t *testing.T) {
 		writeAll(r)
 		pushAll(r, &l, 4)
 		wantStuck(0)
-		r.goAlone()
+		refuse(r)
 		time.Sleep(slowPause)
 		wantStuck(1)
 		ends, _ := r.close(closeFrame(closeSlowClient, ""), time.Now(), nil)
@@ -516,7 +627,7 @@ func TestCloseBeforeReady(t *testing.T) {
 	now := time.Now()
 	r := &ring{policy: &sendPolicy{size: 2, gaps: func(string) {}}}
 	var l ledger
-	r.open(now)
+	r.open()
 	r.gap("owner", now)
 	r.goLive()
 	all := pushAll(r, &l, 1, 2, 3)
@@ -542,7 +653,11 @@ func TestOverdue(t *testing.T) {
 		}
 		var l ledger
 		pushAll(r, &l, 1)
-		for seq := range uint64(5) { // each drop makes the oldest younger: no progress still counts
+		takeFrom(r, make([]byte, 0, 1024))
+		for seq := range uint64(5) { // each drop makes the oldest that waits younger: what the writer has still counts
+			if r.overdue(time.Now(), 1300*time.Millisecond) {
+				t.Fatal("overdue too early")
+			}
 			time.Sleep(300 * time.Millisecond)
 			pushAll(r, &l, 2+seq, 10+seq)
 		}
@@ -560,14 +675,15 @@ func TestRingAllocations(t *testing.T) {
 	buf, ends := make([]byte, 0, scratchBytes), make([]settlement, 0, 64)
 	sent := func(*frame, *delivery) {}
 	now := time.Now()
+	var w batch
 	n := testing.AllocsPerRun(2000, func() {
 		var room [4]settlement
 		out, _ := r.push(d, now, room[:0])
 		for _, e := range out {
 			e.d.settle(e.o)
 		}
-		b, _ := r.take(buf, now)
-		ends, _ = r.wrote(len(b), now, ends[:0], sent)
+		r.take(&w, cap(buf), now)
+		ends, _ = r.wrote(len(w.join(buf)), now, ends[:0], sent)
 		r.rest()
 	})
 	if n != 0 {
@@ -585,18 +701,19 @@ func newFanOut(n int) func() {
 	for i := range conns {
 		c := &conn{h: h, w: h.writers[0], claims: &claims{company: "c", agent: "a"}}
 		c.ring.policy = &h.policy
-		c.ring.open(time.Now())
+		c.ring.open()
 		c.ring.goLive()
 		c.ring.greet(newReply("ready", nil), "s", nil, time.Now())
 		conns[i] = c
 	}
 	now := time.Now()
+	var w batch
 	return func() {
 		for _, c := range conns {
 			d.open.Store(1)
 			c.push(d)
-			b, _ := c.ring.take(buf, now)
-			ends, _ = c.ring.wrote(len(b), now, ends[:0], h.count.sent)
+			c.ring.take(&w, cap(buf), now)
+			ends, _ = c.ring.wrote(len(w.join(buf)), now, ends[:0], h.count.sent)
 			h.settle(ends)
 			c.ring.rest()
 		}
@@ -637,11 +754,12 @@ func BenchmarkPushPop(b *testing.B) {
 	d.src = noLedger{}
 	buf, ends := make([]byte, 0, scratchBytes), make([]settlement, 0, 64)
 	sent := func(*frame, *delivery) {}
+	var w batch
 	b.ReportAllocs()
 	for b.Loop() {
 		r.push(d, time.Now(), nil)
-		w, _ := r.take(buf, time.Now())
-		ends, _ = r.wrote(len(w), time.Now(), ends[:0], sent)
+		r.take(&w, cap(buf), time.Now())
+		ends, _ = r.wrote(len(w.join(buf)), time.Now(), ends[:0], sent)
 		r.rest()
 	}
 }

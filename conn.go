@@ -235,7 +235,7 @@ func (c *conn) begin() {
 	c.h.m.connectionsTotal.with(typ).Inc()
 	c.h.m.activeConnections.with(typ).Inc()
 	slog.Info("socket opened", c.logAttrs()...)
-	c.kick(c.ring.open(time.Now()))
+	c.kick(c.ring.open())
 	c.h.mu.Lock()
 	draining := c.h.draining
 	c.h.mu.Unlock()
@@ -425,7 +425,7 @@ func (c *conn) tend(now time.Time) {
 	}
 	c.missed.Add(1)
 	c.ring.wantPosition()
-	c.kick(c.ring.control(opPing, nil, now))
+	c.kick(c.ring.control(opPing, nil))
 }
 
 // linger waits, 2 s at the most, until the close frame is written and the client has closed its side, discarding what

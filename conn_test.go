@@ -104,7 +104,7 @@ func (th *testHub) wantLedger() {
 // stuck counts the events in the rings of sockets that do not take them.
 func (th *testHub) stuck() (n int) {
 	for _, c := range th.slowOnes() {
-		n += c.ring.stuckEvents()
+		n += c.ring.stuckEvents(time.Now())
 	}
 	return n
 }
@@ -786,7 +786,9 @@ func TestMostStuckIsClosed(t *testing.T) {
 		d.push(conns[seq/40:]) // the first 40 to both
 		d.settle(gone)
 	}
-	wantEventually(t, "both are stuck", func() bool { return conns[0].ring.stuckEvents() > 0 && conns[1].ring.stuckEvents() > 20 })
+	wantEventually(t, "both are stuck", func() bool {
+		return conns[0].ring.stuckEvents(time.Now()) > 0 && conns[1].ring.stuckEvents(time.Now()) > 20
+	})
 	if !th.closeMostStuck() || !conns[1].closing() || conns[0].closing() || th.m.slowClientsDisconnectedTotal.with().Get() != 1 {
 		t.Fatal("the most stuck socket was not closed")
 	}

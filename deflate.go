@@ -172,25 +172,9 @@ func payloadOf(b []byte) []byte {
 }
 
 // compressible says whether f is long enough for a socket that negotiated compression to get it compressed.
-func (p *sendPolicy) compressible(f *frame) bool { return len(payloadOf(f.b)) >= p.threshold }
-
-// rawLocked decides which of the items that come next are written compressed. It returns the first whose compressed
-// form is still to be made: that takes its time, so it is not done under the lock. room is what one write takes.
-func (r *ring) rawLocked(room int) *frame {
-	if !r.deflate {
-		return nil
-	}
-	for i := r.flight; i < r.n && room > 0; i++ {
-		it := r.at(i)
-		if r.policy.compressible(it.f) {
-			if !it.f.packed.Load() {
-				return it.f
-			}
-			it.packed = true
-		}
-		room -= len(it.bytes())
-	}
-	return nil
+// A control frame never is (RFC 7692 section 6.1).
+func (p *sendPolicy) compressible(f *frame) bool {
+	return !f.control() && len(payloadOf(f.b)) >= p.threshold
 }
 
 // bytes is the frame as this socket gets it.
@@ -201,13 +185,13 @@ func (it *item) bytes() []byte {
 	return it.f.b
 }
 
-// take is that of the ring; what must be compressed for it is compressed here, by whoever needs it first. Whoever has
+// take is that of the ring, joined in buf; what must be compressed for it is compressed here, by whoever needs it first. Whoever has
 // the turn calls it.
-func (c *conn) take(buf []byte) []byte {
+func (c *conn) take(b *batch, buf []byte) []byte {
 	for {
-		b, raw := c.ring.take(buf, time.Now())
+		raw := c.ring.take(b, cap(buf), time.Now())
 		if raw == nil {
-			return b
+			return b.join(buf)
 		}
 		raw.deflate()
 	}

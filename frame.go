@@ -55,6 +55,9 @@ type frame struct {
 	z      []byte      // the same frame compressed (RFC 7692), once a socket needed it; immutable
 }
 
+// control says whether it is a control frame, or several (RFC 6455 section 5.5).
+func (f *frame) control() bool { return f.b[0]&opClose != 0 }
+
 // newEventFrame encodes the json.v1 message of an event around its payload, which stays byte for byte as published. typed
 // (EVENTS_TYPE_IN_PAYLOAD) adds a first member event_type to a payload that has none.
 func newEventFrame(ev *event, replay, typed bool) *frame {

@@ -247,44 +247,12 @@ func (h *hub) tidy(ctx context.Context) {
 	}
 }
 
-// noteStuck finds out whether a socket that writes alone takes its events. One that the kernel refuses for a moment does:
-// the publisher of a bulk is faster than any reader, and to give up events at once lost a third of 200 of 900 KiB
-// (measured), while the router can as well leave them in the stream for that time.
-func (r *ring) noteStuck(now time.Time) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.state == alone && r.somethingLocked() {
-		r.stuck = now.Sub(r.progress) >= slowPause || r.n > 0 && now.Sub(r.at(0).at) >= slowAge
-	}
-}
-
-// overdue says whether something waits for longer than timeout, or no byte went out for that long.
-func (r *ring) overdue(now time.Time, timeout time.Duration) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.phase >= closing || !r.somethingLocked() {
-		return false
-	}
-	return now.Sub(r.progress) >= timeout || r.n > 0 && now.Sub(r.at(0).at) >= timeout
-}
-
-// stuckEvents counts the events that wait in the ring of a socket that does not take them.
-func (r *ring) stuckEvents() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if !r.stuck || r.phase >= closing {
-		return 0
-	}
-	return r.events
-}
-
 // tendSlow looks after the sockets that do not take what waits for them: events behind their rings expire, and those
 // whose time is over are closed.
 func (h *hub) tendSlow(now time.Time) {
 	timeout := h.cfg.Load().WebsocketWriteTimeout
 	for _, c := range h.slowOnes() {
 		h.settle(c.ring.expire(now, nil))
-		c.ring.noteStuck(now)
 		if c.ring.overdue(now, timeout) {
 			h.closeSlow(c)
 		}
@@ -307,7 +275,7 @@ func (h *hub) closeMostStuck() bool {
 	var worst *conn
 	most := 0
 	for _, c := range h.slowOnes() {
-		if n := c.ring.stuckEvents(); n > most {
+		if n := c.ring.stuckEvents(time.Now()); n > most {
 			worst, most = c, n
 		}
 	}

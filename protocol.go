@@ -15,7 +15,7 @@ func (c *conn) control(op byte, p []byte) error {
 	if !c.allow() && c.closing() {
 		return errClosed
 	}
-	c.kick(c.ring.control(opPong, p, time.Now()))
+	c.kick(c.ring.control(opPong, p))
 	c.ring.waitRoom()
 	return nil
 }

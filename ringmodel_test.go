@@ -25,6 +25,8 @@ type ringModel struct {
 	floor  uint64 // all up to it was settled, and not as failed
 	out    []byte // everything written
 	turn   bool   // the writer has it
+	shared batch  // the shared writer's
+	own    *batch // that of a goroutine of the socket's own; nil = it does not write alone
 	closed bool
 	packed int // frames written compressed
 
@@ -78,7 +80,7 @@ func newRingModel(t *testing.T, seed uint64, block bool) *ringModel {
 	} else {
 		m.r.goLive()
 	}
-	m.kick(m.r.open(time.Now()))
+	m.kick(m.r.open())
 	return m
 }
 
@@ -131,17 +133,31 @@ func (m *ringModel) push() {
 
 // owe notes that one gap more is to be on the wire before all that is queued after that moment.
 func (m *ringModel) owe(moment int) {
-	m.debts = append(m.debts, debt{moment, m.gapsOut + m.gaps(m.r.flight) + 1})
+	taken := 0
+	if m.r.out != nil {
+		taken = len(m.r.out.items)
+	}
+	m.debts = append(m.debts, debt{moment, m.gapsOut + count(m.unwritten()[:taken], "gap") + 1})
 }
 
-// gaps counts those among the first n items.
-func (m *ringModel) gaps(n int) (gaps int) {
-	for i := range n {
-		if m.r.at(i).f.label == "gap" {
-			gaps++
+// unwritten is what the writer has taken, and what waits behind it.
+func (m *ringModel) unwritten() (all []item) {
+	if m.r.out != nil {
+		all = slices.Clone(m.r.out.items)
+	}
+	for i := range m.r.n {
+		all = append(all, *m.r.at(i))
+	}
+	return all
+}
+
+func count(items []item, label string) (n int) {
+	for _, it := range items {
+		if it.f.label == label {
+			n++
 		}
 	}
-	return gaps
+	return n
 }
 
 // issue makes the floor the pod's position, as far as all was settled up to it, the pod's notes being read.
@@ -185,7 +201,7 @@ func (m *ringModel) other() {
 	switch m.rnd.IntN(26) {
 	case 0:
 		m.r.wantPosition()
-		m.kick(m.r.control(opPing, []byte("p"), now))
+		m.kick(m.r.control(opPing, []byte("p")))
 	case 1:
 		if m.rnd.IntN(6) == 0 {
 			m.lose()
@@ -195,11 +211,9 @@ func (m *ringModel) other() {
 	case 3:
 		time.Sleep(time.Duration(m.rnd.IntN(900)) * time.Millisecond)
 	case 4:
-		m.r.mu.Lock()
-		if m.r.state != idle {
-			m.r.state, m.r.stuck = alone, m.rnd.IntN(2) == 0
+		if n := m.r.stuckEvents(now); n > 0 && m.own == nil || m.r.overdue(now, time.Minute) {
+			m.t.Fatalf("%d events are stuck with the shared writer, or overdue", n)
 		}
-		m.r.mu.Unlock()
 	case 5:
 		if m.rnd.IntN(40) == 0 {
 			m.close()
@@ -264,7 +278,7 @@ func (m *ringModel) beginReplay() {
 
 func (m *ringModel) goLive() {
 	m.r.goLive()
-	m.debts = slices.DeleteFunc(m.debts, func(d debt) bool { return d.n > m.gapsOut+m.gaps(m.r.n) })
+	m.debts = slices.DeleteFunc(m.debts, func(d debt) bool { return d.n > m.gapsOut+count(m.unwritten(), "gap") })
 }
 
 func (m *ringModel) answer(a answer) {
@@ -318,26 +332,26 @@ func (m *ringModel) close() {
 func (m *ringModel) take() ([]byte, *frame) {
 	r := m.r
 	r.mu.Lock()
-	something, given, positions := r.somethingLocked(), r.given, m.positions()
+	something, given, positions := r.somethingLocked(), r.given, count(m.unwritten(), "position")
 	r.mu.Unlock()
-	b, raw := r.take(make([]byte, 0, 64), time.Now())
+	w := m.own
+	if w == nil {
+		w = &m.shared
+	}
+	raw := r.take(w, 64, time.Now())
+	b := w.join(make([]byte, 0, 64))
 	if something != (len(b) > 0 || raw != nil) {
 		m.t.Fatalf("something to write: %v, taken: %d bytes", something, len(b))
 	}
-	if m.positions() > positions && (r.phase != live || !r.answered || r.owes || !r.positions) || r.given < given {
+	for i, it := range w.items {
+		if it.f.control() && i > 1 && i < len(w.items)-1 || len(r.ctrl) > 0 && raw == nil && !w.items[min(w.begun, 1)].f.control() {
+			m.t.Fatalf("a control frame does not go first, at %d", i)
+		}
+	}
+	if count(m.unwritten(), "position") > positions && (r.phase != live || !r.answered || r.owes || !r.positions) || r.given < given {
 		m.t.Fatalf("a position was queued in phase %d, answered: %v, owes a gap: %v; %d after %d", r.phase, r.answered, r.owes, r.given, given)
 	}
 	return b, raw
-}
-
-// positions counts those in the ring.
-func (m *ringModel) positions() (n int) {
-	for i := range m.r.n {
-		if m.r.at(i).f.label == "position" {
-			n++
-		}
-	}
-	return n
 }
 
 // write is one turn of the writer: a write of any length, sometimes a failing one.
@@ -367,9 +381,21 @@ func (m *ringModel) write() {
 		settleAll(ends)
 		if m.closed && m.rnd.IntN(20) == 0 {
 			settleAll(m.r.fail(nil))
+		} else if m.own == nil && n < len(b) {
+			for m.rnd.IntN(2) == 0 {
+				m.other()
+			}
+			m.own = m.r.goAlone()
+			clear(m.shared.items[:cap(m.shared.items)]) // as other sockets use it
 		}
+		if m.own == nil && m.r.out != nil {
+			m.t.Fatal("the shared writer has gone on to other sockets, and its batch is not its own")
+		}
+		m.check()
 	}
-	m.turn = !m.r.rest()
+	if m.turn = !m.r.rest(); !m.turn {
+		m.own = nil
+	}
 }
 
 // check holds the ring's own counts against its contents.
@@ -379,10 +405,11 @@ func (m *ringModel) check() {
 	defer r.mu.Unlock()
 	events, gap := 0, false
 	for i := range r.n {
-		it := r.at(i)
-		if it.d != nil {
+		if r.at(i).d != nil {
 			events++
 		}
+	}
+	for _, it := range m.unwritten() {
 		switch it.f.label {
 		case "gap":
 			gap = true
@@ -398,9 +425,17 @@ func (m *ringModel) check() {
 	if m.p.block {
 		limit *= 2
 	}
-	// What a partial write gave back comes on top of what came meanwhile.
-	if w := r.waitingLocked(); events != r.events || w > limit+8 {
-		m.t.Fatalf("%d events, counted %d, waiting %d", events, r.events, w)
+	if events != r.events || events > limit {
+		m.t.Fatalf("%d events wait, counted %d", events, r.events)
+	}
+	if r.out == nil {
+		return
+	}
+	if b := r.out; len(b.items) == 0 || b.begun >= len(b.items[0].bytes()) {
+		m.t.Fatalf("a writer has %d items, and has written %d bytes of the first", len(b.items), b.begun)
+	}
+	if r.phase >= closing && !r.out.writing && slices.ContainsFunc(r.out.items, func(it item) bool { return it.d != nil }) {
+		m.t.Fatal("an event of a closed ring is not settled, and no write is under way")
 	}
 }
 
@@ -462,7 +497,7 @@ func (m *ringModel) finish() {
 	for m.turn {
 		m.write()
 	}
-	if m.r.phase != closed || m.r.n != 0 {
+	if m.r.phase != closed || m.r.n != 0 || m.r.out != nil {
 		m.t.Fatal("not at its end")
 	}
 	wrote := m.readAsClient(m.frames())

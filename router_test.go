@@ -499,8 +499,6 @@ func TestShareIsFull(t *testing.T) {
 			stuck, good := w.user("ann", ""), w.user("bob", "")
 			w.write(stuck, "ready")
 			w.write(good, "ready")
-			stuck.ring.state, stuck.ring.stuck = alone, true
-			w.hub.slow[stuck] = 1
 			if away {
 				w.v.change(func() { w.v.down = true })
 			}
@@ -508,6 +506,9 @@ func TestShareIsFull(t *testing.T) {
 				w.router.accept(chatOf("ann", seq+1, 1))
 			}
 			synctest.Wait()
+			refuse(&stuck.ring)
+			w.hub.slow[stuck] = 1
+			time.Sleep(slowPause)
 			var done atomic.Bool
 			go func() {
 				w.router.accept(chatOf("bob", 100, 1))
@@ -606,7 +607,7 @@ func TestBulkOfEvents(t *testing.T) {
 		good, stuck := w.user("ann", ""), w.user("ann", "")
 		w.write(good, "ready")
 		w.write(stuck, "ready")
-		stuck.ring.state, stuck.ring.stuck = alone, true
+		stuck.ring.state = alone
 		go func() { // its writer, which has much else to do
 			for range 1000 {
 				time.Sleep(time.Millisecond)

@@ -120,7 +120,7 @@ func (w *world) socket(cl claims, chat string) *conn {
 		w.t.Fatal(err)
 	}
 	c.ring.greet(newReply("ready", nil), w.hub.stream(), c.startPosition(w.hub.stream()), time.Now())
-	c.ring.open(time.Now())
+	c.ring.open()
 	return c
 }
 
