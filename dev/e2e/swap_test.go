@@ -377,7 +377,7 @@ func TestCrowdOfASilentPod(t *testing.T) {
 	t.Parallel()
 	harness.NeedRealRedis(t)
 	const crowd = 600
-	w := harness.New(t, harness.Settings("POD_LEASE=20s", "SERVER_UPGRADE_RATE=100000"))
+	w := harness.New(t, harness.Settings("POD_LEASE=20s"))
 	gone, proxy := behindProxy(w)
 	well := w.Start()
 	d := func(i int) harness.Dial { return harness.User("acme", fmt.Sprint("desk", i), "ann") }
