@@ -203,6 +203,9 @@ func (l *lease) tryStart(ctx context.Context, advertise func(context.Context) (s
 	if err != nil {
 		return err
 	}
+	if err := l.tryRights(ctx); err != nil {
+		return err
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err := l.takeLife(ctx, addr, p); err != nil {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -39,7 +40,99 @@ func newRedis(cfg *Config, meet func(context.Context, *redis.Conn) error) (redis
 		opt.TLSConfig = t
 	}
 	redis.SetLogger(redisLog{})
-	return redis.NewUniversalClient(opt), nil
+	rdb := redis.NewUniversalClient(opt)
+	rdb.AddHook(&refusals{said: map[string]bool{}})
+	return rdb, nil
+}
+
+// rights are the commands that the service needs, each on a key of the names that it needs it for; no id holds a '?'. What they write is gone
+// within a second.
+func rights(cfg *Config) [][]any {
+	all := [][]any{
+		{"set", "pod:?", "", "px", 1000}, {"get", "pod:?"}, {"pexpire", "pod:?", 1000}, {"del", "pod:?"},
+		{"eval", "return redis.call('GET', KEYS[1])", 1, "pod:?"}, {"evalsha", takeLease.Hash(), 1, "pod:?", "", "", 1000, ""},
+		{"sadd", podsKey, cfg.ServerPodID}, {"smembers", podsKey}, {"srem", podsKey, "?"},
+		{"sadd", "route:?", "?"}, {"smembers", "route:?"}, {"srem", "route:?", "?"},
+		{"hset", "note:?", "?", ""}, {"pexpire", "note:?", 1000}, {"hgetall", "note:?"}, {"hdel", "note:?", "?"},
+		{"set", "session:?", "", "px", 1000, "get"}, {"get", "session:?"}, {"getex", "session:?", "px", 1000}, {"del", "session:?"},
+		{"set", "ack_floor:?", "", "px", 1000}, {"get", "ack_floor:?"},
+		{"set", "generation:?", "", "px", 1000, "nx"}, {"get", "generation:?"},
+	}
+	if cfg.AuthTokenCacheTTL > 0 || cfg.AuthAdminTokenCacheTTL > 0 {
+		all = append(all, []any{"set", "token_cache:?", "", "px", 1000}, []any{"get", "token_cache:?"})
+	}
+	return all
+}
+
+// tryRights names the commands that Redis refuses this user. A Redis that does not answer refuses none.
+func (l *lease) tryRights(ctx context.Context) error {
+	all := rights(l.cfg.Load())
+	p := l.rdb.Pipeline()
+	cmds := make([]*redis.Cmd, len(all))
+	for i, args := range all {
+		cmds[i] = p.Do(ctx, args...)
+	}
+	_, _ = p.Exec(ctx) // each command has its own error
+	var no []string
+	for i, cmd := range cmds {
+		if noRight(cmd.Err()) {
+			key := "pods"
+			for _, a := range all[i] {
+				if s, _ := a.(string); strings.HasSuffix(s, ":?") {
+					key = strings.TrimSuffix(s, "?") + "*"
+				}
+			}
+			no = append(no, fmt.Sprintf("%s on %s", strings.ToUpper(cmd.Name()), key))
+		}
+	}
+	if len(no) > 0 {
+		return fmt.Errorf("redis refuses this user %s: docs/operations.md lists the rights that it needs", strings.Join(no, ", "))
+	}
+	return nil
+}
+
+// noRight says whether the user lacks a right, to a command or to a key, in a script too.
+func noRight(err error) bool {
+	return err != nil && (strings.HasPrefix(err.Error(), "NOPERM") || strings.Contains(err.Error(), "user executing the script"))
+}
+
+// refusals warns of each command that Redis refuses this user, once per command and reason.
+type refusals struct {
+	mu   sync.Mutex // guards said
+	said map[string]bool
+}
+
+func (r *refusals) note(cmds ...redis.Cmder) {
+	for _, cmd := range cmds {
+		if err := cmd.Err(); noRight(err) {
+			what := cmd.Name() + ": " + err.Error()
+			r.mu.Lock()
+			said := r.said[what]
+			r.said[what] = true
+			r.mu.Unlock()
+			if !said {
+				slog.Warn("Redis refuses this user a command", "command", cmd.Name(), "err", err)
+			}
+		}
+	}
+}
+
+func (r *refusals) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (r *refusals) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		err := next(ctx, cmd)
+		r.note(cmd)
+		return err
+	}
+}
+
+func (r *refusals) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(ctx context.Context, cmds []redis.Cmder) error {
+		err := next(ctx, cmds)
+		r.note(cmds...)
+		return err
+	}
 }
 
 // redisLog takes the library's own complaints, of which there is one per attempt to connect, in a form of its own, on stderr.

@@ -146,7 +146,8 @@ func TestLargeEvents(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			w := harness.New(t, harness.OwnNATS(c.before, "max_pending: 134217728"), shortTimeouts, harness.Settings(strings.Fields(c.settings)...))
+			w := harness.New(t, harness.OwnNATS(c.before, "max_pending: 134217728"), harness.Settings(strings.Fields(c.settings)...),
+				harness.Settings("NATS_ACK_WAIT=9s", "PEER_TIMEOUT=3s", "WEBSOCKET_WRITE_TIMEOUT=3s", "WEBSOCKET_BLOCK_TIMEOUT=1s")) // a killed server has given some out
 			a, b := w.Start(), w.Start()
 			clients := []*harness.Client{a.Connect(harness.User("acme", "desk1", "ann")), b.Connect(harness.User("acme", "desk1", "bob"))}
 			payload := []byte(`{"a":"` + strings.Repeat("x", c.size-8) + `"}`)

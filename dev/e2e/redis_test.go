@@ -127,6 +127,44 @@ func TestRedisLeastRights(t *testing.T) {
 	}
 }
 
+// TestRedisMissingRights: where a right of docs/operations.md is missing, a pod waits and names it; it starts when it is granted. One that is
+// taken away later is a warning.
+func TestRedisMissingRights(t *testing.T) {
+	t.Parallel()
+	harness.NeedRealRedis(t)
+	const password = "password-of-an-acl-user"
+	for _, right := range []struct{ rule, says string }{
+		{"~session:*", "GETEX on session:*"}, {"~ack_floor:*", "SET on ack_floor:*"}, {"~generation:*", "GET on generation:*"}, {"~pods", "SMEMBERS on pods"},
+		{"~note:*", "HSET on note:*"}, {"~route:*", "SADD on route:*"}, {"+getex", "GETEX on session:*"}, {"+del", "DEL on pod:*"}, {"+srem", "SREM on route:*"},
+		{"+evalsha", "EVALSHA on pod:*"}, {"+hdel", "HDEL on note:*"}, {"+pexpire", "PEXPIRE on note:*"},
+	} {
+		t.Run(right.rule, func(t *testing.T) {
+			t.Parallel()
+			rules := slices.DeleteFunc(aclRules(t, password), func(rule string) bool { return rule == right.rule })
+			w := harness.New(t, harness.RedisArgs(rules...), harness.Settings("REDIS_USERNAME=daisi", "REDIS_PASSWORD="+password, "POD_LEASE=1500ms"))
+			pod := w.Launch()
+			pod.WaitListening()
+			if line := pod.WantLine("redis refuses this user"); !strings.Contains(line, right.says) {
+				t.Errorf("want %q named by %s", right.says, line)
+			}
+			if pod.Ready() {
+				t.Error("ready without a right that it needs")
+			}
+			admin := w.RedisClient()
+			grant := func(rules ...string) {
+				if err := admin.ACLSetUser(t.Context(), "daisi", rules...).Err(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			grant(right.rule)
+			pod.WaitReady()
+			pod.Connect(harness.User("acme", "desk1", "ann")).WantEvent(w.Chat("acme", "desk1"))
+			grant("-hgetall") // in each renewal
+			pod.WantLine("Redis refuses this user a command")
+		})
+	}
+}
+
 // TestRedisTLS: by TLS both ways and with a password of the default user; without a client certificate, or with a CA that
 // did not sign the server's, the service waits and says why.
 func TestRedisTLS(t *testing.T) {
