@@ -12,7 +12,6 @@ type apiError struct {
 	close  int    // WebSocket close code; 0 = never upgraded
 	reason string // of the close frame
 	label  string // reason in dws_auth_failure_total; of InvalidToken only
-	shown  bool   // by the close code, whatever the request says of errors: a browser takes an HTTP error for a reason to come again
 	badID  bool   // what was refused is an id: the server logs it
 }
 
@@ -40,11 +39,6 @@ func tokenExpired() *apiError {
 	e := invalidToken("expired", "token has expired")
 	e.reason = "token-expired"
 	return e
-}
-
-// sessionReplaced is for who waits to be let in when a later newcomer to the same session does.
-func sessionReplaced() *apiError {
-	return &apiError{Code: "SessionConflict", Message: "a later socket waits for the session", status: 409, close: 4402, reason: "session-replaced", shown: true}
 }
 
 func originNotAllowed() *apiError {

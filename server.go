@@ -347,8 +347,8 @@ func (s *server) adminSocket(w http.ResponseWriter, r *http.Request) *apiError {
 }
 
 // socket checks everything that can be checked before the upgrade and hands the request to the hub. What is no upgrade,
-// or comes from a foreign origin, is answered as HTTP; any later error reaches a page that asked for errors=close, and some
-// errors any page, as the close code of a socket, since a page cannot read the status of a refused upgrade.
+// or comes from a foreign origin, is answered as HTTP; any later error reaches a page that asked for errors=close as the
+// close code of a socket, since a page cannot read the status of a refused upgrade.
 func (s *server) socket(w http.ResponseWriter, r *http.Request, authenticate func() (*claims, *apiError)) *apiError {
 	if err := checkUpgrade(w, r); err != nil {
 		return err
@@ -357,7 +357,7 @@ func (s *server) socket(w http.ResponseWriter, r *http.Request, authenticate fun
 		return err
 	}
 	err := s.admit(w, r, authenticate)
-	if err != nil && err.close != 0 && (err.shown || r.URL.Query().Get("errors") == "close") {
+	if err != nil && err.close != 0 && r.URL.Query().Get("errors") == "close" {
 		s.hub.reject(w, r, s.noted(w, err))
 		return nil
 	}
