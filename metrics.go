@@ -245,7 +245,7 @@ func (m *Metrics) declarePeers() {
 	m.grpcPoolSize = m.gauge("grpc_pool_size", "Connections to peers.")
 	m.grpcPoolConnectionsCreated = m.counter("grpc_pool_connections_created_total", "Connections to peers made.")
 	m.grpcPoolConnectionsClosed = m.counter("grpc_pool_connections_closed_total", "Connections to peers closed.", "reason")
-	m.grpcConnectionsRefused = m.counter("grpc_connections_refused_total", "Connections to the gRPC port that were not let in.", "reason")
+	m.grpcConnectionsRefused = m.counter("grpc_connections_refused_total", "Connections to the gRPC port that were not let in: handshake (no TLS, or not with a token key), pace and crowd (too many strangers at once).", "reason")
 	m.grpcCircuitbreakerTripped = m.counter("grpc_circuitbreaker_tripped_total", "Times that a peer's breaker opened.")
 	m.grpcCircuitbreakerOpen = m.gauge("grpc_circuitbreaker_open", "Peers whose breaker is open or half-open.")
 }

@@ -146,6 +146,7 @@ func (s *sessions) renew(ctx context.Context, list []*session) (answered bool) {
 	if len(list) == 0 {
 		return true
 	}
+	disputing := ctx // may take longer than the renewal
 	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
 	defer cancel()
 	s.m.sessionLockRenewalAttempts.with().Add(len(list))
@@ -174,7 +175,7 @@ func (s *sessions) renew(ctx context.Context, list []*session) (answered bool) {
 		case value == "" || parseHolder(value).socket == sess.id || s.isGhost(sess, value):
 			puts[sess] = pipe.Eval(ctx, putSession, []string{sessionKey(sess.key)}, own.String(), value, s.ttl().Milliseconds())
 		default:
-			s.dispute(sess, value)
+			s.dispute(disputing, sess, value)
 		}
 	}
 	if len(puts) > 0 {
@@ -187,7 +188,7 @@ func (s *sessions) renew(ctx context.Context, list []*session) (answered bool) {
 		case value == "":
 			s.m.sessionLockRenewalSuccess.with().Inc()
 		default:
-			s.dispute(sess, value)
+			s.dispute(disputing, sess, value)
 		}
 	}
 	switch {
@@ -216,10 +217,10 @@ func (s *sessions) isGhost(sess *session, value string) bool {
 	return sess.ghost == value
 }
 
-// dispute asks the pod that a session's key names whether it has that socket. If it has, or does not say, this one's is closed. If
-// there is no such socket, the value is a ghost: of a swap whose answer was lost, of data that Redis has lost, or of a pod that died.
-// Then the name is put back, so that somebody lives.
-func (s *sessions) dispute(sess *session, value string) {
+// dispute asks the pod that a session's key names whether it has that socket, and once more after a lease if it does not say. If it has, or
+// says nothing still, this one's is closed. If there is no such socket, the value is a ghost: of a swap whose answer was lost, of data that
+// Redis has lost, or of a pod that died. Then the name is put back, so that somebody lives.
+func (s *sessions) dispute(ctx context.Context, sess *session, value string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if sess.asking {
@@ -227,8 +228,12 @@ func (s *sessions) dispute(sess *session, value string) {
 	}
 	sess.asking = true
 	s.disputes.Go(func() {
-		h := parseHolder(value)
-		found, err := s.ask(h, &peerpb.CloseSessionRequest{Key: sess.key, Socket: h.socket})
+		h, q := parseHolder(value), &peerpb.CloseSessionRequest{Key: sess.key, Socket: parseHolder(value).socket}
+		found, err := s.ask(h, q)
+		// A pod that was killed a moment ago still has its lease.
+		if err != nil && !errors.Is(err, errDead) && pause(ctx, s.cfg.Load().PodLease) {
+			found, err = s.ask(h, q)
+		}
 		s.mu.Lock()
 		sess.asking = false
 		ghost := !found && (err == nil || errors.Is(err, errDead))

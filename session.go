@@ -248,11 +248,11 @@ func (s *sessions) ask(h holder, q *peerpb.CloseSessionRequest) (found bool, err
 
 // askEveryone sends q to all live pods, this one too, and says whether one of them had such a socket.
 func (s *sessions) askEveryone(q *peerpb.CloseSessionRequest) bool {
-	ctx, cancel := context.WithTimeout(context.Background(), sessionSilence)
-	defer cancel()
-	if err := s.lease.refresh(ctx); err != nil {
+	if err := s.lease.refresh(context.Background()); err != nil {
 		slog.Debug("live pods not read anew", "err", err)
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), sessionSilence)
+	defer cancel()
 	var wg sync.WaitGroup
 	var any atomic.Bool
 	note := func(found bool, err error) {

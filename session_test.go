@@ -551,21 +551,22 @@ func TestSessionRevoked(t *testing.T) {
 }
 
 // TestRenewalFindsAnother: a renewal that finds another's name asks that one's pod. The name of a socket that exists closes this one's;
-// any other is replaced by its own.
+// any other is replaced by its own. A pod that does not answer is asked again when its lease has ended, if it was killed.
 func TestRenewalFindsAnother(t *testing.T) {
 	life := func(c *cluster, i int) string { return c.pods[i].lease.life() }
 	for name, tc := range map[string]struct {
 		value func(c *cluster) string
 		want  string
 	}{
-		"a living socket of another user":  {func(c *cluster) string { return holderText(c.pods[1].open("c:a:v")) }, ""},
-		"no such socket":                   {func(c *cluster) string { return "b#" + life(c, 1) + "#GONE" }, ""},
-		"no such socket here":              {func(c *cluster) string { return "a#" + life(c, 0) + "#GONE" }, ""},
-		"a dead pod":                       {func(c *cluster) string { return "z#e1#GONE" }, ""},
-		"a former life":                    {func(c *cluster) string { return "b#before#GONE" }, ""},
-		"not of this service":              {func(c *cluster) string { return "by hand" }, ""},
-		"nothing":                          {func(c *cluster) string { c.v.expire("session:c:a:u"); return "" }, ""},
-		"a pod that refuses and is leased": {func(c *cluster) string { c.pods[1].kill(); return "b#" + life(c, 1) + "#GONE" }, "4402 session-lost"},
+		"a living socket of another user":     {func(c *cluster) string { return holderText(c.pods[1].open("c:a:v")) }, ""},
+		"no such socket":                      {func(c *cluster) string { return "b#" + life(c, 1) + "#GONE" }, ""},
+		"no such socket here":                 {func(c *cluster) string { return "a#" + life(c, 0) + "#GONE" }, ""},
+		"a dead pod":                          {func(c *cluster) string { return "z#e1#GONE" }, ""},
+		"a former life":                       {func(c *cluster) string { return "b#before#GONE" }, ""},
+		"not of this service":                 {func(c *cluster) string { return "by hand" }, ""},
+		"nothing":                             {func(c *cluster) string { c.v.expire("session:c:a:u"); return "" }, ""},
+		"a pod that was killed and is leased": {func(c *cluster) string { c.pods[1].kill(); return "b#" + life(c, 1) + "#GONE" }, ""},
+		"a pod that says nothing":             {func(c *cluster) string { c.n.mute.Store(true); return "b#" + life(c, 1) + "#GONE" }, "4402 session-lost"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			clusters(t, 2, func(t *testing.T, c *cluster) {
@@ -574,7 +575,7 @@ func TestRenewalFindsAnother(t *testing.T) {
 				if strings.HasPrefix(name, "a pod") {
 					c.pods[0].reclaim(false)
 				}
-				time.Sleep(oneRound)
+				time.Sleep(2 * oneRound)
 				wantState(t, first, tc.want)
 				if tc.want == "" {
 					c.wantHolder("c:a:u", first.id)

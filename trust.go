@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"math/big"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -160,7 +161,7 @@ func (d *door) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, e
 
 // enter notes a handshake that begins, or says that it may not.
 func (d *door) enter(conn net.Conn) bool {
-	host, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
+	host := hostOf(conn.RemoteAddr().String())
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if !d.pods[host] {
@@ -203,12 +204,20 @@ func (d *door) leave(conn net.Conn) bool {
 func (d *door) expect(live map[string]string) {
 	pods := map[string]bool{}
 	for _, addr := range live {
-		host, _, _ := net.SplitHostPort(addr)
-		pods[host] = true
+		pods[hostOf(addr)] = true
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.pods = pods
+}
+
+// hostOf is the host of an address; an IP address in one form, however it is written.
+func hostOf(addr string) string {
+	host, _, _ := net.SplitHostPort(addr)
+	if ip, err := netip.ParseAddr(host); err == nil {
+		return ip.Unmap().WithZone("").String()
+	}
+	return host
 }
 
 // refuse counts someone who was not let in, logs it, once per second at most, and returns err.
@@ -218,6 +227,7 @@ func (p *peers) refuse(remote net.Addr, reason string, err error) error {
 		return err // a probe of the port
 	}
 	if suppressed, ok := p.refused.turn(time.Now()); ok {
+		poke(p.lease.wake) // it may be a pod that this one has not heard of yet
 		slog.Warn("not let in as a peer", "remote", remote.String(), "reason", reason, "err", err, "suppressed", suppressed)
 	}
 	return err
