@@ -102,6 +102,7 @@ type Metrics struct {
 
 	activeConnections             *gauges
 	upgradesWaiting               *gauges
+	httpConnectionsDropped        *counters
 	connectionsTotal              *counters
 	connectionDurationSeconds     *histograms
 	closesTotal                   *counters
@@ -186,6 +187,7 @@ func newMetrics() *Metrics {
 // declareSockets declares what is about sockets, their sessions and the process as a whole.
 func (m *Metrics) declareSockets() {
 	m.activeConnections = m.gauge("active_connections", "Open sockets of this pod.", "type")
+	m.httpConnectionsDropped = m.counter("http_connections_dropped_total", "HTTP connections without a request that were closed since there were too many.")
 	m.upgradesWaiting = m.gauge("upgrades_waiting", "Authenticated upgrades that wait for their turn: 64 at a time are set up.")
 	m.connectionsTotal = m.counter("connections_total", "Sockets opened.", "type")
 	m.connectionDurationSeconds = m.histogram("connection_duration_seconds", "Life of closed sockets.", []float64{1, 10, 60, 300, 1800, 3600, 14400, 86400})

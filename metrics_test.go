@@ -13,7 +13,7 @@ import (
 
 // documentedMetrics are the names that dashboards and alerts rely on, with their labels.
 const documentedMetrics = `
-active_connections{type} upgrades_waiting connections_total{type} connection_duration_seconds closes_total{code}
+active_connections{type} http_connections_dropped_total upgrades_waiting connections_total{type} connection_duration_seconds closes_total{code}
 messages_received_total{message_type} messages_sent_total{message_type}
 auth_success_total{token_type} auth_failure_total{token_type,reason} origins_refused_total session_conflicts_total{user_type}
 session_lock_attempts_total{user_type,lock_type} session_lock_success_total session_lock_failure_total{reason}

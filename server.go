@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"container/list"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -19,6 +20,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -61,6 +63,7 @@ func newServer(cfg *settings, m *Metrics, a *auth, s *sessions, l *lease, h *hub
 	srv.draining, srv.startDrain = context.WithCancel(context.Background())
 	srv.http = &http.Server{
 		Handler:           srv.handler(),
+		ConnState:         (&lobby{dropped: m.httpConnectionsDropped, at: map[net.Conn]*list.Element{}}).note,
 		ReadHeaderTimeout: c.ServerReadTimeout,
 		ReadTimeout:       c.ServerReadTimeout,
 		WriteTimeout:      c.ServerWriteTimeout,
@@ -74,6 +77,71 @@ func newServer(cfg *settings, m *Metrics, a *auth, s *sessions, l *lease, h *hub
 	// HTTP/2 for the page would have to open a second connection anyway.
 	srv.http.Protocols.SetHTTP1(true)
 	return srv
+}
+
+// lobbySize bounds the HTTP connections on which no request has come, or none since the last answer: strangers must not take the descriptors
+// that sockets, NATS, Redis and peers need.
+const (
+	lobbySize = 2000
+	lobbyTime = time.Second // which nobody is denied
+)
+
+// lobby holds these connections. One too many closes another that has been there for lobbyTime, one that was answered before if there is any;
+// until there is one, no further is accepted. A crowd of clients whose requests come at once waits but for a moment.
+type lobby struct {
+	dropped *counters
+
+	mu          sync.Mutex // guards all below
+	at          map[net.Conn]*list.Element
+	fresh, idle list.List // of guests, the oldest first
+}
+
+type guest struct {
+	conn  net.Conn
+	since time.Time
+}
+
+// note is told of each connection's states: of new ones by the goroutine that accepts.
+func (l *lobby) note(c net.Conn, state http.ConnState) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.removeLocked(c)
+	switch state {
+	case http.StateNew:
+		l.at[c] = l.fresh.PushBack(guest{c, time.Now()})
+	case http.StateIdle:
+		l.at[c] = l.idle.PushBack(guest{c, time.Now()})
+		return
+	}
+	for len(l.at) > lobbySize && !l.dropLocked(&l.idle) && !l.dropLocked(&l.fresh) {
+		l.mu.Unlock()
+		time.Sleep(time.Millisecond)
+		l.mu.Lock()
+	}
+}
+
+// dropLocked closes the oldest connection of those, if its time is over.
+func (l *lobby) dropLocked(of *list.List) bool {
+	e := of.Front()
+	if e == nil || time.Since(e.Value.(guest).since) < lobbyTime {
+		return false
+	}
+	c := e.Value.(guest).conn
+	l.removeLocked(c)
+	l.dropped.with().Inc()
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn() // without TLS' own goodbye, which could block
+	}
+	c.Close()
+	return true
+}
+
+func (l *lobby) removeLocked(c net.Conn) {
+	if e := l.at[c]; e != nil {
+		l.fresh.Remove(e) // one of the two does nothing
+		l.idle.Remove(e)
+		delete(l.at, c)
+	}
 }
 
 // endpoint answers one request: it writes the answer and returns nil, or leaves the error to be written.

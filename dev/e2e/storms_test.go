@@ -276,6 +276,43 @@ func TestStormAtTheLimit(t *testing.T) {
 	s.wantCalm(n, 64)
 }
 
+// TestStormOfIdlers: strangers hold connections on which they have asked for something, or nothing. They take no more descriptors than they
+// may; sockets, probes and newcomers notice nothing.
+func TestStormOfIdlers(t *testing.T) {
+	const n = 3000
+	s := newStorm(t)
+	var mu sync.Mutex
+	var held []net.Conn
+	defer func() {
+		for _, nc := range held {
+			nc.Close()
+		}
+	}()
+	s.everyone(n, func(ctx context.Context, i int) error {
+		nc, err := new(net.Dialer).DialContext(ctx, "tcp", s.pod.HTTP)
+		if err != nil {
+			return err
+		}
+		mu.Lock()
+		held = append(held, nc)
+		mu.Unlock()
+		if i%2 == 0 {
+			fmt.Fprint(nc, "GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+		}
+		return nil
+	})
+	s.pod.WaitMetric(func(v float64) bool { return v >= n-2100 }, "dws_http_connections_dropped_total")
+	if fds := s.pod.Metric("process_open_fds"); fds > 2200 {
+		t.Errorf("the pod has %v open files", fds)
+	}
+	if !s.pod.Ready() {
+		t.Error("not ready")
+	}
+	s.pod.Connect(visitor(0))
+	s.sockets(2)
+	s.wantCalm(n, 64)
+}
+
 // TestStormOfTricklers: clients that send nothing, a byte now and then of their request, or a byte now and then of a frame.
 // None holds its connection longer than the time-outs say.
 func TestStormOfTricklers(t *testing.T) {
