@@ -40,7 +40,7 @@ func labelsOf(m *Metrics) []string {
 		return make([]string, len(labels))
 	}
 	for _, f := range []*counters{m.connectionsTotal, m.closesTotal, m.messagesReceivedTotal, m.messagesSentTotal, m.authSuccessTotal,
-		m.authFailureTotal, m.originsRefusedTotal, m.sessionConflictsTotal, m.sessionLockAttemptsTotal, m.sessionLockSuccessTotal, m.sessionLockFailureTotal,
+		m.authFailureTotal, m.httpConnectionsDropped, m.originsRefusedTotal, m.sessionConflictsTotal, m.sessionLockAttemptsTotal, m.sessionLockSuccessTotal, m.sessionLockFailureTotal,
 		m.sessionLockRenewalAttempts, m.sessionLockRenewalSuccess, m.sessionLockRenewalFailure, m.natsMessagesReceivedTotal,
 		m.eventsTotal, m.redeliveredTotal, m.ownerLookupsTotal, m.grpcMessagesSentTotal,
 		m.grpcMessagesReceivedTotal, m.grpcForwardRetryAttempts, m.grpcForwardRetrySuccess, m.grpcForwardRetryFailure,

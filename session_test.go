@@ -313,7 +313,7 @@ func TestSessionOfASilentPod(t *testing.T) {
 		second := c.pods[1].open("c:a:u")
 		wantTook(t, start, sessionSilence, sessionSilence+atOnce)
 		wantState(t, first, "")
-		time.Sleep(oneRound + 2*time.Second)
+		time.Sleep(oneRound + 9*time.Second) // it asks again after a lease
 		wantState(t, first, "4402 session-lost")
 		wantState(t, second, "")
 		c.wantHolder("c:a:u", second.id)
