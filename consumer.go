@@ -52,6 +52,7 @@ type consumer struct {
 	skipped                                time.Time // creation of a consumer that did not deliver what it should
 	misfit                                 bool      // the last consumer seen does not deliver what it should
 	missing                                time.Time // since when there is no consumer, after one that did not fit
+	delivered                              uint64    // by the consumer, when it was last looked whether others use it
 	asked                                  time.Time // when somebody was last seen to ask the consumer for events
 	barren                                 int       // how many flows in a row were given nothing, though events wait in the stream
 	had                                    uint64    // received before the present flow

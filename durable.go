@@ -164,8 +164,6 @@ func compare(have, want jetstream.ConsumerConfig) (fixed, delivered, limits []di
 
 	if mark := have.Metadata[clusterMark]; mark != "" {
 		note(&delivered, clusterMark, mark, want.Metadata[clusterMark])
-	} else {
-		note(&limits, clusterMark, "none", want.Metadata[clusterMark])
 	}
 	return fixed, delivered, limits
 }
@@ -203,6 +201,15 @@ func misfitError(consumer string, differ []difference, advice string) error {
 // limits, and does without a consumer that delivers something else.
 func (c *consumer) reconcile(ctx context.Context, s jetstream.Stream, cons jetstream.Consumer, want jetstream.ConsumerConfig) (jetstream.Consumer, error) {
 	info := cons.CachedInfo()
+	if info.Config.Metadata[clusterMark] == "" { // made by hand, or by a version of before: the mark changes nothing that others get
+		have := info.Config
+		have.Metadata = marked(have.Metadata, want)
+		if changed, err := s.UpdateConsumer(ctx, have); err == nil {
+			cons, info = changed, changed.CachedInfo()
+		} else {
+			slog.Warn("consumer not marked: another cluster that uses it would not be noticed", "consumer", want.Durable, "err", err)
+		}
+	}
 	fixed, delivered, limits := compare(info.Config, want)
 	if len(fixed) > 0 {
 		return nil, misfitError(want.Durable, fixed, otherConsumer)
@@ -211,10 +218,11 @@ func (c *consumer) reconcile(ctx context.Context, s jetstream.Stream, cons jetst
 		c.noteSkipping(ctx, s, info.Created)
 	}
 	c.misfit, c.missing = len(delivered) > 0, time.Time{}
-	used := c.inUse(info)
+	foreign := slices.ContainsFunc(delivered, func(d difference) bool { return d.field == clusterMark })
+	used := c.inUse(info, foreign)
 	if used && len(delivered) > 0 {
 		advice := "set this pod's NATS_SUBJECT_PREFIX or NATS_CONSUMER_NAME, or change the consumer, or stop all pods and start one"
-		if slices.ContainsFunc(delivered, func(d difference) bool { return d.field == clusterMark }) {
+		if foreign {
 			advice = "they are of another cluster, with another Redis: set this pod's NATS_CONSUMER_NAME or REDIS_ADDRESS"
 		}
 		return nil, misfitError(want.Durable, delivered, "it is left as it is while others use it: "+advice)
@@ -239,23 +247,30 @@ func (c *consumer) reconcile(ctx context.Context, s jetstream.Stream, cons jetst
 }
 
 // inUse says whether other pods use the consumer. One that lives may be as misfitted as this one, and each would take the other for a user
-// for ever: whoever uses the consumer asks it for events, or holds some of them back no longer than its ack wait.
-func (c *consumer) inUse(info *jetstream.ConsumerInfo) bool {
-	if info.NumWaiting > 0 || c.asked.IsZero() {
-		c.asked = time.Now()
+// for ever: whoever uses the consumer asks it for events, or holds some of them back no longer than its ack wait. Pods of a foreign cluster
+// show by that alone.
+func (c *consumer) inUse(info *jetstream.ConsumerInfo, foreign bool) bool {
+	if info.NumWaiting > 0 || info.Delivered.Consumer != c.delivered || c.asked.IsZero() {
+		c.asked, c.delivered = time.Now(), info.Delivered.Consumer
 	}
-	return info.NumWaiting > 0 || c.lease.livePods() > 1 && time.Since(c.asked) < info.Config.AckWait+pullExpiry
+	return info.NumWaiting > 0 || (foreign || c.lease.livePods() > 1) && time.Since(c.asked) < info.Config.AckWait+pullExpiry
+}
+
+// marked is a consumer's metadata with the mark of the wanted one.
+func marked(metadata map[string]string, want jetstream.ConsumerConfig) map[string]string {
+	metadata = maps.Clone(metadata)
+	if metadata == nil {
+		metadata = map[string]string{}
+	}
+	maps.Copy(metadata, want.Metadata)
+	return metadata
 }
 
 // change makes the consumer what is wanted, as far as JetStream lets one.
 func change(ctx context.Context, s jetstream.Stream, have, want jetstream.ConsumerConfig) (jetstream.Consumer, error) {
 	have.FilterSubject, have.FilterSubjects, have.AckWait, have.MaxAckPending = want.FilterSubject, nil, want.AckWait, want.MaxAckPending
 	have.MaxDeliver, have.BackOff, have.HeadersOnly = want.MaxDeliver, nil, false
-	have.Metadata = maps.Clone(have.Metadata)
-	if have.Metadata == nil {
-		have.Metadata = map[string]string{}
-	}
-	maps.Copy(have.Metadata, want.Metadata)
+	have.Metadata = marked(have.Metadata, want)
 	cons, err := s.UpdateConsumer(ctx, have)
 	if err != nil {
 		return nil, fmt.Errorf("change consumer %s: %w", want.Durable, err)

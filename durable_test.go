@@ -26,10 +26,10 @@ func TestCompare(t *testing.T) {
 		{want, "", "", ""},
 		{same, "", "", ""},
 		{foreign, "", "daisi_ws_cluster: theirs -> ours", ""},
-		{jetstream.ConsumerConfig{AckWait: want.AckWait, MaxAckPending: 100}, "", "filter_subject: empty -> wa.>", "max_ack_pending: 100 -> 65536, daisi_ws_cluster: none -> ours"},
+		{jetstream.ConsumerConfig{AckWait: want.AckWait, MaxAckPending: 100}, "", "filter_subject: empty -> wa.>", "max_ack_pending: 100 -> 65536"},
 		{other, "ack_policy: AckNone -> AckExplicit, deliver_policy: last -> new, all or by_start_sequence, replay_policy: original -> instant",
 			"filter_subject: a.>, b.> -> wa.>, headers_only: true -> false, max_deliver: 3 -> unlimited, backoff: [1s 1m0s] -> none",
-			"ack_wait: 1m30s -> 30s, max_ack_pending: unlimited -> 65536, daisi_ws_cluster: none -> ours"},
+			"ack_wait: 1m30s -> 30s, max_ack_pending: unlimited -> 65536"},
 	} {
 		fixed, delivered, limits := compare(c.have, want)
 		const format = "%s: %s -> %s"

@@ -57,10 +57,11 @@ func parseLease(pod, s string) (owner, bool) {
 func (o owner) value() string { return o.life + " " + o.addr }
 
 // takeLease sets the lease where there is none, or where it is the caller's own of before, or one of its own that it
-// tried to take without hearing of the success (ARGV: new, own, ms, tried).
+// tried to take without hearing of the success (ARGV: new, own, ms, tried). It may be executed twice: the library sends it again when an
+// answer was lost.
 var takeLease = redis.NewScript(`
 local cur = redis.call('GET', KEYS[1])
-if cur and cur ~= ARGV[2] and cur ~= ARGV[4] then return 0 end
+if cur and cur ~= ARGV[1] and cur ~= ARGV[2] and cur ~= ARGV[4] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
 return 1`)
 
@@ -235,8 +236,10 @@ func (l *lease) setGeneration(generation string) (another bool) {
 }
 
 // cluster is the random id of the pods that have this Redis in common; "" before the lease was taken.
-func (l *lease) cluster() string {
-	id, _, _ := strings.Cut(*l.generation.Load(), ".")
+func (l *lease) cluster() string { return clusterOf(*l.generation.Load()) }
+
+func clusterOf(generation string) string {
+	id, _, _ := strings.Cut(generation, ".")
 	return id
 }
 
@@ -352,8 +355,8 @@ func (l *lease) renewLocked(ctx context.Context, acted []string, peers *peers) (
 		return r, err
 	}
 	if n, _ := held.Int(); n != 1 || r.another {
-		// A pod that started before the others heard from a Redis without data has given the stream another name: every client would reload.
-		if known := *l.generation.Load(); n != 1 && r.another && generation.Val() != known {
+		// A pod that started before the others heard from a Redis without data has made another cluster of them: every client would reload.
+		if known := *l.generation.Load(); n != 1 && clusterOf(generation.Val()) != clusterOf(known) {
 			err = l.rdb.Set(ctx, generationKey(l.cfg.Load()), known, 0).Err()
 			generation.SetVal(known)
 		}
@@ -490,8 +493,8 @@ func instanceIDs(info string) (ids []string) {
 // data, would say of every route that nobody has it, until the next renewal notices.
 func (l *lease) meet(ctx context.Context, conn *redis.Conn) error {
 	known := l.instances.Load()
-	info, err := conn.Info(ctx, "server").Result()
-	if known == nil || err != nil || strings.Contains(info, "redis_mode:sentinel") {
+	info, err := conn.Info(ctx).Result()
+	if known == nil || err != nil || strings.Contains(info, "redis_mode:sentinel") || strings.Contains(info, "role:slave") {
 		return nil
 	}
 	if slices.ContainsFunc(instanceIDs(info), func(id string) bool { return !(*known)[id] }) {

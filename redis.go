@@ -75,7 +75,7 @@ func (l *lease) tryRights(ctx context.Context) error {
 	_, _ = p.Exec(ctx) // each command has its own error
 	var no []string
 	for i, cmd := range cmds {
-		if noRight(cmd.Err()) {
+		if err := cmd.Err(); noRight(err) || redis.HasErrorPrefix(err, "unknown command") || redis.HasErrorPrefix(err, "syntax error") {
 			key := "pods"
 			for _, a := range all[i] {
 				if s, _ := a.(string); strings.HasSuffix(s, ":?") {
@@ -93,7 +93,8 @@ func (l *lease) tryRights(ctx context.Context) error {
 
 // noRight says whether the user lacks a right, to a command or to a key, in a script too.
 func noRight(err error) bool {
-	return err != nil && (strings.HasPrefix(err.Error(), "NOPERM") || strings.Contains(err.Error(), "user executing the script"))
+	return err != nil && (strings.HasPrefix(err.Error(), "NOPERM") || strings.Contains(err.Error(), "user executing the script") ||
+		strings.Contains(err.Error(), "ACL failure in script"))
 }
 
 // refusals warns of each command that Redis refuses this user, once per command and reason.

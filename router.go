@@ -504,7 +504,11 @@ func (r *router) decode(p *pulled) bool {
 	ev.toUsers = r.cfg.Load().EventsAgentsToUsers
 	ev.payload, ev.requestID = msg.Data(), requestIDOf(msg, ev.seq)
 	p.event = &ev
-	if err != nil {
+	switch {
+	case msg.Headers().Get(jetstream.MarkerReasonHeader) != "": // of the server's, when it has removed a subject's last message
+		p.end(ack, "marker")
+		return false
+	case err != nil:
 		r.refuse(p, err)
 		return false
 	}

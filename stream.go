@@ -39,11 +39,11 @@ func (c *consumer) ensureStream(ctx context.Context) (jetstream.Stream, error) {
 		retention = info.Config.Retention.String()
 	}
 	removes := ""
-	if info.Config.MaxMsgsPerSubject > 0 {
-		removes = strconv.FormatInt(info.Config.MaxMsgsPerSubject, 10)
+	if n := info.Config.MaxMsgsPerSubject; n > 0 || info.Config.AllowMsgTTL || info.State.NumDeleted > maxRemoved {
+		removes = fmt.Sprintf("max_msgs_per_subject %d, allow_msg_ttl %t, removed so far %d", n, info.Config.AllowMsgTTL, info.State.NumDeleted)
 	}
-	c.warn(&c.saidRemoves, removes, "the stream keeps a few messages of a subject only: mostly clients cannot resume, and reload",
-		"stream", cfg.NATSStreamName, "max_msgs_per_subject", removes)
+	c.warn(&c.saidRemoves, removes, "messages are removed from within the stream: where one is missing behind a client's position, it reloads",
+		"stream", cfg.NATSStreamName, "why", removes)
 	c.warn(&c.saidRetention, retention, "the stream has no limits retention: acked events are gone, clients cannot resume",
 		"stream", cfg.NATSStreamName, "retention", retention)
 	c.mu.Lock()

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"daisi-ws-service/dev/harness"
 )
@@ -128,6 +129,19 @@ func TestLargestPayload(t *testing.T) {
 		}
 		wantAtRest(pod, map[string]float64{"delivered": 1, "malformed": 0})
 	})
+}
+
+// TestDeleteMarkers: what a stream stores when a subject's last message has gone is no event, and no fault either.
+func TestDeleteMarkers(t *testing.T) {
+	t.Parallel()
+	w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) { c.MaxAge, c.AllowMsgTTL, c.SubjectDeleteMarkerTTL = 2*time.Second, true, time.Minute }))
+	pod := w.Start()
+	ann := pod.Connect(harness.User("acme", "desk1", "ann"))
+	ann.WantEvent(w.Chat("acme", "desk1"))
+	pod.WaitMetric(func(n float64) bool { return n == 1 }, "dws_events_total", `outcome="marker"`)
+	ann.WantNothingElse()
+	w.Settled()
+	wantAtRest(pod, map[string]float64{"delivered": 2, "malformed": 0})
 }
 
 // TestLargeEvents: an event may be larger than NATS_PREFETCH_BYTES, or than what the server takes by now: it comes, on whatever pod, and so

@@ -598,7 +598,7 @@ func TestResumeOverRemovedEvents(t *testing.T) {
 				t.Errorf("from behind what was removed: %+v, want no gap", r)
 			}
 			if name == "limited" {
-				w.Start().WantLine("keeps a few messages of a subject only")
+				w.Start().WantLine("messages are removed from within the stream")
 			}
 		})
 	}
