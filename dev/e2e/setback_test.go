@@ -83,7 +83,7 @@ func TestStreamSetBack(t *testing.T) {
 // begins at 1.
 func TestMemoryStreamLosesItsEvents(t *testing.T) {
 	t.Parallel()
-	w := harness.New(t, harness.NATSCluster(3), harness.NoStream())
+	w := harness.New(t, harness.NATSCluster(3), harness.NoStream(), shortTimeouts) // what a restarting server has given out may come again only then
 	harness.Eventually(t, 4*harness.Patience, "the servers to elect a leader", func() bool {
 		_, err := w.JS.CreateStream(harness.Within(t, harness.Patience), jetstream.StreamConfig{
 			Name: w.Stream, Subjects: []string{w.Prefix + ".>"}, Storage: jetstream.MemoryStorage, AllowDirect: true})
