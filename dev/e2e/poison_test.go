@@ -134,7 +134,9 @@ func TestLargestPayload(t *testing.T) {
 // TestDeleteMarkers: what a stream stores when a subject's last message has gone is no event, and no fault either.
 func TestDeleteMarkers(t *testing.T) {
 	t.Parallel()
-	w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) { c.MaxAge, c.AllowMsgTTL, c.SubjectDeleteMarkerTTL = 2*time.Second, true, time.Minute }))
+	w := harness.New(t, harness.StreamConfig(func(c *jetstream.StreamConfig) {
+		c.MaxAge, c.AllowMsgTTL, c.SubjectDeleteMarkerTTL = 2*time.Second, true, time.Minute
+	}))
 	pod := w.Start()
 	ann := pod.Connect(harness.User("acme", "desk1", "ann"))
 	ann.WantEvent(w.Chat("acme", "desk1"))
