@@ -493,8 +493,11 @@ func instanceIDs(info string) (ids []string) {
 // data, would say of every route that nobody has it, until the next renewal notices.
 func (l *lease) meet(ctx context.Context, conn *redis.Conn) error {
 	known := l.instances.Load()
+	if known == nil { // nothing was asked yet
+		return nil
+	}
 	info, err := conn.Info(ctx).Result()
-	if known == nil || err != nil || strings.Contains(info, "redis_mode:sentinel") || strings.Contains(info, "role:slave") {
+	if err != nil || strings.Contains(info, "redis_mode:sentinel") || strings.Contains(info, "role:slave") {
 		return nil
 	}
 	if slices.ContainsFunc(instanceIDs(info), func(id string) bool { return !(*known)[id] }) {

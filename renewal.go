@@ -228,7 +228,8 @@ func (s *sessions) dispute(ctx context.Context, sess *session, value string) {
 	}
 	sess.asking = true
 	s.disputes.Go(func() {
-		h, q := parseHolder(value), &peerpb.CloseSessionRequest{Key: sess.key, Socket: parseHolder(value).socket}
+		h := parseHolder(value)
+		q := &peerpb.CloseSessionRequest{Key: sess.key, Socket: h.socket}
 		found, err := s.ask(h, q)
 		// A pod that was killed a moment ago still has its lease.
 		if err != nil && !errors.Is(err, errDead) && pause(ctx, s.cfg.Load().PodLease) {

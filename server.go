@@ -447,17 +447,15 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 	if !s.hub.reserve() {
 		return unavailable("no room for further sockets on this pod")
 	}
-	served := false
+	served, turned := false, false
 	defer func() {
-		if !served {
-			s.hub.free()
+		if served {
+			return
 		}
-	}()
-	turned := false
-	defer func() {
-		if turned && !served {
+		if turned {
 			s.hub.endTurn()
 		}
+		s.hub.free()
 	}()
 	apiErr = s.turn(r.Context(), cl)
 	// Both this and the old socket's end may take longer than an answer is usually given.
@@ -472,8 +470,9 @@ func (s *server) admit(w http.ResponseWriter, r *http.Request, authenticate func
 	}
 	if sess.contested() { // the old socket's end may take a second: others are set up meanwhile
 		s.hub.endTurn()
+		turned = false
 		sess.await()
-		s.hub.turn(context.Background())
+		turned = s.hub.turn(context.Background())
 	} else {
 		sess.await()
 	}

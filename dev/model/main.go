@@ -112,32 +112,31 @@ func checkDesign(out io.Writer, w world, states int, seed uint64, deadline time.
 
 // checkMutants fails unless the search finds a violation in the world of the mutant, or of each.
 func checkMutants(out io.Writer, name string, states int, deadline time.Time) error {
-	var missed, names []string
+	type search struct {
+		mutant  string
+		world   fmt.Stringer
+		explore func() result
+	}
+	var all []search
 	for _, w := range mutants {
-		names = append(names, w.mutant)
-		if name != "all" && name != w.mutant {
-			continue
-		}
-		r := explore(w.model(), states, deadline)
-		if r.promise == "" {
-			missed = append(missed, w.mutant)
-			continue
-		}
-		fmt.Fprintln(out, r.violation())
-		fmt.Fprintf(out, "PASSED: mutant %s, %v: noticed after %s\n", w.mutant, w, r.extent())
+		all = append(all, search{w.mutant, w, func() result { return explore(w.model(), states, deadline) }})
 	}
 	for _, w := range sessionMutants {
-		names = append(names, w.mutant)
-		if name != "all" && name != w.mutant {
+		all = append(all, search{w.mutant, w, func() result { return explore(w.model(), states, deadline) }})
+	}
+	var missed, names []string
+	for _, s := range all {
+		names = append(names, s.mutant)
+		if name != "all" && name != s.mutant {
 			continue
 		}
-		r := explore(w.model(), states, deadline)
+		r := s.explore()
 		if r.promise == "" {
-			missed = append(missed, w.mutant)
+			missed = append(missed, s.mutant)
 			continue
 		}
 		fmt.Fprintln(out, r.violation())
-		fmt.Fprintf(out, "PASSED: mutant %s, %v: noticed after %s\n", w.mutant, w, r.extent())
+		fmt.Fprintf(out, "PASSED: mutant %s, %v: noticed after %s\n", s.mutant, s.world, r.extent())
 	}
 	switch {
 	case name != "all" && !slices.Contains(names, name):
